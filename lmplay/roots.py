@@ -1,0 +1,37 @@
+"""Where experiments and plans live: the working directory, LMPLAY_PATH, then the bundled root."""
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def bundled_root() -> Path:
+    """The folder that holds our own `experiments/` and `plans/`.
+
+    In a wheel it lies inside the package; in a checkout, beside it. The wheel's is looked for
+    first: beside an installed package a stranger may also be called `experiments`.
+    """
+    inside = _PACKAGE / "_bundled"
+    return inside if inside.is_dir() else _PACKAGE.parent
+
+
+def roots() -> list[Path]:
+    """Every root, the first one to hold a name wins."""
+    extra = [Path(part) for part in os.environ.get("LMPLAY_PATH", "").split(os.pathsep) if part]
+    return [Path.cwd(), *extra, bundled_root()]
+
+
+def files(kind: str, suffix: str) -> dict[str, Path]:
+    """Name to file of every `kind` ("experiments" or "plans"), but for names that start with _."""
+    found: dict[str, Path] = {}
+    for root in roots():
+        for path in sorted((root / kind).glob(f"*{suffix}")):
+            if not path.name.startswith("_"):
+                found.setdefault(path.stem, path.resolve())
+    return found
+
+
+def looks_like_path(name: str, suffix: str) -> bool:
+    """True where a user's value is a path rather than a name: it has a suffix or a slash."""
+    return name.endswith(suffix) or "/" in name or os.sep in name
