@@ -1,0 +1,168 @@
+"""Lists and describes experiments by reading their files, never by running them."""
+
+import ast
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmplay.errors import UserError, nearest
+from lmplay.roots import files, looks_like_path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that `--exp` takes: a file, or one of the variants inside a file."""
+
+    name: str
+    path: Path
+    source: str = field(repr=False)
+    docstring: str = field(repr=False)
+    variant: dict[str, object]  # Config values of this name
+    variants: dict[str, dict[str, object]] = field(repr=False)  # all that the file offers
+    tiny: dict[str, object] = field(repr=False)  # Config values for checks and tests
+    parent: str | None  # the file it was copied from
+    changed: tuple[str, ...]  # what its docstring says differs from the parent
+
+    @property
+    def file(self) -> str:
+        """The stem of the file: the experiment without its variant."""
+        return self.path.stem
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first line."""
+        return self.docstring.strip().partition("\n")[0]
+
+
+def entries() -> dict[str, Entry]:
+    """Every experiment and variant that can be found, by name; files come before their variants.
+
+    Raises:
+        UserError: a file cannot be read as Python, or two files claim one name.
+    """
+    found: dict[str, Entry] = {}
+    for path in files("experiments", ".py").values():
+        for entry in read_file(path):
+            if entry.name in found:
+                other = found[entry.name].path
+                raise UserError(f"{entry.name!r} is named by {other} and by {path}", "rename one")
+            found[entry.name] = entry
+    return found
+
+
+def resolve(text: str) -> Entry:
+    """The experiment that `text` means: a name, a variant's name, or a path to a file.
+
+    Raises:
+        UserError: there is none (with the nearest name), or the file is not Python.
+    """
+    if looks_like_path(text, ".py"):
+        path = Path(text)
+        if not path.is_file():
+            raise UserError(f"there is no experiment file {text}", hint="try --exp list")
+        return read_file(path.resolve())[0]
+    known = entries()
+    if text not in known:
+        raise UserError(
+            f"no experiment called {text!r}",
+            hint=nearest(text, known) + "--exp list shows them all",
+        )
+    return known[text]
+
+
+def read_file(path: Path) -> list[Entry]:
+    """The experiment in a file and its variants; the file is parsed, not run.
+
+    Raises:
+        UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
+    """
+    try:
+        return read_source(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def read_source(source: str, path: Path) -> list[Entry]:
+    """As `read_file`, for source that is already at hand; `path` gives the name."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(f"{path}, line {line}: not valid Python: {error}") from None
+    docstring = ast.get_docstring(tree)
+    if not docstring:
+        raise UserError(f"{path} has no docstring", hint="its first line is what --exp list shows")
+    variants = _literal(tree, "VARIANTS", path)
+    parent, changed = _changed_from(docstring)
+    common = {
+        "path": path,
+        "source": source,
+        "docstring": docstring,
+        "variants": variants,
+        "tiny": _literal(tree, "TINY", path),
+        "parent": parent,
+        "changed": changed,
+    }
+    named = {path.stem: {}, **variants}
+    return [Entry(name=name, variant=values, **common) for name, values in named.items()]
+
+
+def parent_of(entry: Entry) -> Entry | None:
+    """The entry of the file that this one was copied from; None for a root.
+
+    The parent is looked for beside the file first, then by name.
+    """
+    if entry.parent is None:
+        return None
+    beside = entry.path.with_name(f"{entry.parent}.py")
+    return read_file(beside)[0] if beside.is_file() else resolve(entry.parent)
+
+
+def diff(entry: Entry) -> str:
+    """The unified diff against the parent's file; empty for a root."""
+    parent = parent_of(entry)
+    if parent is None:
+        return ""
+    lines = difflib.unified_diff(
+        parent.source.splitlines(keepends=True),
+        entry.source.splitlines(keepends=True),
+        f"{parent.file}.py",
+        f"{entry.file}.py",
+    )
+    return "".join(lines)
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Name to source of every top-level class and function, decorators included."""
+    found = {}
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def _literal(tree: ast.Module, name: str, path: Path) -> dict:
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            try:
+                value = ast.literal_eval(node.value)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{path}, line {node.lineno}: {name} is not a literal dict",
+                    hint="write its values out: listing never runs code",
+                )
+            return value
+    return {}
+
+
+def _changed_from(docstring: str) -> tuple[str | None, tuple[str, ...]]:
+    found = re.search(r"^Changed from (\w+): (.+?)\.\s*$", docstring, re.MULTILINE | re.DOTALL)
+    if not found:
+        return None, ()
+    return found[1], tuple(name.strip() for name in found[2].split(","))
