@@ -1,0 +1,276 @@
+"""A run's folder: where it lies, what its files are called, who holds it."""
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import quote
+
+from lmplay.errors import LOCKED, UserError, nearest
+
+RUNS = "runs"
+
+_LONGEST_NAME = 120  # bytes; file systems allow 255, encrypted ones 143
+_CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def experiment_py(self) -> Path:
+        return self.path / "experiment.py"
+
+    @property
+    def tokenizer_json(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def train_csv(self) -> Path:
+        return self.path / "train.csv"
+
+    @property
+    def validation_csv(self) -> Path:
+        return self.path / "validation.csv"
+
+    @property
+    def samples_md(self) -> Path:
+        return self.path / "samples.md"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read(self) -> dict:
+        """What run.json says.
+
+        Raises:
+            UserError: there is no run.json, or it is not a JSON object.
+        """
+        try:
+            facts = json.loads(self.run_json.read_bytes())
+        except FileNotFoundError:
+            hint = "name the folder that holds run.json"
+            raise UserError(f"{self.path} is not a run's folder", hint=hint) from None
+        except (ValueError, RecursionError) as error:
+            hint = "the run can no longer be used; move its folder away to train it again"
+            raise UserError(f"{self.run_json} is damaged: {error}", hint=hint) from None
+        except OSError as error:
+            raise UserError(f"{self.run_json} cannot be read: {error}") from None
+        if not isinstance(facts, dict):
+            raise UserError(f"{self.run_json} is damaged: it holds no JSON object")
+        return facts
+
+    def write(self, facts: dict) -> None:
+        """Put `facts` into run.json; whoever reads at any moment sees the old one or the new."""
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        make_folder(self.path)
+        temporary = self.path / f".run.json.tmp-{os.getpid()}"
+        try:
+            with open(temporary, "wb") as file:
+                # a command line may hold bytes that are no text; JSON has an escape for those
+                file.write(text.encode("utf-8", errors="backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.run_json)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run, so that no second process trains in it; the folder is made if need be.
+
+        The operating system gives the lock back when its holder dies, however it dies; owner.json
+        only tells others who that is.
+
+        Raises:
+            UserError: a live process holds the run (code LOCKED), or the folder cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / "lock")
+        owner = self.path / "owner.json"
+        try:
+            make_folder(self.path)
+            lock.acquire(blocking=False)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+            owner.write_text(json.dumps(facts) + "\n")
+        except Timeout:
+            raise self._locked(owner) from None
+        except OSError as error:
+            lock.release()
+            hint = "choose another place with --out-dir"
+            raise UserError(f"cannot write to {self.path}: {error}", hint=hint) from None
+        try:
+            yield
+        finally:
+            try:
+                owner.unlink(missing_ok=True)  # also where the whole folder was deleted meanwhile
+            finally:
+                lock.release()
+
+    def _locked(self, owner: Path) -> UserError:
+        try:
+            facts = json.loads(owner.read_bytes())
+            pid, host, started = facts["pid"], facts["host"], facts["started"]
+        except (OSError, ValueError, LookupError, TypeError):  # between its lock and its note
+            return UserError(f"another process holds {self.path}", hint="try again", code=LOCKED)
+        problem = f"process {pid} on {host} has held {self.path} since {started}"
+        return UserError(problem, hint=f"wait for it, or stop it: kill {pid}", code=LOCKED)
+
+
+def run_path(
+    out_dir: Path, plan: str, experiment: str, changes: dict[str, object], seed: int
+) -> Path:
+    """<out_dir>/<plan>/<experiment>[,key=value...]/seed-<n>, the same for the same settings.
+
+    Args:
+        out_dir: the folder of all runs, RUNS by default.
+        changes: dotted key to value; keys are sorted. 1e-3 and 0.001 are one setting, as are 512
+            and 512.0. A list is its items between plus signs; what a file's name cannot hold is
+            escaped as in a URL; a name that gets too long ends in a hash.
+    """
+    parts = [quote(experiment, safe="+")]  # a stack's name joins its ideas with a plus
+    parts += [f"{quote(key, safe='')}={_value_name(changes[key])}" for key in sorted(changes)]
+    return (
+        out_dir / _file_name(quote(plan, safe="+")) / _file_name(",".join(parts)) / f"seed-{seed}"
+    )
+
+
+def find_runs(paths: list[Path]) -> list[RunFolder]:
+    """Every run in these folders and below them, each once, sorted by path, 2 before 10.
+
+    Raises:
+        UserError: one of the paths does not exist or holds no run.
+    """
+    found: dict[Path, RunFolder] = {}
+    for path in paths:
+        here = _runs_below(path)
+        if not here:
+            problem = f"no run in {path}" if path.exists() else f"there is no folder {path}"
+            raise UserError(problem, hint="name a run's folder, or one above it, such as runs/")
+        for run in here:
+            found.setdefault(run.path.resolve(), run)
+    return sorted(found.values(), key=lambda run: _natural(run.path))
+
+
+def resolve_run(text: str | None, out_dir: Path) -> tuple[RunFolder, int | None]:
+    """The one run that a user means, and the step if a checkpoint's folder was named.
+
+    Args:
+        text: a run's folder, one of its checkpoints, or "plan/experiment/seed-n" under `out_dir`;
+            any folder above a single run will do. None is the run that started last.
+        out_dir: the folder of all runs.
+    Raises:
+        UserError: no such run (with the nearest name), or several below that folder.
+    """
+    if text is None:
+        return _newest(out_dir), None
+    for path in (Path(text), out_dir / text):
+        step = _CHECKPOINT.fullmatch(path.name)
+        if step and path.parent.name == "checkpoints" and path.is_dir():
+            return RunFolder(path.parent.parent), int(step[1])
+        if path.name == "checkpoints" and (path.parent / "run.json").is_file():
+            return RunFolder(path.parent), None
+        runs = _runs_below(path)
+        if len(runs) == 1:
+            return runs[0], None
+        if runs:
+            some = ", ".join(str(run.path) for run in runs[:3])
+            raise UserError(f"{path} holds {len(runs)} runs", hint=f"name one, such as {some}")
+    names = [run.path.relative_to(out_dir).as_posix() for run in _runs_below(out_dir)]
+    hint = nearest(text, names) + "name a run's folder, or plan/experiment/seed-n"
+    raise UserError(f"there is no run {text}", hint=hint)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, on the disk too, so that a power cut leaves them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_folder(folder.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in this folder, not only its files, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_name(name: str) -> str:
+    if name.startswith("."):  # hidden files, and the folder above
+        name = "%2E" + name[1:]
+    if len(name) > _LONGEST_NAME:
+        return name[: _LONGEST_NAME - 13] + "~" + sha256(name.encode()).hexdigest()[:12]
+    return name
+
+
+def _value_name(value: object) -> str:
+    if isinstance(value, list | tuple) and not any(isinstance(v, list | tuple) for v in value):
+        return "+".join(_value_name(item) for item in value) + "+" * (len(value) < 2)
+    if isinstance(value, float):
+        whole = value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else repr(value).replace("e+", "e")
+    if isinstance(value, str) and not _is_json(value):
+        return quote(value, safe="")
+    return quote(json.dumps(value, sort_keys=True), safe="")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _runs_below(path: Path) -> list[RunFolder]:
+    found = []
+    for folder, below, files in os.walk(path):
+        if "run.json" in files:
+            found.append(RunFolder(Path(folder)))
+            below.clear()
+        below[:] = [name for name in below if not name.startswith(".")]
+    return sorted(found, key=lambda run: _natural(run.path))
+
+
+def _natural(path: Path) -> list[tuple]:
+    parts = re.split(r"([0-9]+)", str(path))
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _newest(out_dir: Path) -> RunFolder:
+    runs = _runs_below(out_dir)
+    if not runs:
+        hint = "train one: lmp-trainer --exp gpt2ish --plan quick"
+        raise UserError(f"there is no run in {out_dir}", hint=hint)
+    return max(runs, key=lambda run: (_started(run), _last_step(run)))
+
+
+def _started(run: RunFolder) -> float:
+    try:
+        return datetime.fromisoformat(run.read()["started"]).timestamp()
+    except (UserError, LookupError, TypeError, ValueError):
+        return float("-inf")
+
+
+def _last_step(run: RunFolder) -> int:
+    names = os.listdir(run.checkpoints) if run.checkpoints.is_dir() else []
+    return max((int(m[1]) for m in map(_CHECKPOINT.fullmatch, names) if m), default=-1)
