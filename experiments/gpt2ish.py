@@ -122,18 +122,20 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.token_table = nn.Embedding(config.vocab_size, config.width)
-        self.position_table = nn.Parameter(torch.zeros(config.max_len, config.width))
+        self.position_table = nn.Embedding(config.max_len, config.width)
         self.dropout = nn.Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)
         nn.init.normal_(self.token_table.weight, std=config.token_std)
+        nn.init.zeros_(self.position_table.weight)
 
     def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
         T = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         e_BTC = self.token_table(tokens_BT)
-        p_TC = self.position_table[start : start + T]
+        p_TC = self.position_table(positions_T)
         x_BTC = e_BTC + p_TC
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
