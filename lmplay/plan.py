@@ -1,19 +1,36 @@
 """A training plan: all that is held equal when ideas are compared. JSON in, a checked Plan out."""
 
 import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lmplay.errors import UserError, nearest
 from lmplay.roots import files, looks_like_path, roots
 
+MOST_BYTES = 1_000_000  # of a plan file; the bundled ones have about a thousand
+_SCHEMA = "--plan schema shows what a plan can hold"
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Precision = Literal["fp32", "bf16", "fp16", "amp"]
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**53)]  # 4.6e9 is one too
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(_Strict):
@@ -32,7 +49,9 @@ class Dataset(_Strict):
         None,
         description="The source's own held-out split; without it, records are held out by hash.",
     )
-    download: str | None = Field(None, description="About how much is downloaded, such as 20 GB.")
+    download: str | None = Field(
+        None, description="How much there is to download, in words: about 20 GB."
+    )
     files: list[str] | None = Field(
         None, description="Text, JSONL, Parquet or Arrow files, .gz too, or folders of them."
     )
@@ -52,9 +71,16 @@ class Dataset(_Strict):
     def _one_source(self):
         given = [k for k in ("hub", "files", "shards", "builtin") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"needs exactly one of hub, files, shards, builtin; has {given}")
+            has = " and ".join(given) or "none"
+            raise ValueError(f"needs exactly one of hub, files, shards, builtin; it has {has}")
+        for key in ("config", "revision", "split", "validation_split"):
+            if self.hub is None and getattr(self, key) != Dataset.model_fields[key].default:
+                raise ValueError(f"{key} belongs to a hub dataset; this one has {given[0]}")
         if (self.prompt is None) != (self.truth is None):
             raise ValueError("prompt and truth are given together or not at all")
+        kinds = [k for k in ("messages", "prompt", "text") if getattr(self, k) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"has {' and '.join(kinds)}, but a row holds one of these")
         return self
 
 
@@ -71,9 +97,13 @@ class Stage(_Strict):
 
     @model_validator(mode="after")
     def _shares_fit(self):
+        if len(set(self.datasets)) < len(self.datasets):
+            raise ValueError("datasets names one of them twice")
         if isinstance(self.mixing, list):
             if len(self.mixing) != len(self.datasets):
-                raise ValueError(f"{len(self.mixing)} shares for {len(self.datasets)} datasets")
+                raise ValueError(
+                    f"mixing has {len(self.mixing)} shares, datasets {len(self.datasets)} names"
+                )
             if min(self.mixing) <= 0:
                 raise ValueError("every share is above 0")
         return self
@@ -96,18 +126,24 @@ class Schedule(_Strict):
     decay: float = Field(0.2, ge=0, le=1, description="wsd: share of the steps spent falling.")
     final: float = Field(0.0, ge=0, le=1, description="Share of the learning rate at the end.")
 
+    @model_validator(mode="after")
+    def _phases_fit(self):
+        if self.name == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError("warmup and decay are together more than all of the steps")
+        return self
+
 
 class Validation(_Strict):
-    tokens: PositiveInt = Field(description="Size of the held-out text, at most.")
+    tokens: Count = Field(description="Size of the held-out text, at most.")
     fraction: float = Field(
         0.005, gt=0, lt=1, description="Share of the records held out, by their hash."
     )
-    every_tokens: PositiveInt = Field(description="Training tokens between two validations.")
+    every_tokens: Count = Field(description="Training tokens between two validations.")
 
 
 class Checkpoints(_Strict):
-    every_tokens: PositiveInt = Field(description="Training tokens between two checkpoints.")
-    keep: PositiveInt = Field(3, description="How many checkpoints stay.")
+    every_tokens: Count = Field(description="Training tokens between two checkpoints.")
+    keep: Count = Field(3, description="How many checkpoints stay.")
 
 
 class Plan(_Strict):
@@ -118,14 +154,14 @@ class Plan(_Strict):
     tokenizer: str = Field(
         description="gpt2, cl100k_base, o200k_base, bpe:N, byte, or a Hugging Face tokenizer."
     )
-    sequence_length: PositiveInt = Field(description="Tokens in a row.")
-    batch_size: PositiveInt = Field(description="Rows in a step.")
+    sequence_length: Count = Field(description="Tokens in a row.")
+    batch_size: Count = Field(description="Rows in a step.")
     model: dict[str, bool | int | float | str] = Field(
         {}, description="Config values that every experiment on this plan shares."
     )
     datasets: dict[str, Dataset] = Field({}, description="Datasets of this plan, by name.")
     stages: list[Stage] = Field(min_length=1)
-    tokens: PositiveInt | None = Field(
+    tokens: Count | None = Field(
         None,
         description="Budget, rounded up to whole steps; the last stage goes on until it is spent. "
         "Without it every stage runs its epochs.",
@@ -154,56 +190,73 @@ def read_plan(
     """The plan called `name`, or in the file `name`, checked.
 
     Args:
-        name: a plan's name, or a path to a JSON file. A plan may name another one in "extends":
-            it is that plan with some keys changed; objects are merged, all else is replaced.
+        name: a plan's name, or a path to a JSON file. A plan may name another one in "extends" (or
+            its file, from the folder of its own): it is that plan with some keys changed; objects
+            are merged, all else is replaced. Datasets that its stages name and it does not define
+            come from `_datasets.json` beside it, else in the `plans` folder of a root.
         changes: dotted path to value, such as {"optimizer.lr": 1e-3}, applied last.
-        data: paths that take the place of the plan's datasets, all stages in one.
+        data: paths that take the place of the plan's datasets, all in one stage.
     Raises:
         UserError: no such plan or file (with the nearest name), text that is not JSON, or a value
             that breaks a rule (with its key's path).
     """
-    path = _path_of(name)
-    raw = _read_extended(path, seen=())
+    changes = changes or {}
+    path = _path_of(name, Path())
+    try:
+        raw, folders = _read_extended(path)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply", hint=_SCHEMA) from None
     if data:
         raw["datasets"] = {"data": {"files": data}}
         raw["stages"] = [{"datasets": ["data"]}]
-    for key, value in (changes or {}).items():
+    for key, value in changes.items():
         _set(raw, key, value)
-    raw["name"] = path.stem
-    _add_shared_datasets(raw, path)
+    raw["name"] = path.stem if looks_like_path(name, ".json") else name
+    _add_shared_datasets(raw, path, folders)
     try:
-        return Plan.model_validate_json(json.dumps(raw))
+        return Plan.model_validate(raw)
     except ValidationError as error:
-        raise _explained(error, path) from None
+        raise _explained(error, raw, path, changes) from None
 
 
 def plan_schema() -> dict:
     """The JSON Schema of a plan file, for editors and scripts."""
     schema = Plan.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "A plan to start from."}
-    schema["required"] = []  # any key may come from the plan that it extends
+    for definition in (schema, *schema["$defs"].values()):
+        if definition["title"] != "Stage":  # a list is replaced, so its items are whole
+            definition.pop("required", None)  # any key may come from the plan that it extends
     return schema
 
 
 def has_key(dotted: str) -> bool:
     """True where a plan can have this dotted path, so that `--set` knows what is meant."""
+    if dotted == "name":
+        return False
     model: type[BaseModel] | None = Plan
     for part in dotted.split("."):
         if model is None or part not in model.model_fields:
             return False
-        annotation = model.model_fields[part].annotation
-        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation if is_model else None
-        if not is_model and part in ("model", "options"):
+        model = _object_at(model, part)
+        if part in ("model", "options"):
             return True
     return True
 
 
-def _path_of(name: str) -> Path:
+def _object_at(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[key].annotation
+    is_object = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_object else None
+
+
+def _path_of(name: str, folder: Path) -> Path:
     if looks_like_path(name, ".json"):
-        if not Path(name).is_file():
-            raise UserError(f"there is no plan file {name}", hint="try --plan list")
-        return Path(name)
+        path = Path(os.path.abspath(folder / name))
+        if not os.path.isfile(path):
+            raise UserError(f"there is no plan file {name!r}", hint="--plan list shows the plans")
+        if not path.stem.strip("."):
+            raise UserError(f"{name!r} is no name for a plan", hint="rename the file")
+        return path
     paths = plan_paths()
     if name not in paths:
         hint = nearest(name, paths) + "--plan list shows them all"
@@ -211,34 +264,63 @@ def _path_of(name: str) -> Path:
     return paths[name]
 
 
-def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict:
-    if path in seen:
-        raise UserError(f"{path}: plan extends itself", hint="break the circle of 'extends'")
-    raw = _read_json(path)
-    parent = raw.pop("extends", None)
-    if parent is None:
-        return raw
-    base = _read_extended(_path_of(parent), (*seen, path))
-    return _merged(base, raw)
+def _read_extended(path: Path) -> tuple[dict, list[Path]]:
+    """The keys of a plan over those of the plans it extends, and the folders of these files."""
+    keys: dict = {}
+    seen: list[Path] = []
+    while True:
+        if path in seen:
+            circle = " -> ".join(str(file) for file in [*seen, path])
+            raise UserError(f"a plan extends itself: {circle}", hint="break the circle")
+        raw = _read_json(path)
+        seen.append(path)
+        parent = raw.pop("extends", None)
+        keys = _merged(raw, keys)
+        if parent is None:
+            return keys, [file.parent for file in seen]
+        if not isinstance(parent, str):
+            problem = f"{path}: extends should be a plan's name or file, not {_shown(parent)}"
+            raise UserError(problem, hint="--plan list shows the plans")
+        path = _path_of(parent, path.parent)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes; a plan has at most {MOST_BYTES:,}")
+        text = path.read_text(encoding="utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        hint = "JSON has no comments, no comma after the last item, and double quotes only"
+        raise UserError(f"{path} is not JSON: {error}", hint=hint) from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object", hint="--plan schema shows the keys")
+        raise UserError(f"{path} should hold an object, not {_shown(raw)}", hint=_SCHEMA)
     return raw
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        key.encode()  # a lone surrogate is a ValueError here, and trouble wherever it is printed
+        if key in found:
+            raise ValueError(f"the key {_printable(key)} is in one object twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _merged(base: dict, changes: dict) -> dict:
     both = dict(base)
-    for key, value in changes.items():
+    for key, new in changes.items():
         old = base.get(key)
-        both[key] = (
-            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        are_objects = isinstance(old, dict) and isinstance(new, dict)
+        both[key] = _merged(old, new) if are_objects else new
     return both
 
 
@@ -247,58 +329,78 @@ def _set(raw: dict, dotted: str, value: object) -> None:
     for part in parents:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
-            raise UserError(f"{dotted}: {part} is not an object", hint="--plan NAME --describe")
+            raise UserError(f"{dotted}: {part} is not an object", hint=_SCHEMA)
     raw[last] = value
 
 
-def _add_shared_datasets(raw: dict, path: Path) -> None:
-    """Give the plan the definitions of `_datasets.json` that its stages name and it lacks."""
-    shared: dict[str, dict] = {}
-    for root in [path.resolve().parent.parent, *roots()]:
-        definitions = root / "plans" / "_datasets.json"
-        if definitions.is_file():
-            shared = {**_read_json(definitions), **shared}
-    own = raw.setdefault("datasets", {})
-    stages = raw.get("stages")
-    wanted = [
-        name
-        for stage in (stages if isinstance(stages, list) else [])
-        if isinstance(stage, dict) and isinstance(stage.get("datasets"), list)
-        for name in stage["datasets"]
-    ]
-    for name in wanted:
-        if name in own:
-            continue
-        if name not in shared:
-            known = {**shared, **own}
-            hint = (
-                nearest(str(name), known) + "define it under 'datasets' or in plans/_datasets.json"
-            )
+def _add_shared_datasets(raw: dict, path: Path, folders: list[Path]) -> None:
+    """Give the plan the shared definitions that its stages name and it lacks; drop unused ones."""
+    own, stages = raw.get("datasets", {}), raw.get("stages")
+    if not isinstance(own, dict) or not isinstance(stages, list):
+        return  # the validation says so
+    lists = [stage.get("datasets") for stage in stages if isinstance(stage, dict)]
+    named = [n for names in lists if isinstance(names, list) for n in names if isinstance(n, str)]
+    known = dict(own)
+    for folder in [*folders, *(root / "plans" for root in roots())]:
+        if (folder / "_datasets.json").is_file():
+            known = {**_read_json(folder / "_datasets.json"), **known}
+    for name in named:
+        if name not in known:
+            hint = nearest(name, known) + "define it under datasets or in plans/_datasets.json"
             raise UserError(f"{path}: no dataset called {name!r}", hint=hint)
-        own[name] = shared[name]
-    raw["datasets"] = {name: own[name] for name in own if name in wanted}
+    raw["datasets"] = {name: known[name] for name in named}
 
 
-def _explained(error: ValidationError, path: Path) -> UserError:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+def _explained(error: ValidationError, raw: dict, path: Path, changes: dict) -> UserError:
+    """The worst problem; unknown keys before all else, since a misspelt key also leaves a gap."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    places = [_place(problem, raw) for problem in problems]
+    # A union has one problem for each of its types; the deepest is of the type that was meant.
+    related = [place for place in places if place[: len(places[0])] == places[0]]
+    place = max(related, key=len)
+    same = [problem for problem, other in zip(problems, places, strict=True) if other == place]
+
+    first, where = same[0], _printable(".".join(place))
+    blamed = where if where in changes else f"{path}: {where}"
     if first["type"] == "extra_forbidden":
-        *parents, last = [part for part in first["loc"]]
-        hint = nearest(str(last), _keys_at(parents)) + "--plan schema shows the keys"
-        return UserError(f"{path}: unknown key {where}", hint=hint)
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if first["type"] in ("missing", "value_error") else f" (it is {first['input']!r})"
-    return UserError(f"{path}: {where}: {message}{shown}", hint="--plan schema shows the rules")
+        known = _keys_at(place[:-1])
+        hint = f"{nearest(place[-1][:60], known)}the keys here are {', '.join(known)}"
+        return UserError(f"{blamed} is an unknown key", hint=hint)
+    if first["type"] == "missing":
+        return UserError(f"{blamed} is missing", hint=_SCHEMA)
+    if first["type"] == "value_error":
+        return UserError(f"{blamed}: {first['ctx']['error']}", hint=_SCHEMA)
+    words = {"model_type": "an object", "dict_type": "an object", "too_short": "a longer list"}
+    expected = [words.get(p["type"]) or p["msg"].removeprefix("Input should be ") for p in same]
+    should = " or ".join(dict.fromkeys(expected))
+    return UserError(f"{blamed} should be {should}, not {_shown(first['input'])}", hint=_SCHEMA)
 
 
-def _keys_at(parents: list) -> list[str]:
-    """The keys a plan knows at this place; numbers and dataset names on the way are skipped."""
-    model: type[BaseModel] = Plan
-    kinds = {"datasets": Dataset, "stages": Stage}
-    for part in parents:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if part in kinds and model is Plan:
-            model = kinds[part]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)
+def _place(problem: dict, raw: object) -> list[str]:
+    """The keys on the way to a problem; pydantic puts names of types among them."""
+    place = []
+    for part in problem["loc"]:
+        if isinstance(raw, dict | list):
+            inside = raw if isinstance(raw, dict) else range(len(raw))
+            if part in inside:
+                place.append(str(part))
+                raw = raw[part]
+    return [*place, problem["loc"][-1]] if problem["type"] == "missing" else place
+
+
+def _keys_at(parents: list[str]) -> list[str]:
+    """The keys that a plan knows at this place."""
+    model = {"datasets": Dataset, "stages": Stage}.get(parents[0]) if parents else Plan
+    model = model or _object_at(Plan, parents[0])
+    return [*model.model_fields, *(["extends"] if model is Plan else [])]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list" if value else "an empty list"
+    return _printable(json.dumps(value, default=repr))
+
+
+def _printable(text: str) -> str:
+    short = text if len(text) <= 60 else f"{text[:57]}..."
+    return short if short.isprintable() else ascii(short)
