@@ -1,0 +1,178 @@
+"""Every bundled plan, held to the rules that all of them share."""
+
+import json
+from math import ceil
+
+import pytest
+
+from lmplay.plan import Plan, read_plan
+from lmplay.roots import bundled_root
+
+FOLDER = bundled_root() / "plans"
+NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.json"))
+THREE = ["openorca", "orcamathword200", "smoltalk_all"]
+SEVEN = ["wiki_en", "wiki_es", "tinystories", "cosmopedia_v2", *THREE]
+
+every_plan = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LMPLAY_PATH", raising=False)
+
+
+def own_keys(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def datasets_of(name):
+    return [(stage.datasets, stage.mixing) for stage in read_plan(name).stages]
+
+
+def test_the_plans_of_the_original_are_all_here():
+    named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
+    named += "l_instruction_ft full_v1 full all quick shakespeare fineweb_edu"
+
+    assert set(NAMES) == {*named.split(), *SEVEN}
+
+
+@every_plan
+def test_a_plan_resolves_and_describes_itself_in_one_line(name):
+    plan = read_plan(name)
+
+    assert plan.name == name
+    assert 30 <= len(plan.description) <= 100 and plan.description.isprintable()
+    assert own_keys(name)["description"] == plan.description  # never its parent's
+
+
+@every_plan
+def test_a_plan_defines_no_dataset_and_repeats_nothing_it_extends(name):
+    own = own_keys(name)
+
+    assert "datasets" not in own
+    if "extends" in own:
+        parent = read_plan(own["extends"]).model_dump(exclude_unset=True)
+        assert not [key for key in own if key in parent and own[key] == parent[key]]
+
+
+def test_every_shared_dataset_is_used_and_says_how_much_is_downloaded():
+    shared = json.loads((FOLDER / "_datasets.json").read_text())
+    used = {n: d for name in NAMES for n, d in read_plan(name).datasets.items()}
+
+    assert set(used) == set(shared)
+    assert all((d.hub is None) == (d.download is None) for d in used.values())
+    assert all(d.download.startswith("about ") for d in used.values() if d.hub)
+
+
+@every_plan
+def test_a_plan_dumped_to_a_file_is_the_same_plan(name, tmp_path):
+    plan = read_plan(name)
+    file = tmp_path / f"{name}.json"
+    file.write_text(plan.model_dump_json())
+
+    assert read_plan(str(file)) == plan
+
+
+@every_plan
+def test_validation_takes_at_most_a_tenth_of_the_time(name):
+    plan = read_plan(name)
+    cost = plan.validation.tokens / 3  # a forward pass is a third of a training step
+
+    if plan.tokens is None:  # the length is known once all is prepared
+        assert cost <= 0.1 * plan.validation.every_tokens
+    else:
+        number = 1 + ceil(plan.tokens / plan.validation.every_tokens)  # the first is before step 1
+        assert number * cost <= 0.1 * plan.tokens
+
+
+@every_plan
+def test_held_out_text_is_bounded(name):
+    plan = read_plan(name)
+
+    assert plan.validation.tokens <= 1_000_000
+    if any(d.hub for d in plan.datasets.values()):
+        assert plan.validation.fraction == 0.005
+
+
+@every_plan
+def test_a_checkpoint_of_a_full_sized_model_is_not_written_too_often(name):
+    plan = read_plan(name)
+
+    assert "width" in plan.model or plan.checkpoints.every_tokens >= 20_000_000
+
+
+@every_plan
+def test_validations_and_checkpoints_fall_on_whole_steps(name):
+    plan = read_plan(name)
+
+    assert plan.validation.every_tokens % plan.tokens_per_step == 0
+    assert plan.checkpoints.every_tokens % plan.tokens_per_step == 0
+
+
+def test_quick_needs_no_download_and_is_the_recipe_that_was_tried():
+    plan = read_plan("quick")
+
+    assert [d.builtin for d in plan.datasets.values()] == ["python-stdlib"]
+    assert (plan.tokenizer, plan.tokens, plan.optimizer.lr) == ("bpe:4096", 1_350_000, 4e-3)
+    assert plan.validation.tokens == 64_000
+
+
+def test_default_is_the_published_recipe_of_the_original():
+    plan = read_plan("default")
+
+    assert (plan.tokenizer, plan.sequence_length, plan.batch_size) == ("gpt2", 1024, 50)
+    assert (plan.optimizer.name, plan.optimizer.lr) == ("Adagrad", 6e-4)
+    assert (plan.optimizer.weight_decay, plan.optimizer.options) == (0.0, {})
+    assert (plan.schedule.name, plan.schedule.warmup) == ("constant", 0.0)
+    assert (plan.precision, plan.model) == ("amp", {})
+    assert datasets_of("default") == [(["wiki_en", "wiki_es"], "first_exhausted")]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"quick", "shakespeare", "fineweb_edu"}))
+def test_the_plans_of_the_original_differ_in_their_data_only(name):
+    data = {"name", "description", "datasets", "stages", "tokens"}
+    recipe = set(Plan.model_fields) - data
+
+    assert read_plan(name).model_dump(include=recipe) == read_plan("default").model_dump(
+        include=recipe
+    )
+
+
+def test_stages_are_those_of_the_original():
+    first, both = "first_exhausted", "all_exhausted"
+    wiki, stories = ["wiki_en", "wiki_es"], ["tinystories", "cosmopedia_v2"]
+
+    assert datasets_of("wiki_en_es") == [(wiki, first)]
+    assert datasets_of("l_wiki_en_es") == [(wiki, both)]
+    assert datasets_of("pretrain") == datasets_of("tinystories") == [(["tinystories"], first)]
+    assert datasets_of("bigpretrain") == [(stories, first)]
+    assert datasets_of("hugepretrain") == [(stories, both)]
+    assert datasets_of("instruction_ft") == [(THREE, first)]
+    assert datasets_of("l_instruction_ft") == [(THREE, both)]
+    assert datasets_of("full_v1") == [(wiki, first), (stories, first), (THREE, first)]
+    assert datasets_of("full") == [(wiki, both), (stories, both), (THREE, both)]
+    assert datasets_of("all") == [(SEVEN, both)]
+    for name in SEVEN:
+        assert datasets_of(name) == [([name], first)]
+
+
+def test_datasets_are_those_of_the_original():
+    datasets = read_plan("all").datasets
+
+    assert {name: (d.hub, d.config) for name, d in datasets.items()} == {
+        "wiki_en": ("wikimedia/wikipedia", "20231101.en"),
+        "wiki_es": ("wikimedia/wikipedia", "20231101.es"),
+        "tinystories": ("roneneldan/TinyStories", None),
+        "cosmopedia_v2": ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"),
+        "openorca": ("Open-Orca/OpenOrca", None),
+        "orcamathword200": ("microsoft/orca-math-word-problems-200k", None),
+        "smoltalk_all": ("HuggingFaceTB/smoltalk", "all"),
+    }
+    assert datasets["wiki_en"].text == datasets["wiki_es"].text == ["title", "text"]
+    assert datasets["tinystories"].text == datasets["cosmopedia_v2"].text == ["text"]
+    assert datasets["openorca"].prompt == ["system_prompt", "question"]
+    assert datasets["openorca"].truth == "response"
+    assert datasets["orcamathword200"].prompt == ["question"]
+    assert datasets["orcamathword200"].truth == "answer"
+    assert datasets["smoltalk_all"].messages == "messages"
