@@ -47,7 +47,8 @@ class Dataset(_Strict):
     split: str = Field("train", description="The hub dataset's split to train on.")
     validation_split: str | None = Field(
         None,
-        description="The source's own held-out split; without it, records are held out by hash.",
+        description="The held-out split of the hub dataset, or how the names of held-out files start; "
+        "without it, records are held out by their hash.",
     )
     download: str | None = Field(
         None, description="How much there is to download, in words: about 20 GB."
@@ -73,7 +74,7 @@ class Dataset(_Strict):
         if len(given) != 1:
             has = " and ".join(given) or "none"
             raise ValueError(f"needs exactly one of hub, files, shards, builtin; it has {has}")
-        for key in ("config", "revision", "split", "validation_split"):
+        for key in ("config", "revision", "split"):
             if self.hub is None and getattr(self, key) != Dataset.model_fields[key].default:
                 raise ValueError(f"{key} belongs to a hub dataset; this one has {given[0]}")
         if (self.prompt is None) != (self.truth is None):

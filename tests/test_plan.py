@@ -218,6 +218,12 @@ def test_a_file_to_extend_is_looked_for_beside_the_plan(plans, monkeypatch):
     assert read_plan(str(plans / "child.json")).tokenizer == "byte"
 
 
+def test_files_too_may_have_a_held_out_split(plans):
+    write(plans, "mine", changed(("datasets", "mine", "validation_split"), "dev"))
+
+    assert read_plan("mine").datasets["mine"].validation_split == "dev"
+
+
 @pytest.mark.parametrize("circle", [("a",), ("a", "b"), ("a", "b", "c")])
 def test_a_circle_of_plans_is_refused(plans, circle):
     for name, parent in zip(circle, circle[1:] + circle[:1], strict=True):
