@@ -47,7 +47,7 @@ class Dataset(_Strict):
     split: str = Field("train", description="The hub dataset's split to train on.")
     validation_split: str | None = Field(
         None,
-        description="The held-out split of the hub dataset, or how the names of held-out files start; "
+        description="Held-out split on the hub, or how the names of held-out files start; "
         "without it, records are held out by their hash.",
     )
     download: str | None = Field(
