@@ -23,6 +23,7 @@ class Entry:
     tiny: dict[str, object] = field(repr=False)  # Config values for checks and tests
     parent: str | None  # the file it was copied from
     changed: tuple[str, ...]  # what its docstring says differs from the parent
+    fields: tuple[str, ...] = field(repr=False)  # of Config
 
     @property
     def file(self) -> str:
@@ -71,6 +72,12 @@ def resolve(text: str) -> Entry:
     return known[text]
 
 
+def canonical_name(entry: Entry) -> str:
+    """One name for one setting: the first in the file that means the same Config values."""
+    named = {entry.file: {}, **entry.variants}
+    return next(name for name, values in named.items() if values == entry.variant)
+
+
 def read_file(path: Path) -> list[Entry]:
     """The experiment in a file and its variants; the file is parsed, not run.
 
@@ -103,6 +110,7 @@ def read_source(source: str, path: Path) -> list[Entry]:
         "tiny": _literal(tree, "TINY", path),
         "parent": parent,
         "changed": changed,
+        "fields": _config_fields(tree),
     }
     named = {path.stem: {}, **variants}
     return [Entry(name=name, variant=values, **common) for name, values in named.items()]
@@ -142,6 +150,16 @@ def definitions(source: str) -> dict[str, str]:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
+
+
+def _config_fields(tree: ast.Module) -> tuple[str, ...]:
+    configs = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
+    body = configs[0].body if configs else []
+    return tuple(
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )
 
 
 def _literal(tree: ast.Module, name: str, path: Path) -> dict:

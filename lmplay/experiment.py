@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmplay.catalog import Entry, read_source
+from lmplay.catalog import Entry, read_source, resolve
 from lmplay.errors import UserError, nearest
+from lmplay.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Experiment:
     @property
     def fields(self) -> list[str]:
         """Names of Config's fields."""
-        return [f.name for f in dataclasses.fields(self.module.Config)]
+        return [field.name for field in dataclasses.fields(self.module.Config)]
 
     def config(self, **values: object):
         """Config with these values over the file's own, the variant's already among the defaults.
@@ -120,6 +121,35 @@ def load_source(source: str, path: Path, variant: dict[str, object]) -> Experime
     """The experiment of a run's own copy, under the name `path` gives it."""
     entry = read_source(source, path)[0]
     return load_experiment(dataclasses.replace(entry, variant=variant))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A Config for one run, and how it stands to its plan."""
+
+    config: object
+    differs: dict[str, list]  # key: [the plan's value, this run's]; None where Config lacks the key
+
+
+def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str, object]) -> Scale:
+    """The Config of a run: the file's values, then the plan's, the variant's, those of `--set`.
+
+    Raises:
+        UserError: the plan scales what the baseline does not have, or Config refuses a value.
+    """
+    known = resolve("gpt2ish").fields
+    for key in plan.model:
+        if key not in known:
+            hint = nearest(key, known) + "a plan scales every experiment alike"
+            raise UserError(f"plan {plan.name}: gpt2ish has no Config value {key!r}", hint=hint)
+    shared = {key: value for key, value in plan.model.items() if key in experiment.fields}
+    given = {"vocab_size": vocab_size, "max_len": plan.sequence_length}
+    config = experiment.config(**shared | experiment.variant | given | changes)
+    made = dataclasses.asdict(config)
+    differs = {
+        key: [value, made.get(key)] for key, value in plan.model.items() if made.get(key) != value
+    }
+    return Scale(config, differs)
 
 
 def _run(entry: Entry) -> ModuleType:

@@ -1,0 +1,37 @@
+# make demo   install, train three runs on the quick plan, sample, plot: about ten minutes
+# make test   install, ruff, the whole test suite
+# make check  ruff and the fast tests: before each commit
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs
+PROMPT := def read_lines(path):
+
+.PHONY: demo test check clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt "pip>=25.1"
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/lmp-trainer --exp gpt2ish --plan quick --out-dir $(RUNS)
+	$(BIN)/lmp-trainer --exp gpt2ish_small_init --plan quick --out-dir $(RUNS)
+	$(BIN)/lmp-trainer --exp ue --plan quick --out-dir $(RUNS)
+	$(BIN)/lmp-generator $(RUNS)/quick/gpt2ish/seed-0 "$(PROMPT)" --max-tokens 120
+	$(BIN)/lmp-generator $(RUNS)/quick/ue/seed-0 "$(PROMPT)" --max-tokens 120
+	$(BIN)/lmp-plotstats $(RUNS)/quick
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2
+
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2 -m "not slow"
+
+clean:
+	rm -rf .venv build dist

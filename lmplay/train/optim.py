@@ -1,0 +1,104 @@
+"""Optimizers of torch by name, the routing of parameters to them, and learning-rate schedules."""
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lmplay.errors import UserError, nearest
+from lmplay.plan import Optimizer, Schedule
+
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
+
+
+def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a plan over the parameters of a model.
+
+    Weight decay falls on matrices (two dimensions or more) and never on vectors. A model's
+    `parameter_groups()` may claim parameters first, each group with `lr_scale` and `weight_decay`
+    of its own. Fused kernels are used where torch has them.
+
+    Raises:
+        UserError: torch.optim has no such class, or the class no such option.
+    """
+    known = {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+    names = sorted(set(known) - _UNFIT)
+    if wanted.name not in names:
+        hint = nearest(wanted.name, names) + f"there are {', '.join(names)}"
+        raise UserError(f"optimizer.name: no optimizer called {wanted.name!r}", hint=hint)
+    kind = known[wanted.name]
+    accepted = set(inspect.signature(kind).parameters) - {"params", "lr"}
+    if wanted.weight_decay and "weight_decay" not in accepted:
+        raise UserError(f"optimizer.weight_decay: {wanted.name} has none", hint="set it to 0")
+    accepted.discard("weight_decay")  # it goes with the groups
+    for option in wanted.options:
+        if option not in accepted:
+            hint = nearest(option, accepted) + f"{wanted.name} takes {', '.join(sorted(accepted))}"
+            raise UserError(f"optimizer.options: {wanted.name} has no {option!r}", hint=hint)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.options.items()}
+    if "fused" in accepted:
+        options.setdefault("fused", True)
+    groups = _groups(model, wanted)
+    try:
+        return kind(groups, lr=wanted.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: torch.optim.{wanted.name} refuses: {error}") from None
+
+
+def is_maskable(optimizer: torch.optim.Optimizer) -> bool:
+    """True where the update can be skipped on the device, by a flag that the host never reads."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def learning_rate(wanted: Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
+    """The learning rate of update `step`, counted from 0.
+
+    After a linear warm-up that reaches the full rate at its last step, `constant` stays; `linear`
+    and `cosine` fall to `final` at the end of the run; `wsd` stays and falls linearly over its
+    last `decay` share (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395, section 4).
+    """
+    warmup = math.ceil(schedule.warmup * num_steps)
+    if step < warmup:
+        return wanted.lr * (step + 1) / warmup
+    left = num_steps - step  # updates to come, this one among them
+    falling = num_steps - warmup
+    if schedule.name == "wsd":
+        falling = min(falling, math.ceil(schedule.decay * num_steps))
+    if schedule.name == "constant" or left > falling:
+        return wanted.lr
+    share = left / falling  # from 1 down to 1 / falling: the step after the last would have 0
+    if schedule.name == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return wanted.lr * (schedule.final + (1 - schedule.final) * share)
+
+
+def _groups(model: nn.Module, wanted: Optimizer) -> list[dict]:
+    claimed: set[int] = set()
+    groups = []
+    for own in model.parameter_groups() if hasattr(model, "parameter_groups") else []:
+        unknown = set(own) - {"params", "lr_scale", "weight_decay", "role"}
+        if unknown:
+            raise UserError(f"parameter_groups: unknown {sorted(unknown)}")
+        params = list(own["params"])
+        claimed |= {id(p) for p in params}
+        decay = own.get("weight_decay", wanted.weight_decay)
+        groups.append(_group(params, own.get("lr_scale", 1.0), decay))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in claimed]
+    groups.append(_group([p for p in rest if p.dim() > 1], 1.0, wanted.weight_decay))
+    groups.append(_group([p for p in rest if p.dim() <= 1], 1.0, 0.0))
+    return [group for group in groups if group["params"]]
+
+
+def _group(params: list[Tensor], lr_scale: float, weight_decay: float) -> dict:
+    return {"params": params, "lr_scale": lr_scale, "weight_decay": weight_decay}

@@ -1,0 +1,111 @@
+"""Optimizers by name, who decays, and the shapes of schedules."""
+
+import pytest
+import torch
+from torch import nn
+
+from lmplay.errors import UserError
+from lmplay.plan import Optimizer, Schedule
+from lmplay.train.optim import learning_rate, make_optimizer, set_learning_rate
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+class Claiming(Model):
+    def parameter_groups(self):
+        return [{"params": [self.linear.weight], "lr_scale": 0.1, "weight_decay": 0.5}]
+
+
+def rates(schedule, num_steps=100, lr=2.0):
+    wanted = Optimizer(name="SGD", lr=lr)
+    return [learning_rate(wanted, schedule, step, num_steps) for step in range(num_steps)]
+
+
+def test_weight_decay_falls_on_matrices_only():
+    optimizer = make_optimizer(Optimizer(name="AdamW", lr=0.1, weight_decay=0.3), Model())
+
+    for group in optimizer.param_groups:
+        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.3}
+
+
+def test_every_parameter_is_given_to_the_optimizer_once():
+    for model in (Model(), Claiming()):
+        optimizer = make_optimizer(Optimizer(name="Adagrad", lr=0.1), model)
+        given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+        assert sorted(given) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_model_may_claim_parameters_with_a_scale_and_a_decay_of_their_own():
+    model = Claiming()
+    optimizer = make_optimizer(Optimizer(name="SGD", lr=1.0, weight_decay=0.1), model)
+    set_learning_rate(optimizer, 2.0)
+
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 2.0]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (Optimizer(name="AdamV", lr=1e-3), "AdamW"),
+        (Optimizer(name="LBFGS", lr=1e-3), "LBFGS"),
+        (Optimizer(name="AdamW", lr=1e-3, options={"beta": [0.9, 0.95]}), "betas"),
+        (Optimizer(name="AdamW", lr=1e-3, options={"betas": [0.9, 1.5]}), "beta"),
+    ],
+)
+def test_an_unknown_optimizer_or_option_is_named(wanted, told):
+    with pytest.raises(UserError) as raised:
+        make_optimizer(wanted, Model())
+
+    assert told in raised.value.problem + raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_warm_up_rises_evenly_to_the_full_rate(name):
+    values = rates(Schedule(name=name, warmup=0.1))
+
+    assert values[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+
+
+def test_constant_stays():
+    assert rates(Schedule()) == [2.0] * 100
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_decay_falls_from_the_full_rate_towards_the_final_one(name):
+    values = rates(Schedule(name=name, final=0.1))
+
+    assert values[0] == pytest.approx(2.0)
+    assert values == sorted(values, reverse=True)
+    assert 0.2 < values[-1] < 0.24
+
+
+def test_wsd_stays_and_falls_over_its_last_share():
+    values = rates(Schedule(name="wsd", warmup=0.05, decay=0.2))
+
+    assert set(values[5:81]) == {2.0}
+    assert values[81:] == pytest.approx([2.0 * left / 20 for left in range(19, 0, -1)])
+
+
+def test_an_optimizer_of_torch_minimises():
+    names = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "RMSprop", "NAdam", "RAdam", "Rprop")
+    for name in names:
+        model = Model()
+        optimizer = make_optimizer(Optimizer(name=name, lr=0.05), model)
+        torch.manual_seed(0)
+        x = torch.randn(32, 4)
+        losses = []
+        for _ in range(20):
+            loss = (model.linear(x) - x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+
+        assert losses[-1] < losses[0], name
