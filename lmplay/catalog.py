@@ -3,6 +3,7 @@
 import ast
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,19 +37,23 @@ class Entry:
         return self.docstring.strip().partition("\n")[0]
 
 
-def entries() -> dict[str, Entry]:
+def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[str, Entry]:
     """Every experiment and variant that can be found, by name; files come before their variants.
 
-    Raises:
-        UserError: a file cannot be read as Python, or two files claim one name.
+    Args:
+        refused: gets the error of each file that cannot be listed: it is not Python, or it claims
+            a name that an earlier file has. The others are listed all the same.
     """
     found: dict[str, Entry] = {}
     for path in files("experiments", ".py").values():
-        for entry in read_file(path):
-            if entry.name in found:
-                other = found[entry.name].path
-                raise UserError(f"{entry.name!r} is named by {other} and by {path}", "rename one")
-            found[entry.name] = entry
+        try:
+            new = {entry.name: entry for entry in read_file(path)}
+            for name in new.keys() & found.keys():
+                raise UserError(f"{path} names {name!r}, as {found[name].path} does", "rename one")
+        except UserError as error:
+            refused(error)
+        else:
+            found.update(new)
     return found
 
 
@@ -64,12 +69,13 @@ def resolve(text: str) -> Entry:
             raise UserError(f"there is no experiment file {text}", hint="try --exp list")
         return read_file(path.resolve())[0]
     known = entries()
-    if text not in known:
-        raise UserError(
-            f"no experiment called {text!r}",
-            hint=nearest(text, known) + "--exp list shows them all",
-        )
-    return known[text]
+    if text in known:
+        return known[text]
+    unlisted = files("experiments", ".py")
+    if text in unlisted:
+        return read_file(unlisted[text])[0]  # which says what is wrong with it
+    hint = nearest(text, known) + "--exp list shows them all"
+    raise UserError(f"no experiment called {text!r}", hint=hint)
 
 
 def canonical_name(entry: Entry) -> str:

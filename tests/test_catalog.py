@@ -95,11 +95,25 @@ def test_a_file_that_cannot_be_listed_is_named_with_its_line(root, source, told)
     assert "broken.py" in raised.value.problem and told in raised.value.problem
 
 
-def test_a_name_that_two_files_claim_is_refused(root):
+def test_a_broken_file_is_reported_and_hides_no_other(root):
+    write(root, "broken", "x = (")
+    errors = []
+    entries = catalog.entries(errors.append)
+
+    assert "gpt2ish" in entries and "broken" not in entries
+    assert ["broken.py" in error.problem for error in errors] == [True]
+    with pytest.raises(UserError, match="not valid Python"):
+        catalog.resolve("broken")
+
+
+def test_of_two_files_that_claim_one_name_the_second_is_refused(root):
     write(root, "one")
     write(root, "two")
-    with pytest.raises(UserError, match="idea_wide"):
-        catalog.entries()
+    errors = []
+    entries = catalog.entries(errors.append)
+
+    assert entries["idea_wide"].file == "one" and "two" not in entries
+    assert "two.py names 'idea_" in errors[0].problem
 
 
 def test_an_unknown_name_gets_the_nearest(root):

@@ -1,0 +1,3 @@
+from lmplay.cli import run
+
+run()

@@ -1,0 +1,30 @@
+"""lmplay: the commands under one name."""
+
+import typer
+
+from lmplay.console import run_app, show_version
+from lmplay.generate.cli import main as generate
+from lmplay.stats.cli import main as plot
+from lmplay.train.cli import main as train
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, context_settings=_HELP)
+for _name, _command in {"train": train, "generate": generate, "plot": plot}.items():
+    app.command(_name, context_settings=_HELP)(_command)
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=show_version, is_eager=True
+    ),
+) -> None:
+    """A bench for language-model ideas.
+
+    Example: lmplay train --exp ue --plan quick
+    """
+
+
+def run() -> None:
+    """The console script."""
+    run_app(app)

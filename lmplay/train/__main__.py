@@ -1,0 +1,3 @@
+from lmplay.train.cli import run
+
+run()
