@@ -1,0 +1,137 @@
+"""Where prepared data lies, and how a file appears there whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+from lmplay.errors import NO_DATA, UserError
+
+TEMPORARY = ".tmp-"
+_REMEMBERED_BYTES = 1 << 20  # smaller files are hashed by each process
+
+
+def cache_root() -> Path:
+    """$LMP_DATASETS, else the user's cache folder; made where it is missing."""
+    root = Path(os.environ.get("LMP_DATASETS") or user_cache_dir("lmplay"))
+    make_folder(root)
+    return root
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, with its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], num_bytes: int = 0) -> None:
+    """Let `write` fill a file that appears at `path` by one rename, after fsync.
+
+    Args:
+        path: the file, replaced where it exists.
+        write: called once with the open file.
+        num_bytes: size known beforehand; the disk's free space is held to it.
+    Raises:
+        UserError: code NO_DATA; the disk is full or the folder cannot be written. Whatever was
+            at `path` is unchanged.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
+    try:
+        free = shutil.disk_usage(path.parent).free
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, "")
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise _unwritable(path, error) from None
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"the disk is full: {path} needs {num_bytes:,} bytes, {free:,} are free",
+            hint="make room, or set LMP_DATASETS to a folder on another disk; what is whole stays",
+            code=NO_DATA,
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON by `write_whole`."""
+    text = json.dumps(value, indent=1).encode()
+    write_whole(path, lambda file: file.write(text), len(text))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of ours; {} where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def remembered(key: str, compute: Callable[[], object]) -> object:
+    """The JSON value of a pure function of `key`, computed once for this cache."""
+    path = cache_root() / "remembered.json"
+    known = read_json(path)
+    if key in known:
+        return known[key]
+    value = compute()
+    with FileLock(path.with_suffix(".lock")):
+        write_json(path, {**read_json(path), key: value})
+    return value
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file; it is read again only when its size or time has changed."""
+    state = path.stat()
+    return _hash(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits that are equal where the parts are."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(path: Path, size: int, time: int) -> str:
+    def compute() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    if size < _REMEMBERED_BYTES:
+        return compute()
+    return str(remembered(f"sha256 {path} {size} {time}", compute))
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}",
+        hint="set LMP_DATASETS to a folder that can be written",
+        code=NO_DATA,
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
