@@ -1,6 +1,7 @@
 """Sources to documents: what a row says, what of it is learned, and which rows are held out."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -239,11 +240,11 @@ def _hub_rows(dataset: Dataset, split: str, skip: int) -> Iterator[dict]:
 
 def _library() -> list[tuple[str, Path]]:
     folder = Path(sysconfig.get_path("stdlib"))
-    found = [
-        (path.relative_to(folder).as_posix(), path)
-        for path in folder.rglob("*.py")
-        if not _NOT_LIBRARY.intersection(path.relative_to(folder).parts[:-1])
-    ]
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        inside = [Path(path, name) for name in files if name.endswith(".py")]
+        found += [(file.relative_to(folder).as_posix(), file) for file in inside]
     if not found:
         raise UserError(
             f"this Python has no source of its standard library in {folder}",
