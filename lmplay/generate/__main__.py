@@ -1,0 +1,3 @@
+from lmplay.generate.cli import run
+
+run()

@@ -1,0 +1,279 @@
+"""lmp-generator: read what a trained run writes."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from lmplay.console import note, print_json, run_app, show_version
+from lmplay.errors import UserError
+from lmplay.run_folder import RUNS, resolve_run
+
+if TYPE_CHECKING:
+    from lmplay.generate.sampling import Sample
+    from lmplay.runner import Trained
+
+app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
+
+_ROWS = 32  # samples that are written at once
+_SEPARATOR = "---"
+_HELP = "/help shows this, Ctrl-C stops the text, Ctrl-D ends; anything else is a prompt"
+# a terminal obeys control characters, and a model may write any
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the text is written."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    num_samples: int
+    stop: list[str]
+    device: str
+    precision: str
+
+
+@app.command()
+def main(
+    run: Annotated[
+        str | None,
+        Argument(
+            metavar="RUN",
+            help="A run's folder, one of its checkpoints, or plan/experiment/seed-n under --runs. "
+            "Without it, the run that started last.",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        Argument(metavar="PROMPT", help="Text to go on from; '' starts a new document."),
+    ] = None,
+    prompt: Annotated[
+        str | None, Option(help="The prompt, where no run is named before it.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, Option(help="File with the prompt; a newline at its end is dropped.")
+    ] = None,
+    max_tokens: Annotated[int, Option(help="New tokens, at most.", min=1)] = 200,
+    temperature: Annotated[
+        float, Option(help="Divides the logits: 1 is the model's own spread, 0 is greedy.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, Option(help="Draw from this many likeliest tokens; 0 draws from all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        Option(help="Draw from the likeliest tokens that hold this share of the probability."),
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, Option(help="Makes tokens of the text so far less likely; 1 is none.")
+    ] = 1.0,
+    greedy: Annotated[
+        bool, Option("--greedy", help="Always the likeliest token, as --temperature 0.")
+    ] = False,
+    num_samples: Annotated[int, Option(help="Texts to write from the prompt.", min=1)] = 1,
+    seed: Annotated[int, Option(help="Fixes the texts.", min=0)] = 0,
+    stop: Annotated[
+        list[str] | None,
+        Option(help="A text ends before this string; may be repeated. A newline is $'\\n'."),
+    ] = None,
+    step: Annotated[
+        int | None, Option(help="Step of the checkpoint; without it, the newest.", min=0)
+    ] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[
+        str | None,
+        Option(
+            help="fp32, bf16, fp16 or amp; without it, fp32 on the CPU, else what the run was "
+            "trained in."
+        ),
+    ] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.")] = Path(RUNS),
+    as_json: Annotated[
+        bool, Option("--json", help="Print settings and texts as one JSON document.")
+    ] = False,
+    version: Annotated[
+        bool | None,
+        Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+    ] = None,
+) -> None:
+    """Write text with a trained run: prompt and continuation on stdout.
+
+    The prompt is PROMPT, --prompt, --prompt-file, or else stdin; a terminal asks for prompts.
+    When the model's context is full, the text goes on from its last 3/4.
+
+    Example: lmp-generator --prompt "def main(" --max-tokens 100 --num-samples 3
+    """
+    sys.stdout.reconfigure(errors="replace")  # a model may write what stdout cannot encode
+    asked = _prompt(text, prompt, prompt_file)
+    if asked is None and as_json:
+        raise UserError("--json needs a prompt", hint="such as --prompt TEXT")
+    folder, named_step = _resolve(run, runs)
+    facts = folder.read()
+    note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
+    from lmplay.generate.sampling import Sampler
+    from lmplay.runner import open_trained, resolve_device, resolve_precision
+
+    place = resolve_device(device)
+    wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])
+    settings = Settings(
+        max_tokens=max_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_samples=num_samples,
+        stop=stop or [],
+        device=str(place),
+        precision=resolve_precision(wanted, place),
+    )
+    choose = Sampler(seed, settings.temperature, top_k, top_p)
+    trained = open_trained(
+        folder, named_step if step is None else step, settings.device, settings.precision
+    )
+    note(f"{folder.path}, step {trained.step}, {settings.device}, {settings.precision}")
+    if asked is None:
+        return _talk(trained, settings, choose)
+    if not as_json:
+        _show_all(trained, settings, choose, asked)
+        return None
+    samples = _samples(asked, settings)
+    for _ in _write(trained, settings, choose, samples):
+        pass
+    print_json(
+        {
+            "schema_version": 1,
+            "run": str(folder.path),
+            "step": trained.step,
+            "seed": seed,
+            "settings": asdict(settings),
+            "samples": [asdict(sample) for sample in samples],
+        }
+    )
+    return None
+
+
+def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str | None:
+    """The one prompt that was given; None where a person is to be asked."""
+    given = [value for value in (text, prompt, file) if value is not None]
+    if len(given) > 1:
+        raise UserError(
+            f"{len(given)} prompts were given", hint="give one of PROMPT, --prompt, --prompt-file"
+        )
+    if file is not None:
+        try:
+            return _decoded(file.read_bytes(), str(file))
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+    if given:
+        return given[0]
+    return None if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error.reason}") from None
+
+
+def _resolve(run: str | None, runs: Path):
+    try:
+        return resolve_run(run, runs)
+    except UserError as error:
+        hint = error.hint
+        if run is not None:
+            hint += "; the first argument is a run, a text goes to --prompt"
+        raise UserError(error.problem, hint, error.code) from None
+
+
+def _samples(prompt: str, settings: Settings) -> list["Sample"]:
+    from lmplay.generate.sampling import Sample
+
+    return [Sample(prompt) for _ in range(settings.num_samples)]
+
+
+def _write(
+    trained: "Trained", settings: Settings, choose, samples: list["Sample"], first_row: int = 0
+) -> Iterator[tuple[int, str]]:
+    """Fill the samples, a few rows at a time; notes what it took."""
+    from lmplay.generate.sampling import write
+
+    begin = time.perf_counter()
+    for start in range(0, len(samples), _ROWS):
+        pieces = write(
+            trained.model,
+            trained.tokenizer,
+            samples[start : start + _ROWS],
+            settings.max_tokens,
+            choose,
+            trained.config.max_len,
+            stops=settings.stop,
+            repetition_penalty=settings.repetition_penalty,
+            first_row=first_row + start,
+            note=note if start == 0 else lambda text: None,
+        )
+        with trained.autocast():
+            for row, piece in pieces:
+                yield start + row, piece
+    seconds = time.perf_counter() - begin
+    num_tokens = sum(len(sample.tokens) for sample in samples)
+    note(f"{num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s)")
+
+
+def _show_all(trained, settings: Settings, choose, prompt: str, first_row: int = 0) -> None:
+    """Print each text behind its prompt, the first one while it is written."""
+    samples = _samples(prompt, settings)
+    _print(prompt)
+    try:
+        for row, piece in _write(trained, settings, choose, samples, first_row):
+            if row == 0:
+                _print(piece)
+    finally:
+        _print("\n")
+    for sample in samples[1:]:
+        _print(f"{_SEPARATOR}\n{sample.prompt}{sample.text}\n")
+
+
+def _talk(trained: "Trained", settings: Settings, choose) -> None:
+    """Ask for prompts until Ctrl-D; each has rows of its own, so that asking again answers anew."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its line editing
+    note(_HELP)
+    num_rows = 0
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            note(_HELP)
+            continue
+        if prompt.strip() == "/help":
+            note(_HELP)
+            continue
+        with contextlib.suppress(KeyboardInterrupt):
+            _show_all(trained, settings, choose, prompt, num_rows)
+        num_rows += settings.num_samples
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def run() -> None:
+    """The console script."""
+    run_app(app)

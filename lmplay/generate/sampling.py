@@ -1,0 +1,449 @@
+"""Prompts to text: the model's passes, the choice of each token, and where a row ends."""
+
+import codecs
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lmplay.errors import NUMERIC, UserError
+from lmplay.generate.cache import Cache
+
+# B rows, T positions, K candidates, V vocabulary
+
+_FEW = 1024  # tokens, which mostly hold a top-p; sorting all of a large vocabulary is slow
+
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+class Sampler:
+    """Draws tokens: temperature, then top-k, then top-p.
+
+    Row r of seed s has a generator of its own, so its draws do not depend on the rows beside it.
+    Batches of another size may round the logits differently, so a near tie may still fall the
+    other way.
+
+    Args:
+        seed: with the row's number, fixes every draw.
+        temperature: divides the logits; 0 (or below 1e-6) takes the likeliest token.
+        top_k: draw from this many likeliest tokens; 0 for all.
+        top_p: draw from the smallest set of likeliest tokens that holds this share of the
+            probability (of what top-k left); 1 for all.
+    Raises:
+        UserError: a value is out of range.
+    Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (top-p); Fan et al. 2018,
+        arXiv:1805.04833, section 5.4 (top-k).
+    """
+
+    def __init__(self, seed: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+        if not 0 <= temperature < float("inf"):
+            hint = "0 is greedy, 1 is the model's own spread"
+            raise UserError(f"temperature {temperature} is not a number from 0 up", hint=hint)
+        if top_k < 0:
+            raise UserError(f"top-k {top_k} is below 0", hint="0 draws from all tokens")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top-p {top_p} is not in (0, 1]", hint="1 draws from all tokens")
+        self.seed = seed
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """One token id for each row, shape (B,), int64.
+
+        Args:
+            logits_BV: left unchanged. Dimensions between the first and the last are allowed (B, T,
+                V for instance) and stay.
+            rows: the number of each row, which names its generator.
+        """
+        if self.temperature < 1e-6:
+            return logits_BV.argmax(-1)
+        scores_BV = logits_BV.float()
+        scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / self.temperature
+        weights_BK, ids_BK = self._candidates(scores_BV)
+        mass_BK = weights_BK.cumsum(-1)
+        last_B1 = torch.full_like(mass_BK[..., :1], mass_BK.shape[-1] - 1, dtype=torch.int64)
+        if self.top_p < 1:
+            limit_B1 = torch.full_like(mass_BK[..., :1], self.top_p)
+            last_B1 = torch.searchsorted(mass_BK, limit_B1).minimum(last_B1)
+        aim_B1 = self._noise(logits_BV, rows) * mass_BK.gather(-1, last_B1)
+        index_B1 = torch.searchsorted(mass_BK, aim_B1, right=True).minimum(last_B1)
+        tokens_B1 = index_B1 if ids_BK is None else ids_BK.gather(-1, index_B1)
+        return tokens_B1.squeeze(-1)
+
+    def _candidates(self, scores_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights of the tokens that may be drawn, and their ids; None where these are all."""
+        V = scores_BV.shape[-1]
+        if self.top_k:
+            scores_BK, ids_BK = scores_BV.topk(min(self.top_k, V))
+            return scores_BK.softmax(-1), ids_BK
+        if self.top_p == 1:
+            return scores_BV.softmax(-1), None
+        all_B1 = scores_BV.logsumexp(-1, keepdim=True)
+        scores_BK, ids_BK = scores_BV.topk(min(_FEW, V))
+        weights_BK = (scores_BK - all_B1).exp()
+        if (weights_BK.sum(-1) < self.top_p).any():
+            scores_BK, ids_BK = scores_BV.sort(descending=True)
+            weights_BK = (scores_BK - all_B1).exp()
+        return weights_BK, ids_BK
+
+    def _noise(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        shape = (*logits_BV.shape[1:-1], 1)
+        noise = [torch.rand(shape, generator=self._generator(row)) for row in rows]
+        return torch.stack(noise).to(logits_BV.device)
+
+    def _generator(self, row: int) -> torch.Generator:
+        if row not in self._generators:
+            digest = hashlib.sha256(f"{self.seed} {row}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "little")  # torch's CPU generator uses 32 bits
+            self._generators[row] = torch.Generator().manual_seed(seed)
+        return self._generators[row]
+
+
+GREEDY = Sampler(seed=0, temperature=0)
+
+
+def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits with the tokens of the text so far made less likely, or more where penalty < 1.
+
+    Args:
+        seen_BV: bool, the tokens to penalise.
+        penalty: above 0; a positive logit is divided by it, a negative one multiplied.
+    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1; multiplying the negative ones is how
+        it is done since, or they would become likelier.
+    """
+    scaled_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, scaled_BV, logits_BV)
+
+
+@torch.no_grad()
+def uses_cache(model: nn.Module) -> bool:
+    """Whether generation runs on one position a step, found by a pass over one token.
+
+    False where the forward has no cache parameter or keeps nothing in it: then each step runs on
+    the whole text again. The model must be on a real device; a tiny one will do.
+    """
+    if not _takes_cache(model):
+        return False
+    cache = Cache()
+    tokens_BT = torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model))
+    model(tokens_BT, cache=cache)
+    return cache.used
+
+
+def kept_length(max_len: int) -> int:
+    """How much of the text is read again when a context of `max_len` tokens is full: 3/4 of it.
+
+    Learned positions cannot slide, so a new context begins with the last part of the text. With a
+    quarter of it free again, a token costs three more positions on average.
+    """
+    return max(1, max_len * 3 // 4)
+
+
+@torch.no_grad()  # in inference_mode, autocast would cast every weight anew at each step
+def generate(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    num_tokens: int,
+    choose: Choose,
+    max_len: int,
+    end: int | None = None,
+    *,
+    is_last: Callable[[int, int], bool] = lambda row, token: False,
+    repetition_penalty: float = 1.0,
+    first_row: int = 0,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[int | None]]:
+    """Write up to `num_tokens` behind each prompt.
+
+    Autocast is the caller's: entered once around the whole loop, it casts each weight once. Rows
+    are never padded: one pass over the length of the shortest prompt, then steps in which a row
+    with prompt left takes its own next token. A model that keeps nothing in the cache runs on the
+    whole text at each step. One with a method `generate(tokens_BT, num_tokens, choose)` is asked
+    for `num_tokens` new tokens of each row instead; that `choose` takes logits alone, rows first.
+
+    Args:
+        model: an experiment's; in eval mode while this runs.
+        prompt_ids: a row each, of any length from 1; what the context cannot hold is not read.
+        num_tokens: new tokens of each row, at most.
+        choose: logits_BV and the numbers of their rows to a token each; a Sampler.
+        max_len: positions that the model can read. Past it, it goes on from the last
+            `kept_length(max_len)` tokens.
+        end: the end marker; a row ends with it.
+        is_last: asked about each new (row, token); a row ends where it says so.
+        repetition_penalty: see `penalise`; over the row's prompt and answer but for the end marker.
+        first_row: the number of the first row, where several calls make one set of samples.
+        note: gets one sentence when the context is full for the first time, and the like.
+    Yields:
+        At each step, each row's new token (its end marker too), None where it has none.
+    Raises:
+        UserError: the first logits are not finite, or a value is out of range.
+    """
+    if not repetition_penalty > 0:
+        raise UserError(f"repetition penalty {repetition_penalty} is not above 0", hint="1 is none")
+    if max(map(len, prompt_ids)) > max_len:
+        note(f"the context holds {max_len} tokens: of the prompt, only the last are read")
+    rows = _Rows(prompt_ids, num_tokens, max_len, end, is_last, first_row)
+    was_training = model.training
+    model.eval()
+    try:
+        if hasattr(model, "generate"):
+            yield from _by_the_model(model, rows, choose)
+        else:
+            yield from _by_steps(model, rows, choose, repetition_penalty, note)
+    finally:
+        model.train(was_training)
+
+
+def greedy_text(
+    model: nn.Module, prompt_ids: Sequence[int], num_tokens: int, max_len: int
+) -> list[int]:
+    """The `num_tokens` likeliest tokens behind one prompt, each given those before it."""
+    steps = generate(model, [prompt_ids], num_tokens, GREEDY, max_len)
+    return [token for (token,) in steps]
+
+
+class _Rows:
+    """The texts, and which of them are still being written."""
+
+    def __init__(self, prompt_ids, num_tokens: int, max_len: int, end, is_last, first: int):
+        self.texts = [list(prompt[-max_len:]) for prompt in prompt_ids]
+        self.num_left = [num_tokens] * len(self.texts)
+        self.max_len = max_len
+        self.end = end
+        self.is_last = is_last
+        self.first = first
+
+    def writing(self) -> list[int]:
+        return [row for row, left in enumerate(self.num_left) if left]
+
+    def numbers(self, rows: list[int]) -> list[int]:
+        return [self.first + row for row in rows]
+
+    def add(self, rows: list[int], tokens: list[int]) -> list[int | None]:
+        """Add a token to each of some rows; what `generate` yields for it."""
+        new: list[int | None] = [None] * len(self.texts)
+        for row, token in zip(rows, tokens, strict=True):
+            self.texts[row].append(token)
+            if self.num_left[row]:
+                ends = self.is_last(row, token) or token == self.end
+                self.num_left[row] = 0 if ends else self.num_left[row] - 1
+                new[row] = token
+        return new
+
+
+def _by_steps(model, rows: _Rows, choose: Choose, penalty: float, note):
+    reader = _Reader(model, rows, note)
+    seen_BV = None
+    T = min(map(len, rows.texts))
+    while writing := rows.writing():
+        logits_BV = reader.logits(T)
+        if penalty != 1:
+            if seen_BV is None:
+                seen_BV = _seen(rows, logits_BV)
+            logits_BV = penalise(logits_BV, seen_BV, penalty)
+        choosing = [row for row in writing if len(rows.texts[row]) == T]
+        if choosing:
+            if len(choosing) < len(logits_BV):
+                logits_BV = logits_BV[choosing]
+            tokens_B = choose(logits_BV, rows.numbers(choosing))
+            if seen_BV is not None:
+                seen_BV[choosing, tokens_B] = True
+            yield rows.add(choosing, tokens_B.tolist())
+        T += 1
+        for text in rows.texts:
+            if len(text) < T:  # it has ended; it is carried along and its logits are not read
+                text.append(text[-1])
+
+
+def _by_the_model(model, rows: _Rows, choose: Choose):
+    """Rows of one length are written together, as many tokens at a time as the context holds."""
+    while writing := rows.writing():
+        length = min(len(rows.texts[row]) for row in writing)
+        group = [row for row in writing if len(rows.texts[row]) == length]
+        size = length if length < rows.max_len else kept_length(rows.max_len)
+        num_tokens = min(rows.num_left[row] for row in group)
+        num_tokens = min(num_tokens, max(1, rows.max_len - size))
+        contexts = [rows.texts[row][-size:] for row in group]
+        tokens_BT = torch.tensor(contexts, device=_device_of(model))
+        numbers = rows.numbers(group)
+        new_BT = model.generate(
+            tokens_BT, num_tokens, lambda x, numbers=numbers: choose(x, numbers)
+        )
+        if new_BT.shape != (len(group), num_tokens):
+            wanted = (len(group), num_tokens)
+            raise UserError(f"Model.generate gave {tuple(new_BT.shape)}, not {wanted} new tokens")
+        for tokens_B in new_BT.T.tolist():
+            yield rows.add(group, tokens_B)
+
+
+class _Reader:
+    """Gives the logits behind the texts, and reads only what it has not read, if the model can."""
+
+    def __init__(self, model: nn.Module, rows: _Rows, note: Callable[[str], None]):
+        self.model = model
+        self.texts = rows.texts
+        self.max_len = rows.max_len
+        self.note = note
+        self.device = _device_of(model)
+        self.start = 0  # where the context begins in the texts
+        longest = max(map(len, rows.texts)) + max(rows.num_left)
+        self.capacity = min(rows.max_len, longest)
+        self.cache = Cache(self.capacity) if _takes_cache(model) else None
+
+    def logits(self, T: int) -> Tensor:
+        """The logits of the token behind the first T of each text, shape (B, V)."""
+        if T - self.start > self.max_len:
+            self._slide(T)
+        first = self.start + (0 if self.cache is None else self.cache.length)
+        tokens_BT = torch.tensor([text[first:T] for text in self.texts], device=self.device)
+        logits_BV = _last_logits(self.model, tokens_BT, self.cache)
+        if first == self.start and not torch.isfinite(logits_BV.amax(-1)).all():
+            hint = "take an earlier checkpoint with --step"
+            raise UserError("the model's numbers are not finite", hint=hint, code=NUMERIC)
+        if self.cache is not None:
+            self.cache.advance(T - first)
+            if not self.cache.used:
+                self.cache = None
+        return logits_BV
+
+    def _slide(self, T: int) -> None:
+        num_kept = kept_length(self.max_len)
+        if self.start == 0:
+            self.note(
+                f"the context of {self.max_len} tokens is full: the text goes on from its last "
+                f"{num_kept}, each time it is"
+            )
+        self.start = T - num_kept
+        if self.cache is not None:
+            self.cache = Cache(self.capacity)
+
+
+def _last_logits(model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
+    options = {} if cache is None else {"cache": cache}
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        x_BTC = model.hidden(tokens_BT, **options)
+        logits_BTV = model.head(x_BTC[:, -1:])
+    else:
+        logits_BTV = model(tokens_BT, **options)
+    return logits_BTV[:, -1]
+
+
+def _seen(rows: _Rows, logits_BV: Tensor) -> Tensor:
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, text in enumerate(rows.texts):
+        seen_BV[row, text] = True
+    if rows.end is not None:
+        seen_BV[:, rows.end] = False
+    return seen_BV
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    method = model.hidden if hasattr(model, "hidden") else model.forward
+    return "cache" in inspect.signature(method).parameters
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@dataclass
+class Sample:
+    """One row: what it was asked, and what it has written so far."""
+
+    prompt: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)  # of the answer, the end marker left out
+    stop_reason: str | None = None  # "end" marker, "stop" string (not in text), "length"
+
+
+def write(
+    model: nn.Module,
+    tokenizer,
+    samples: Sequence[Sample],
+    num_tokens: int,
+    choose: Choose,
+    max_len: int,
+    *,
+    stops: Sequence[str] = (),
+    **options,
+) -> Iterator[tuple[int, str]]:
+    """Let the model go on from each sample's prompt, as a document that begins with it.
+
+    The model reads the end marker, behind which every document begins, and then the prompt.
+
+    Args:
+        tokenizer: an lmplay.tokens.Tokenizer.
+        samples: filled while this runs.
+        stops: a row ends where its text comes to hold one of these; it is left out of the text.
+        options: as of `generate`, and so are the others.
+    Yields:
+        A row's index and its next piece of text, as soon as it is certain: whole characters, and
+        nothing that may yet turn out to begin a stop string.
+    """
+    writers = [_Writer(sample, tokenizer, num_tokens, stops) for sample in samples]
+    prompt_ids = [[tokenizer.end, *tokenizer.encode(sample.prompt)] for sample in samples]
+    steps = generate(
+        model,
+        prompt_ids,
+        num_tokens,
+        choose,
+        max_len,
+        tokenizer.end,
+        is_last=lambda row, token: writers[row].add(token),
+        **options,
+    )
+    for new in steps:
+        for row, token in enumerate(new):
+            if token is not None and writers[row].piece:
+                yield row, writers[row].piece
+
+
+class _Writer:
+    """Turns the tokens of one row into text, and finds where it stops."""
+
+    def __init__(self, sample: Sample, tokenizer, num_tokens: int, stops: Sequence[str]):
+        if "" in stops:
+            raise UserError("a stop string is empty", hint="leave --stop out to stop at none")
+        self.sample = sample
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.stops = stops
+        self.piece = ""  # what the last token made certain
+        self.held = ""  # what may yet begin a stop string
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> bool:
+        """Take a token into the sample; True where the row ends with it."""
+        sample = self.sample
+        if token == self.tokenizer.end:
+            sample.stop_reason = "end"
+            data = b""
+        else:
+            sample.tokens.append(token)
+            data = self.tokenizer.token_bytes(token)
+            if len(sample.tokens) == self.num_tokens:
+                sample.stop_reason = "length"
+        text = self.held + self.decoder.decode(data, final=sample.stop_reason is not None)
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            sample.stop_reason = "stop"
+        size = min(found, default=len(text))
+        if sample.stop_reason is None:
+            size -= _overlap(text, self.stops)
+        self.piece, self.held = text[:size], text[size:]
+        sample.text += self.piece
+        return sample.stop_reason is not None
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """The length of the longest end of `text` with which a stop string may begin."""
+    longest = max(map(len, stops), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return size
+    return 0

@@ -1,0 +1,446 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis.strategies import binary, floats, integers, lists, sampled_from, text
+from torch import nn
+
+from lmplay.errors import NUMERIC, UserError
+from lmplay.generate.sampling import (
+    GREEDY,
+    Sample,
+    Sampler,
+    generate,
+    greedy_text,
+    kept_length,
+    penalise,
+    uses_cache,
+    write,
+)
+
+EXPERIMENTS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "experiments").glob("*.py")
+    if not path.name.startswith("_")
+)
+EVERY_EXPERIMENT = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+INF = float("inf")
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    end = 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def token_bytes(self, token):
+        return bytes([token])
+
+
+class Counter(nn.Module):
+    """Says that each token is followed by the next number; `calls` are the lengths it was given."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(vocab_size).roll(1, dims=1))
+        self.calls = []
+
+    def forward(self, tokens_BT):
+        self.calls.append(tokens_BT.shape[1])
+        return self.table[tokens_BT]
+
+
+class Scripted(nn.Module):
+    """Says `script` after a prompt of `prompt_len` tokens, whatever the prompt is."""
+
+    def __init__(self, script, prompt_len, vocab_size=257):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.script, self.prompt_len, self.vocab_size = script, prompt_len, vocab_size
+
+    def forward(self, tokens_BT):
+        token = self.script[tokens_BT.shape[1] - self.prompt_len]
+        logits_BTV = torch.zeros(*tokens_BT.shape, self.vocab_size)
+        logits_BTV[..., token] = 1
+        return logits_BTV
+
+
+def tiny(path, **values):
+    """The experiment's model at its TINY size, with noise on all parameters: none stays zero."""
+    name = f"sampling_test_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    model = module.Model(module.Config(**{**module.TINY, **values}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def random_prompt(length, seed, vocab_size=61):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def by_full_forward(model, prompt, num_tokens, max_len):
+    """Greedy text and its logits by the plainest code: the whole context at each step."""
+    context, new, logits = prompt[-max_len:], [], []
+    for _ in range(num_tokens):
+        if len(context) > max_len:
+            context = context[-kept_length(max_len) :]
+        logits.append(model(torch.tensor([context]))[0, -1])
+        new.append(logits[-1].argmax().item())
+        context = [*context, new[-1]]
+    return new, torch.stack(logits)
+
+
+def texts(*args, **kwargs):
+    steps = list(generate(*args, **kwargs))
+    return [[s[row] for s in steps if s[row] is not None] for row in range(len(args[1]))]
+
+
+@EVERY_EXPERIMENT
+@pytest.mark.parametrize("lengths", [[1], [5], [16], [7, 7, 7], [1, 4, 16], [40, 3, 16]], ids=str)
+def test_greedy_text_with_the_cache_is_that_of_the_full_forward(path, lengths):
+    model = tiny(path)
+    if hasattr(model, "generate"):
+        pytest.skip("it writes by itself")
+    max_len = model.config.max_len
+    prompts = [random_prompt(length, seed) for seed, length in enumerate(lengths)]
+    logits = [[] for _ in prompts]
+
+    def choose(logits_BV, rows):
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            logits[row].append(logits_V)
+        return GREEDY(logits_BV, rows)
+
+    written = texts(model, prompts, 40, choose, max_len)
+
+    for row, prompt in enumerate(prompts):
+        expected, expected_TV = by_full_forward(model, prompt, 40, max_len)
+        assert written[row] == expected
+        torch.testing.assert_close(torch.stack(logits[row]), expected_TV, atol=1e-4, rtol=1e-4)
+        assert expected_TV.std(dim=0).max() > 0.1  # else the comparison says nothing
+
+
+def test_the_baseline_reads_each_position_once():
+    path = next(p for p in EXPERIMENTS if p.stem == "gpt2ish")
+    model, read = tiny(path), []
+    model.token_table.register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
+
+    texts(model, [random_prompt(5, 0)], 8, GREEDY, 16)
+
+    assert read == [5, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_only_the_last_position_goes_through_the_head():
+    model, seen = tiny(next(p for p in EXPERIMENTS if p.stem == "gpt2ish")), []
+    model.head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+
+    texts(model, [random_prompt(9, 0)], 3, GREEDY, 16)
+
+    assert seen == [1, 1, 1]
+
+
+def test_a_model_without_a_cache_runs_on_the_whole_text():
+    model = Counter(10)
+
+    assert texts(model, [[3, 4], [7]], 5, GREEDY, 8) == [[5, 6, 7, 8, 9], [8, 9, 0, 1, 2]]
+    assert model.calls == [1, 2, 3, 4, 5, 6]
+    assert not uses_cache(model)
+
+
+class IgnoresItsCache(Counter):
+    def forward(self, tokens_BT, cache=None):
+        return super().forward(tokens_BT)
+
+
+def test_a_model_that_keeps_nothing_in_the_cache_runs_on_the_whole_text():
+    model = IgnoresItsCache(10)
+
+    assert texts(model, [[3, 4]], 3, GREEDY, 8) == [[5, 6, 7]]
+    assert model.calls == [2, 3, 4]
+    assert not uses_cache(model)
+
+
+@EVERY_EXPERIMENT
+def test_every_experiment_so_far_uses_the_cache(path):
+    assert uses_cache(tiny(path))
+
+
+def test_a_full_context_is_told_once():
+    notes = []
+
+    texts(Counter(10), [[0]], 40, GREEDY, 8, note=notes.append)
+
+    assert notes == [
+        "the context of 8 tokens is full: the text goes on from its last 6, each time it is"
+    ]
+
+
+def test_a_context_of_one_token_is_enough():
+    assert texts(Counter(10), [[1, 2], [5]], 3, GREEDY, 1) == [[3, 4, 5], [6, 7, 8]]
+
+
+def test_a_row_ends_with_the_end_marker_and_others_go_on():
+    assert texts(Counter(10), [[1], [6]], 5, GREEDY, 16, end=9) == [[2, 3, 4, 5, 6], [7, 8, 9]]
+
+
+def test_no_pass_is_made_once_every_row_has_ended():
+    model = Counter(10)
+    texts(model, [[7], [8]], 100, GREEDY, 200, end=9)
+
+    assert model.calls == [1, 2]
+
+
+def test_a_row_ends_where_the_caller_says_so():
+    written = texts(Counter(10), [[1], [2]], 9, GREEDY, 16, is_last=lambda r, t: (r, t) == (0, 4))
+
+    assert written == [[2, 3, 4], [3, 4, 5, 6, 7, 8, 9, 0, 1]]
+
+
+def test_generating_leaves_the_mode_as_it_was():
+    model = Counter(10).train()
+    greedy_text(model, [1], 2, 8)
+
+    assert model.training
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = Counter(10)
+    model.table.data[3, 3] = float("nan")
+
+    with pytest.raises(UserError, match="not finite") as caught:
+        greedy_text(model, [3], 2, 8)
+    assert caught.value.code == NUMERIC
+
+
+class WritesByItself(nn.Module):
+    """Counts on, drawing each block at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def generate(self, tokens_BT, num_tokens, choose):
+        self.calls.append((*tokens_BT.shape, num_tokens))
+        wanted_BT = tokens_BT[:, -1:] + torch.arange(1, num_tokens + 1)
+        return choose(nn.functional.one_hot(wanted_BT % 100, 100) * 50.0)
+
+
+def test_a_model_may_write_by_itself():
+    model = WritesByItself()
+    prompts = [[1], [2, 3], [30], [40]]
+
+    written = texts(model, prompts, 10, Sampler(seed=0), 8, end=35)
+
+    counted = [[last + i for i in range(1, 11)] for last in (1, 3)]
+    assert written == [*counted, [31, 32, 33, 34, 35], [*range(41, 51)]]
+    assert max(length + num for _, length, num in model.calls) <= 8
+
+
+@EVERY_EXPERIMENT
+def test_a_row_depends_on_its_number_and_not_on_its_neighbours(path):
+    model = tiny(path)
+    prompts = [random_prompt(length, length) for length in (3, 9, 1, 20)]
+
+    together = texts(model, prompts, 20, Sampler(seed=5), 16)
+    alone = [
+        texts(model, [prompt], 20, Sampler(seed=5), 16, first_row=row)[0]
+        for row, prompt in enumerate(prompts)
+    ]
+
+    assert together == alone
+
+
+def test_seeds_and_rows_have_texts_of_their_own():
+    model, prompts = tiny(EXPERIMENTS[0]), [[1]] * 3
+    written = [tuple(t) for seed in (0, 1) for t in texts(model, prompts, 12, Sampler(seed), 16)]
+
+    assert len(set(written)) == 6
+
+
+def draws(sampler, logits, num_draws=20_000):
+    """How often each token is drawn."""
+    logits_1TV = torch.tensor(logits).expand(1, num_draws, -1)
+    return torch.bincount(sampler(logits_1TV, [0]).flatten(), minlength=len(logits)) / num_draws
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
+    logits = [1.0, -2.0, 0.5, 3.0, -INF, 2.0]
+    expected_V = (torch.tensor(logits) / temperature).softmax(-1)
+
+    drawn_V = draws(Sampler(0, temperature), logits)
+
+    torch.testing.assert_close(drawn_V, expected_V, atol=0.015, rtol=0)
+    assert drawn_V[4] == 0
+
+
+some_logits = lists(floats(-8, 8, width=32), min_size=1, max_size=40, unique=True)
+
+
+@given(logits=some_logits, top_p=floats(0.01, 1), seed=integers(0, 99))
+def test_top_p_draws_from_the_smallest_set_that_holds_the_mass(logits, top_p, seed):
+    drawn = draws(Sampler(seed, top_p=top_p), logits, 200).nonzero().flatten().tolist()
+
+    p_V = torch.tensor(logits).double().softmax(-1)
+    for token in drawn:
+        assert p_V[p_V > p_V[token] + 1e-6].sum() < top_p + 1e-6
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.001, 0.01], ids=str)
+def test_top_p_holds_in_a_large_vocabulary(slope):
+    logits = [-slope * token for token in range(5000)]
+    drawn = draws(Sampler(0, top_p=0.8), logits, 500).nonzero().flatten()
+    mass_V = torch.tensor(logits).double().softmax(-1).cumsum(-1)
+
+    assert drawn.numel() > 100
+    if slope:  # else every set of 4000 tokens will do
+        assert 0.75 < mass_V[drawn[-1]] < 0.801
+
+
+def test_top_p_keeps_the_shares_of_what_it_keeps():
+    drawn_V = draws(Sampler(0, top_p=0.75), [0.5, 0.3, 0.15, 0.05])
+    expected_V = torch.tensor([0.5, 0.3, 0.15]).softmax(-1)  # 0.31, 0.26, 0.22, of 0.2 for the last
+
+    torch.testing.assert_close(drawn_V[:3], expected_V, atol=0.015, rtol=0)
+    assert drawn_V[3] == 0
+
+
+@given(logits=some_logits, top_k=integers(1, 50), seed=integers(0, 99))
+def test_top_k_draws_from_the_likeliest(logits, top_k, seed):
+    drawn = draws(Sampler(seed, top_k=top_k), logits, 200).nonzero().flatten().tolist()
+
+    best = sorted(logits, reverse=True)[:top_k]
+    assert {logits[token] for token in drawn} <= set(best)
+
+
+def test_top_p_counts_the_mass_that_top_k_left():
+    drawn_V = draws(Sampler(0, top_k=2, top_p=0.5), [2.0, 1.9, 1.8, 1.7])
+
+    assert drawn_V.tolist() == [1, 0, 0, 0]
+
+
+@given(logits=some_logits, choice=sampled_from([{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}]))
+def test_zero_temperature_one_candidate_or_no_mass_is_greedy(logits, choice):
+    best = max(range(len(logits)), key=logits.__getitem__)
+
+    assert Sampler(0, **choice)(torch.tensor([logits]), [0]).tolist() == [best]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": INF},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_p": float("nan")},
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused(bad):
+    with pytest.raises(UserError):
+        Sampler(0, **bad)
+
+
+def test_a_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
+    logits_BV = torch.tensor([[2.0, 2.0, -2.0, -2.0]])
+    seen_BV = torch.tensor([[True, False, True, False]])
+
+    assert penalise(logits_BV, seen_BV, 2.0).tolist() == [[1.0, 2.0, -4.0, -2.0]]
+
+
+def test_the_penalty_covers_the_prompt_and_the_answer_but_not_the_end_marker():
+    table = torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.5]])
+
+    class Constant(Counter):
+        def forward(self, tokens_BT):
+            return table.expand(*tokens_BT.shape, -1)
+
+    penalised = texts(Constant(5), [[4, 0], [4]], 4, GREEDY, 9, end=4, repetition_penalty=3.0)
+
+    assert penalised == [[1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+def run_script(data, stops=(), prompt="", **options):
+    script = [*data, *[Bytes.end] * 3]
+    model = Scripted(script, prompt_len=1 + len(prompt.encode()))
+    sample = Sample(prompt)
+    num_tokens = options.pop("num_tokens", len(script))
+    pieces = [piece for _, piece in write(
+        model, Bytes(), [sample], num_tokens, GREEDY, 10**6, stops=stops, **options
+    )]  # fmt: skip
+    return sample, pieces
+
+
+@given(data=binary(max_size=30))
+def test_streamed_pieces_join_to_the_decoded_text(data):
+    sample, pieces = run_script(data)
+
+    assert "".join(pieces) == sample.text == data.decode(errors="replace")
+    assert sample.tokens == list(data)
+    assert sample.stop_reason == "end"
+
+
+def test_a_character_is_shown_when_its_last_byte_is_there():
+    _, pieces = run_script("aé€😀".encode())
+
+    assert pieces == ["a", "é", "€", "😀"]
+
+
+short_text = text(alphabet="ab\n€", max_size=20)
+
+
+@given(said=short_text, stops=lists(text(alphabet="ab\n€", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_first_stop_string(said, stops):
+    sample, pieces = run_script(said.encode(), stops)
+
+    assert "".join(pieces) == sample.text
+    assert said.startswith(sample.text)
+    assert not any(stop in sample.text for stop in stops)
+    if sample.stop_reason == "stop":
+        assert any(said[len(sample.text) :].startswith(stop) for stop in stops)
+    else:
+        assert (sample.stop_reason, sample.text) == ("end", said)
+
+
+def test_what_only_began_like_a_stop_string_is_not_lost():
+    sample, pieces = run_script(b"xabxabc", stops=["abd"], num_tokens=6)
+
+    assert sample.text == "xabxab"
+    assert pieces == ["x", "abx", "ab"]
+    assert sample.stop_reason == "length"
+
+
+def test_a_cut_character_is_marked_at_the_end():
+    sample, _ = run_script("a€".encode(), num_tokens=3)
+
+    assert sample.text == "a\ufffd"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        run_script(b"a", stops=[""])
+
+
+def test_the_model_reads_the_end_marker_and_then_the_prompt():
+    model = Counter(257)
+    sample = Sample("abc")
+    list(write(model, Bytes(), [sample], 2, GREEDY, 99))
+
+    assert model.calls == [4, 5]
+    assert sample.text == "de"
