@@ -8,7 +8,7 @@ from lmplay.stats.cli import main as plot
 from lmplay.train.cli import main as train
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, context_settings=_HELP)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=_HELP)
 for _name, _command in {"train": train, "generate": generate, "plot": plot}.items():
     app.command(_name, context_settings=_HELP)(_command)
 

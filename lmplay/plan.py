@@ -196,7 +196,8 @@ def read_plan(
             are merged, all else is replaced. Datasets that its stages name and it does not define
             come from `_datasets.json` beside it, else in the `plans` folder of a root.
         changes: dotted path to value, such as {"optimizer.lr": 1e-3}, applied last.
-        data: paths that take the place of the plan's datasets, all in one stage.
+        data: paths that take the place of the plan's datasets, all in one stage; the plan's name
+            then ends in theirs, such as quick+novels.
     Raises:
         UserError: no such plan or file (with the nearest name), text that is not JSON, or a value
             that breaks a rule (with its key's path).
@@ -212,7 +213,8 @@ def read_plan(
         raw["stages"] = [{"datasets": ["data"]}]
     for key, value in changes.items():
         _set(raw, key, value)
-    raw["name"] = path.stem if looks_like_path(name, ".json") else name
+    stem = path.stem if looks_like_path(name, ".json") else name
+    raw["name"] = "+".join([stem, *(Path(text).name.partition(".")[0] for text in data or [])])
     _add_shared_datasets(raw, path, folders)
     try:
         return Plan.model_validate(raw)

@@ -16,7 +16,9 @@ from lmplay.console import note, out, print_json, run_app, show_version, table
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
 
-app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def _experiment_names() -> list[str]:

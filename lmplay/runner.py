@@ -1,0 +1,252 @@
+"""Opens a run for training and for generating alike: device, precision, model, accelerate."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from lmplay.checkpoint import read_checkpoint
+from lmplay.errors import BAD_CHECKPOINT, UserError
+from lmplay.experiment import Experiment, load_source
+from lmplay.objective import Objective
+from lmplay.plan import Plan
+from lmplay.run_folder import RunFolder
+from lmplay.tokens import Tokenizer, open_tokenizer
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("lmplay", "torch", "accelerate", "datasets", "tokenizers", "tiktoken", "numpy")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
+
+    Raises:
+        UserError: no such word, or the machine has no such device.
+    """
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: no such device", "auto, cpu, cuda, cuda:N and mps exist")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here",
+            hint="--device auto takes what is there",
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is none here", "--device auto takes what is there")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16: what `amp` means on this device; anything else is checked.
+
+    Raises:
+        UserError: no such word, or fp16 on the CPU.
+    """
+    if name == "amp":
+        no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
+        return "fp16" if no_bf16 else "bf16"
+    if name not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {name}: no such precision", "fp32, bf16, fp16 and amp exist")
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU", hint="bf16 works on the CPU")
+    return name
+
+
+def stream_seed(seed: int, purpose: str) -> int:
+    """The seed of one stream of randomness (weights, dropout), apart from the others."""
+    digest = hashlib.blake2b(f"lmplay/{seed}/{purpose}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest)
+
+
+def make_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """accelerate for placement, process group and autocast; accumulation and loss stay ours.
+
+    Raises:
+        UserError: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set, which would scale gradients.
+    """
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} would scale gradients twice",
+            hint="unset it; --mini-batch-size sets the rows that go through the model at once",
+        )
+    if device.index is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    AcceleratorState._reset_state()  # else a second run of this process keeps the first's precision
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
+    )
+
+
+@dataclass
+class Run:
+    """An opened run: all that a step needs, and how far it has come."""
+
+    folder: RunFolder
+    plan: Plan
+    experiment: Experiment
+    seed: int
+    config: object
+    model: nn.Module
+    objective: nn.Module  # the model and its loss, as accelerate gave it back
+    accelerator: Accelerator
+    mini_batch_size: int  # rows that go through the model at once
+    may_shrink: bool = False  # halve mini_batch_size where the device's memory does not suffice
+    step: int = 0  # updates done
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # spent training, not validating
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.accelerator.device
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share a step."""
+        return self.accelerator.num_processes
+
+    def shrink(self) -> bool:
+        """Halve the micro-batch, where that is ours to choose and can be done."""
+        if not self.may_shrink or self.mini_batch_size == 1 or self.world_size > 1:
+            return False
+        self.mini_batch_size //= 2
+        return True
+
+
+def open_run(
+    folder: RunFolder,
+    plan: Plan,
+    experiment: Experiment,
+    seed: int,
+    config,
+    accelerator: Accelerator,
+    mini_batch_size: int,
+    compiled: bool = False,
+) -> Run:
+    """Build the model from its seed and wrap it once, so that every pass goes through accelerate.
+
+    Args:
+        compiled: compile the wrapper in place (names in the state stay). On the CPU this turns
+            deterministic algorithms on: without them two equal compiled runs differ.
+    """
+    model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
+    torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
+    objective = accelerator.prepare_model(Objective(model))
+    if compiled:
+        torch.use_deterministic_algorithms(accelerator.device.type == "cpu")
+        objective.compile()
+    return Run(
+        folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size
+    )
+
+
+@dataclass
+class Trained:
+    """A trained model, ready to generate."""
+
+    model: nn.Module  # in eval mode
+    tokenizer: Tokenizer
+    config: object
+    device: torch.device
+    run_json: dict
+    step: int
+    autocast: Callable[[], AbstractContextManager]
+
+
+def open_trained(folder: RunFolder, step: int | None, device: str, precision: str) -> Trained:
+    """The model of a run at one of its checkpoints, from the run's own copies.
+
+    Args:
+        step: which checkpoint; None is the newest.
+        device: as `resolve_device` takes it.
+        precision: as `resolve_precision` takes it; weights stay fp32 under autocast.
+    Raises:
+        UserError: no such checkpoint, or its weights do not fit the run's own source.
+    """
+    facts = folder.read()
+    where = resolve_device(device)
+    low = _AUTOCAST.get(resolve_precision(precision, where))
+    path = Path(f"{facts['file']}.py")
+    experiment = load_source(folder.experiment_py.read_text(encoding="utf-8"), path, {})
+    config = experiment.config(**facts["config"])
+    model = experiment.model(config)
+    checkpoint = read_checkpoint(folder, step, weights_only=True)
+    load_weights(model, checkpoint.model, f"{folder.path} at step {checkpoint.step}")
+    file = folder.tokenizer_json if folder.tokenizer_json.is_file() else None
+    tokenizer = open_tokenizer(facts["plan"]["tokenizer"], file=file)
+    autocast = partial(torch.autocast, where.type, low) if low else nullcontext
+    return Trained(
+        model.to(where).eval(), tokenizer, config, where, facts, checkpoint.step, autocast
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copy a state dict into a model; every name must match.
+
+    Raises:
+        UserError: names or shapes differ; the first few are listed.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise UserError(
+            f"{source} does not fit the experiment: {' '.join(problems)}", code=BAD_CHECKPOINT
+        ) from None
+
+
+def machine_facts(device: torch.device) -> dict[str, object]:
+    """What run.json says of the machine, the versions and the commit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, with a + where files differ; None outside git."""
+    git = ["git", "-C", str(Path.cwd())]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

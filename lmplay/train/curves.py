@@ -1,0 +1,126 @@
+"""The rows of train.csv: sums stay on the device until it is time to look at them."""
+
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from lmplay.errors import NUMERIC, UserError
+from lmplay.objective import Sums
+from lmplay.runner import Run
+from lmplay.stats.record import Record
+
+CADENCE = 10  # steps between two looks at the device; on the CPU every step is looked at
+
+
+class NotFinite(UserError):
+    """The loss or the gradient of a step was NaN or infinite; no weight was changed by it."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(
+            f"the {what} of step {step} is not finite; no weight has changed since step {step - 1}",
+            hint="a lower learning rate or fp32 may help: --set optimizer.lr=..., --precision fp32",
+            code=NUMERIC,
+        )
+        self.step = step
+
+
+class Curves:
+    """Collects what each step measured and writes it, one look at the device for many steps."""
+
+    def __init__(self, run: Run, record: Record | None):
+        self.run = run
+        self.record = record  # None on every process but the first
+        self.cadence = 1 if run.device.type == "cpu" else CADENCE
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of the step under way
+        self._steps: list[dict] = []  # done, not yet looked at
+        self._mark = time.perf_counter()
+
+    def add(self, scored: Sums) -> None:
+        """Take the sums of one micro-batch."""
+        missing = torch.full_like(scored.objective, float("nan"))
+        loss = missing if scored.loss is None else scored.loss
+        hits = missing if scored.hits is None else scored.hits
+        self._parts.append((scored.objective.detach(), loss, hits))
+
+    @property
+    def objective(self) -> Tensor:
+        """This process's sum of the objective over the step under way."""
+        return torch.stack([objective for objective, _, _ in self._parts]).sum()
+
+    def close_step(self, num_targets: int, lr: float, norm: Tensor) -> None:
+        """The step is done: count it, keep its numbers on the device."""
+        self.run.step += 1
+        self.run.tokens += num_targets
+        sums = torch.stack([value.float() for part in self._parts for value in part])
+        row = {"step": self.run.step, "tokens": self.run.tokens, "learning_rate": lr}
+        self._steps.append({"row": row, "targets": num_targets, "norm": norm, "sums": sums})
+        self._parts = []
+
+    def drop_step(self) -> None:
+        """Forget the step under way; it will be taken again."""
+        self._parts = []
+
+    def look(self, now: bool = False) -> list[dict]:
+        """Write the rows that are due and give them back; empty between two looks.
+
+        Raises:
+            NotFinite: a step's loss or gradient was not finite; the rows before it are written.
+        """
+        if not self._steps or not (now or len(self._steps) >= self.cadence):
+            return []
+        sums_SN3 = torch.stack([step["sums"] for step in self._steps])
+        if self.run.world_size > 1:
+            sums_SN3 = torch.cat(self.run.accelerator.gather(sums_SN3[None]).unbind(), dim=1)
+        norms_S = torch.stack([step["norm"].float() for step in self._steps]).cpu().double()
+        totals_S3 = sums_SN3.cpu().double().unflatten(1, (-1, 3)).sum(1)  # fp64 only on the CPU
+        seconds = time.perf_counter() - self._mark
+        self.restart_clock()
+        speed = sum(step["targets"] for step in self._steps) / max(seconds, 1e-9)
+        rows = []
+        for index, (step, totals) in enumerate(zip(self._steps, totals_S3.tolist(), strict=True)):
+            norm = norms_S[index].item()
+            self._refuse_non_finite(step["row"]["step"], totals[0], norm)
+            self.run.seconds += seconds / len(self._steps)
+            rows.append(self._row(step, totals, norm, speed))
+        self._steps = []
+        return rows
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last look: it went into validation or saving."""
+        self._mark = time.perf_counter()
+
+    def _refuse_non_finite(self, step: int, objective: float, norm: float) -> None:
+        scaled = self.run.accelerator.scaler is not None  # then an overflow is only skipped
+        for what, value in (("loss", objective), ("gradient", 0.0 if scaled else norm)):
+            if not abs(value) < float("inf"):
+                raise NotFinite(step, what)
+
+    def _row(self, step: dict, totals: list[float], norm: float, speed: float) -> dict:
+        objective, loss, hits = (total / step["targets"] for total in totals)
+        has_own_objective = hasattr(self.run.model, "training_loss")
+        row = {
+            **step["row"],
+            "loss": None if has_own_objective else loss,
+            "objective": objective if has_own_objective else None,
+            "accuracy": None if hits != hits else hits,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "memory": peak_memory(self.run.device),
+            "seconds": self.run.seconds,
+        }
+        if self.record is not None:
+            self.record.write(row)
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the GPU, or the largest size of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,216 @@
+"""The training loop, and the validation that measures it."""
+
+import math
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
+from lmplay.objective import IGNORE, Sums
+from lmplay.runner import Run
+from lmplay.stats.record import Record
+from lmplay.train.batches import Batch, Data
+from lmplay.train.curves import Curves
+from lmplay.train.optim import learning_rate
+from lmplay.train.update import Update
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the run was saved. `code` is the exit code that says which."""
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped by signal {code - 128}")
+        self.code = code
+
+
+class Signals:
+    """While entered, SIGINT and SIGTERM set `code`, SIGUSR1 asks for a checkpoint.
+
+    A second SIGINT or SIGTERM leaves at once.
+    """
+
+    def __init__(self):
+        self.code: int | None = None
+        self.save = False
+
+    def __enter__(self):
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._receive) for number in wanted}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _frame):
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif self.code is None:
+            self.code = 128 + number
+        else:
+            raise SystemExit(128 + number)
+
+
+@dataclass
+class Session:
+    """An opened run together with what training it takes."""
+
+    run: Run
+    data: Data
+    update: Update
+    curves: Curves
+    validations: Record | None  # validation.csv; None on every process but the first
+    signals: Signals
+    show: Callable[[str, dict], None]  # told of every "train" and "validation" row and "checkpoint"
+    validated: int  # step of the newest validation; -1 if there is none
+    saved: int  # step of the newest checkpoint; -1 if there is none
+
+
+def train(session: Session) -> None:
+    """Take every step of the plan that this run has not taken yet; validate and save when due.
+
+    Raises:
+        Stopped: a signal came; the run was saved at the end of its last whole step.
+        NotFinite: a loss or gradient was not finite; the newest checkpoint is the last good one.
+    """
+    finish_step(session)  # a run that begins, or was stopped before its validation
+    while session.run.step < session.data.num_steps:
+        batch = session.data.batch(session.run.step)
+        take_step(session, batch)
+        show_rows(session)
+        finish_step(session)
+
+
+def take_step(session: Session, batch: Batch) -> None:
+    """One update from one batch: the gradient of sum(loss) / count(targets), whatever the parts.
+
+    A signal between two parts drops the step. So does a device without enough memory, and then
+    the parts become half as large.
+    """
+    run, plan = session.run, session.run.plan
+    before = rng_state()
+    lr = learning_rate(plan.optimizer, plan.schedule, run.step, session.data.num_steps)
+    share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
+    parts = batch.of_rank(run.accelerator.process_index, run.world_size, run.mini_batch_size)
+    try:
+        for part in parts:
+            if session.signals.code is not None and run.world_size == 1:
+                return drop_step(session, before)
+            with nullcontext() if part is parts[-1] else run.accelerator.no_sync(run.objective):
+                scored = score(run, part)
+                run.accelerator.backward(scored.objective * share)
+            session.curves.add(scored)
+    except torch.OutOfMemoryError:
+        if not run.shrink():
+            raise
+        return drop_step(session, before)
+    norm = session.update(session.curves.objective, lr)
+    session.curves.close_step(batch.num_targets, lr, norm)
+
+
+def drop_step(session: Session, rng: dict) -> None:
+    """Forget the step under way: the state is that of the step before, and it is taken again."""
+    session.curves.drop_step()
+    session.run.model.zero_grad(set_to_none=True)
+    restore_rng(rng)
+
+
+def finish_step(session: Session) -> None:
+    """Validate and save where the plan, the end or a signal asks for it."""
+    run, plan, signals = session.run, session.run.plan, session.signals
+    is_last = run.step == session.data.num_steps
+    if session.validated < run.step and (is_last or _due(run, plan.validation.every_tokens)):
+        show_rows(session, now=True)
+        row = validate(run, session.data, lambda: signals.code is not None)
+        if row is not None:
+            if session.validations is not None:
+                session.validations.write(row)
+            session.validated = run.step
+            session.show("validation", row)
+        session.curves.restart_clock()
+    asked = signals.save or signals.code is not None
+    due = is_last or asked or (run.step > 0 and _due(run, plan.checkpoints.every_tokens))
+    if due and session.saved < run.step:
+        show_rows(session, now=True)
+        save(run, session.update)
+        session.saved = run.step
+        session.show("checkpoint", {"step": run.step})
+        session.curves.restart_clock()
+    signals.save = False
+    if signals.code is not None:
+        raise Stopped(signals.code)
+
+
+def show_rows(session: Session, now: bool = False) -> None:
+    """Write and show the rows of the steps since the last look at the device."""
+    for row in session.curves.look(now):
+        session.show("train", row)
+
+
+def score(run: Run, part: Batch) -> Sums:
+    """The one forward, on rows that may still be on the host."""
+    tokens_BT = part.tokens_BT.to(run.device, non_blocking=True)
+    targets_BT = part.targets_BT.to(run.device, non_blocking=True)
+    return run.objective(tokens_BT, targets_BT)
+
+
+@torch.no_grad()
+def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False) -> dict | None:
+    """Score the whole validation text: no gradient, no dropout, no effect on training.
+
+    Returns:
+        A row of validation.csv; None if `stopping` became true before the end.
+    """
+    before = rng_state()
+    totals_3 = torch.zeros(3, dtype=torch.float64)
+    run.objective.eval()
+    try:
+        for batch in data.validation_batches(run.mini_batch_size * run.world_size):
+            if run.world_size == 1 and stopping():
+                return None
+            rank, size = run.accelerator.process_index, run.mini_batch_size
+            for part in batch.of_rank(rank, run.world_size, size):
+                scored = score(run, part)
+                hits = scored.loss * float("nan") if scored.hits is None else scored.hits
+                targets = scored.loss.new_tensor(int((part.targets_BT != IGNORE).sum()))
+                sums_3 = torch.stack([scored.loss, hits, targets])
+                totals_3 += run.accelerator.gather(sums_3[None]).cpu().double().sum(0)
+    except torch.OutOfMemoryError:
+        if not run.shrink():
+            raise
+        return validate(run, data, stopping)
+    finally:
+        run.objective.train()
+        restore_rng(before)
+    nats, hits, targets = totals_3.tolist()
+    return {
+        "step": run.step,
+        "tokens": run.tokens,
+        "loss": nats / targets,
+        "bits_per_byte": nats / math.log(2) / data.validation_bytes,
+        "accuracy": None if math.isnan(hits) else hits / targets,
+        "seconds": run.seconds,
+    }
+
+
+def save(run: Run, update: Update) -> None:
+    """Write a checkpoint of everything that the next step depends on."""
+    if run.accelerator.is_main_process:
+        checkpoint = Checkpoint(
+            step=run.step,
+            model=run.model.state_dict(),
+            optimizer=update.optimizer.state_dict(),
+            rng=rng_state(),
+            state={"tokens": run.tokens, "seconds": run.seconds, "scaler": update.state()},
+        )
+        save_checkpoint(run.folder, checkpoint, run.plan.checkpoints.keep)
+    run.accelerator.wait_for_everyone()
+
+
+def _due(run: Run, every_tokens: int) -> bool:
+    """True at the start and where the planned tokens reach another multiple of `every_tokens`."""
+    per_step = run.plan.tokens_per_step
+    return run.step * per_step // every_tokens != (run.step - 1) * per_step // every_tokens

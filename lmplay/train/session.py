@@ -1,0 +1,325 @@
+"""One run from a request to its result: prepare, check, open or resume, train, close."""
+
+import dataclasses
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lmplay import check
+from lmplay.catalog import Entry, canonical_name
+from lmplay.checkpoint import newest_checkpoint, restore_rng
+from lmplay.errors import UserError
+from lmplay.experiment import Experiment, Scale, count, load_experiment, load_source, scale
+from lmplay.generate.sampling import greedy_text
+from lmplay.plan import Plan
+from lmplay.run_folder import RunFolder, run_path
+from lmplay.runner import (
+    Run,
+    load_weights,
+    machine_facts,
+    make_accelerator,
+    open_run,
+    resolve_device,
+    resolve_precision,
+)
+from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.train.batches import Data, open_data
+from lmplay.train.curves import Curves, NotFinite
+from lmplay.train.display import Display
+from lmplay.train.loop import Session, Signals, Stopped, train
+from lmplay.train.optim import make_optimizer
+from lmplay.train.update import Update
+
+AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    entry: Entry
+    plan: Plan
+    changes: dict[str, object]  # what differs from the plan and the experiment: the run's label
+    config: dict[str, object]  # of these, the values of Config
+    seed: int = 0
+    device: str = "auto"
+    precision: str | None = None  # None: the plan's
+    mini_batch_size: int | None = None  # None: automatic
+    compiled: bool = False
+    resume: bool = True
+    out_dir: Path = Path("runs")
+
+
+def run_experiment(request: Request, display: Display) -> dict:
+    """Train what was asked for, or go on where it stopped.
+
+    Returns:
+        What `--json` prints: the run's folder, status, step and last validation.
+    Raises:
+        UserError: bad input, a failed check, data or a run that cannot be used, a numeric failure.
+        Stopped: a signal came, and the run was saved.
+    """
+    device = resolve_device(request.device)
+    precision = resolve_precision(request.precision or request.plan.precision, device)
+    changes = dict(request.changes)
+    if precision != resolve_precision(request.plan.precision, device):
+        changes["precision"] = precision
+    accelerator = make_accelerator(device, precision)
+    name = canonical_name(request.entry)
+    folder = RunFolder(run_path(request.out_dir, request.plan.name, name, changes, request.seed))
+    if not request.resume and accelerator.is_main_process:
+        _set_aside(folder, display)
+    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(folder.lock())
+        facts = folder.read() if folder.run_json.is_file() else None
+        if facts is not None and facts["status"] == "finished":
+            _note_edits(request, facts, folder, display)
+            display.note(f"{folder.path} is finished; --resume none trains it again")
+            return _result(folder, facts)
+        plan, experiment = _own_copies(request, facts, folder, display)
+        proofs = check.checked(experiment)
+        failed = [proof for proof in proofs if proof.passed is False]
+        if failed:
+            raise UserError(
+                f"{experiment.name} fails the check: {failed[0].name}: {failed[0].detail}",
+                hint=f"lmp-trainer --exp {request.entry.name} --check shows every proof",
+            )
+        tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
+        stack.callback(data.close)
+        if accelerator.is_main_process and not folder.tokenizer_json.exists():
+            tokenizer.save(folder.tokenizer_json)
+        if facts is None:
+            made = _scale(request, plan, experiment, tokenizer.vocab_size, display)
+        else:
+            made = Scale(experiment.config(**facts["config"]), facts["scale_differs"])
+            torch.set_num_threads(facts["threads"])
+        run = open_run(
+            folder,
+            plan,
+            experiment,
+            request.seed,
+            made.config,
+            accelerator,
+            request.mini_batch_size
+            or (facts or {}).get("mini_batch_size")
+            or _auto_size(plan, device),
+            request.compiled,
+        )
+        run.may_shrink = request.mini_batch_size is None
+        now = {
+            "schema_version": 1,
+            "experiment": name,
+            "file": experiment.entry.file,
+            "docstring_summary": experiment.summary,
+            "plan_name": plan.name,
+            "seed": request.seed,
+            "changes": changes,
+            "label": _label(name, changes),
+            "plan": plan.model_dump(),
+            "config": dataclasses.asdict(made.config),
+            "scale_differs": made.differs,
+            "bound": hasattr(run.model, "log_likelihood"),
+            "data": {
+                "fingerprint": data.fingerprint,
+                "validation_fingerprint": data.validation_fingerprint,
+                "tokenizer": plan.tokenizer,
+                "vocab_size": tokenizer.vocab_size,
+                "validation_tokens": data.validation_tokens,
+                "validation_bytes": data.validation_bytes,
+            },
+            **_sizes(experiment, made.config),
+            "num_steps": data.num_steps,
+            "tokens_per_step": plan.tokens_per_step,
+            **machine_facts(run.device),
+            "precision": precision,
+            "world_size": run.world_size,
+            "mini_batch_size": run.mini_batch_size,
+            "compiled": request.compiled,
+            "command": sys.argv,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": "running",
+            "exit_reason": None,
+            "failures": 0,
+        }
+        now = _continued(now, facts, display)
+        session = _open_session(run, data, stack, display)
+        return _train(session, now, tokenizer, display)
+
+
+def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
+    run, folder = session.run, session.run.folder
+    is_main = run.accelerator.is_main_process
+
+    def write(status: str, reason: str | None = None) -> None:
+        now.update(status=status, exit_reason=reason, mini_batch_size=run.mini_batch_size)
+        if is_main:
+            folder.write(now)
+
+    def show(kind: str, row: dict) -> None:
+        if not is_main:
+            return
+        display.row(kind, row)
+        if kind == "validation":
+            prompt, truth = session.data.example()
+            with run.accelerator.autocast():
+                said = greedy_text(run.model, prompt, len(truth), run.config.max_len)
+            texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
+            display.example(*texts)
+            _write_sample(folder, row["step"], *texts)
+
+    session.show = show
+    write("running")
+    display.start(session.data.num_steps, run.step)
+    try:
+        with session.signals:
+            train(session)
+    except Stopped as stop:
+        write("stopped", str(stop))
+        raise
+    except NotFinite as failure:
+        now["failures"] += 1
+        write("failed", failure.problem)
+        raise
+    write("finished")
+    return _result(folder, now)
+
+
+def _own_copies(
+    request: Request, facts: dict | None, folder: RunFolder, display: Display
+) -> tuple[Plan, Experiment]:
+    """A run that began goes on with its own plan and source; a new one gets its copies."""
+    if facts is None:
+        experiment = load_experiment(request.entry)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.experiment_py.write_text(experiment.source, encoding="utf-8")
+        return request.plan, experiment
+    _note_edits(request, facts, folder, display)
+    source = folder.experiment_py.read_text(encoding="utf-8")
+    experiment = load_source(source, Path(f"{facts['file']}.py"), request.entry.variant)
+    return Plan.model_validate_json(json.dumps(facts["plan"])), experiment
+
+
+def _note_edits(request: Request, facts: dict, folder: RunFolder, display: Display) -> None:
+    edited = []
+    if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
+        edited.append(str(request.entry.path))
+    if facts["plan"] != request.plan.model_dump():
+        edited.append(f"plan {request.plan.name}")
+    if edited:
+        display.note(
+            f"edited since this run began: {', '.join(edited)}. The run keeps its own copy; "
+            "--resume none trains the edited one and keeps this run aside"
+        )
+
+
+def _scale(request: Request, plan: Plan, experiment: Experiment, vocab_size: int, display) -> Scale:
+    made = scale(experiment, plan, vocab_size, request.config)
+    for key, (_, value) in made.differs.items():
+        if value is None:
+            display.note(f"{experiment.name} has no Config value {key!r}: the plan's is not used")
+    return made
+
+
+def _set_aside(folder: RunFolder, display: Display) -> None:
+    """Rename an earlier run to a hidden name beside it: nothing that was trained is deleted."""
+    if not folder.run_json.is_file():
+        return
+    with folder.lock():  # not while somebody trains in it
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        old = folder.path.with_name(f".{folder.path.name}-until-{stamp}")
+        folder.path.rename(old)
+    display.note(f"the earlier run is kept in {old}")
+
+
+def _auto_size(plan: Plan, device: torch.device) -> int:
+    """Rows in a micro-batch: all of them on CUDA, where a failure halves it; else a safe few."""
+    if device.type == "cuda":
+        return plan.batch_size
+    return max(1, min(plan.batch_size, AUTO_TOKENS // plan.sequence_length))
+
+
+def _sizes(experiment: Experiment, config) -> dict:
+    counts = dataclasses.asdict(count(experiment, config))
+    return {"flops_per_token": counts.pop("flops_per_token"), "parameters": counts}
+
+
+def _label(name: str, changes: dict[str, object]) -> str:
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(changes.items())]
+    return ",".join([name, *parts])
+
+
+def _continued(now: dict, facts: dict | None, display: Display) -> dict:
+    """What run.json says of a run that goes on; says what makes the rest differ bit by bit."""
+    if facts is None:
+        return now
+    if facts["data"] != now["data"]:
+        changed = [key for key, value in now["data"].items() if facts["data"].get(key) != value]
+        raise UserError(
+            f"the data has changed since this run began: {', '.join(changed)}",
+            hint="--resume none starts again with the new data and keeps the old run aside",
+        )
+    exact = ("device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size")
+    differs = [key for key in exact if facts[key] != now[key]]
+    if differs:
+        display.note(f"not the same bit by bit from here on: other {', '.join(differs)}")
+    return now | {"started": facts["started"], "failures": facts["failures"]}
+
+
+def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> Session:
+    """Take up the newest checkpoint, and cut the curves back to it."""
+    update = Update(run, make_optimizer(run.plan.optimizer, run.model), run.plan.clip)
+    folder = run.folder
+    checkpoint = newest_checkpoint(folder, display.note)
+    if checkpoint is not None:
+        load_weights(run.model, checkpoint.model, str(folder.path))
+        update.optimizer.load_state_dict(checkpoint.optimizer)
+        update.load_state(checkpoint.state["scaler"])
+        restore_rng(checkpoint.rng)
+        run.step = checkpoint.step
+        run.tokens = checkpoint.state["tokens"]
+        run.seconds = checkpoint.state["seconds"]
+        display.note(f"going on at step {run.step:,} of {data.num_steps:,}")
+    saved = -1 if checkpoint is None else run.step
+    train_csv = validation_csv = None
+    validated = -1
+    if run.accelerator.is_main_process:
+        train_csv = Record(folder.train_csv, TRAIN_COLUMNS, saved)
+        validation_csv = Record(folder.validation_csv, VALIDATION_COLUMNS, saved)
+        stack.callback(train_csv.close)
+        stack.callback(validation_csv.close)
+        rows = read_rows(folder.validation_csv)
+        validated = rows[-1]["step"] if rows else -1
+    curves = Curves(run, train_csv)
+    return Session(
+        run, data, update, curves, validation_csv, Signals(), display.row, validated, saved
+    )
+
+
+def _write_sample(folder: RunFolder, step: int, prompt: str, truth: str, said: str) -> None:
+    parts = [f"## step {step:,}"]
+    for name, text in (("prompt", prompt), ("truth", truth), ("the model", said)):
+        parts.append(f"**{name}**\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+    with folder.samples_md.open("a", encoding="utf-8") as file:
+        file.write("\n\n".join(parts) + "\n\n")
+
+
+def _result(folder: RunFolder, facts: dict) -> dict:
+    rows = read_rows(folder.validation_csv)
+    return {
+        "schema_version": 1,
+        "run": str(folder.path),
+        "experiment": facts["experiment"],
+        "plan": facts["plan_name"],
+        "seed": facts["seed"],
+        "status": facts["status"],
+        "num_steps": facts["num_steps"],
+        "parameters": facts["parameters"],
+        "validation": rows[-1] if rows else None,
+    }

@@ -1,0 +1,75 @@
+"""One update of the weights: unscale, clip, mask what is not finite, step."""
+
+import torch
+from torch import Tensor
+
+from lmplay.runner import Run
+from lmplay.train.optim import is_maskable, set_learning_rate
+
+
+class Update:
+    """The optimizer's step, which a loss or gradient that is not finite turns off for good.
+
+    From the first such step on no weight and no moment changes, and with torch's fused optimizers
+    the device decides that alone: the host learns of it when it next reads `healthy`. Optimizers
+    without a fused kernel make the host wait for the flag at every step. Under fp16 a gradient that
+    overflows is ordinary: the scaler skips that step and lowers its scale.
+
+    Args:
+        run: whose gradients are used; they are already summed over its processes.
+        optimizer: over the parameters of the run's model.
+        clip: largest norm of the whole gradient; None for no limit.
+    """
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, clip: float | None):
+        self.run = run
+        self.optimizer = optimizer
+        self.scaler = run.accelerator.scaler
+        self.clip = float("inf") if clip is None else clip
+        self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
+
+    def __call__(self, objective: Tensor, lr: float) -> Tensor:
+        """Take one step and clear the gradients.
+
+        Args:
+            objective: this process's sum over the step, for its finiteness.
+            lr: the learning rate of this step.
+        Returns:
+            The gradient's norm before clipping, a scalar on the device.
+        """
+        if self.run.world_size > 1:
+            objective = self.run.accelerator.reduce(objective)
+        set_learning_rate(self.optimizer, lr)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.run.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        finite = torch.isfinite(objective)
+        if self.scaler is None:
+            finite &= torch.isfinite(norm)
+        self.healthy &= finite
+        self._step()
+        if hasattr(self.run.model, "after_step"):
+            with torch.no_grad():
+                self.run.model.after_step()
+        self.run.model.zero_grad(set_to_none=True)
+        return norm
+
+    def _step(self) -> None:
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif is_maskable(self.optimizer):
+            self.optimizer.found_inf = (~self.healthy).float()  # read by the fused kernels
+            self.optimizer.step()
+        elif self.healthy:
+            self.optimizer.step()
+
+    def state(self) -> dict:
+        """The scaler's numbers, for a checkpoint."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state(self, state: dict) -> None:
+        """Take up the scaler's numbers from a checkpoint."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)

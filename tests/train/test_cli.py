@@ -1,0 +1,190 @@
+"""lmp-trainer as it is typed: exit codes, streams, listings, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmplay.stats.record import read_rows
+
+ROOT = Path(__file__).parent.parent.parent
+PLAN = {
+    "tokenizer": "byte",
+    "sequence_length": 32,
+    "batch_size": 4,
+    "model": {"num_blocks": 1, "width": 16, "num_heads": 2},
+    "datasets": {"words": {"files": ["words.txt"]}},
+    "stages": [{"datasets": ["words"]}],
+    "tokens": 40 * 128,
+    "optimizer": {"name": "AdamW", "lr": 0.01},
+    "precision": "fp32",
+    "validation": {"tokens": 200, "fraction": 0.2, "every_tokens": 20 * 128},
+    "checkpoints": {"every_tokens": 20 * 128, "keep": 2},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = "\n\n".join(f"Line {i} of a text, and again line {i}." for i in range(4000))
+    (tmp_path / "words.txt").write_text(text)
+    (tmp_path / "words.json").write_text(json.dumps(PLAN))
+    return tmp_path
+
+
+def command(*args):
+    return [sys.executable, "-m", "lmplay.train", *args]
+
+
+def lmp_trainer(*args, **options):
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=100, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--exp", "gpt2is"], ["no experiment called 'gpt2is'", "did you mean 'gpt2ish'?"]),
+        (["--exp", "mine.py"], ["there is no experiment file mine.py"]),
+        (["--plan", "quik"], ["no plan called 'quik'", "did you mean 'quick'?"]),
+        (["--set", "optimizer.lrr=1"], ["optimizer.lrr", "did you mean"]),
+        (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
+        (["--set", "width"], ["no key=value"]),
+        (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),
+        (["--plan", "quick", "--data", "nowhere.txt"], ["nowhere.txt"]),
+        (["--plan", "quick", "--device", "gpu"], ["--device gpu"]),
+        (["--plan", "quick", "--precision", "fp8"], ["fp8"]),
+        (["--plan", "quick", "--precision", "fp16", "--device", "cpu"], ["fp16", "bf16"]),
+        (["--amp", "--precision", "fp32"], ["two answers"]),
+        (["--mini-batch-size", "0"], ["--mini-batch-size 0"]),
+        (["--resume", "never"], ["--resume never"]),
+        (["--tokns", "3"], ["--tokens"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(place, args, told):
+    done = lmp_trainer(*args)
+
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    for words in told:
+        assert words in " ".join(done.stderr.split())
+
+
+def test_an_experiment_that_does_not_import_is_named_with_its_line(place):
+    (place / "mine.py").write_text('"""Mine."""\n\nimport nothing_such\n')
+    done = lmp_trainer("--exp", "mine.py", "--plan", "words.json")
+
+    assert done.returncode == 2
+    assert "mine.py, line 3 does not import" in done.stderr
+
+
+def test_json_is_one_document_and_progress_goes_to_stderr(place):
+    done = lmp_trainer("--plan", "words.json", "--json", "--mini_batch_size", "2")
+    result = json.loads(done.stdout)
+
+    assert done.returncode == 0
+    assert result["status"] == "finished" and result["schema_version"] == 1
+    assert "step" in done.stderr
+    assert result["validation"]["tokens"] == 40 * 128
+
+
+def test_own_text_takes_the_place_of_the_plans_datasets(place):
+    (place / "own.txt").write_text("another text altogether\n\n" * 2000)
+    done = lmp_trainer("--plan", "words.json", "--data", "own.txt", "--tokens", "256", "--json")
+    result = json.loads(done.stdout)
+    facts = json.loads(Path(result["run"], "run.json").read_text())
+
+    assert facts["plan"]["datasets"]["data"]["files"] == ["own.txt"]
+    assert Path(result["run"]) == Path("runs/words+own/gpt2ish,tokens=256/seed-0")
+    assert facts["num_steps"] == 2 and facts["changes"] == {"tokens": 256}
+
+
+@pytest.mark.parametrize("listing", [["--exp", "list"], ["--plan", "list"], ["--plan", "schema"]])
+def test_listings_have_json(place, listing):
+    done = lmp_trainer(*listing, "--json")
+
+    assert done.returncode == 0 and json.loads(done.stdout)
+
+
+def test_describe_shows_docstring_diff_and_counts(place):
+    done = lmp_trainer("--exp", "value_norm", "--plan", "words.json", "--describe")
+
+    assert done.returncode == 0, done.stderr
+    for words in ("Value norm:", "+++ value_norm.py", "trained", "FLOPs per token"):
+        assert words in done.stdout
+
+
+def test_check_prints_every_proof(place):
+    done = lmp_trainer("--exp", "gpt2ish", "--check", "--json")
+    proofs = json.loads(done.stdout)["proofs"]
+
+    assert done.returncode == 0
+    assert len(proofs) > 10 and all(proof["passed"] is not False for proof in proofs)
+
+
+def test_a_reader_that_leaves_causes_no_traceback(place):
+    done = subprocess.run(
+        f"{' '.join(command('--exp', 'list'))} | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
+    args = ["--plan", "words.json", "--tokens", str(4000 * 128)]
+    curve = place / "runs/words/gpt2ish,tokens=512000/seed-0/train.csv"
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
+        time.sleep(0.05)  # until it trains
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    saved = json.loads((curve.parent / "run.json").read_text())
+    steps = [path.name for path in (curve.parent / "checkpoints").glob("step-*")]
+
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr and "goes on from here" in stderr
+    assert saved["status"] == "stopped"
+    assert f"step-{len(read_rows(curve))}" in steps
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place):
+    plain = ["--set", "embed_dropout=0", "--set", "ff_dropout=0", "--plan", "words.json"]
+    one = lmp_trainer(*plain, "--out-dir", "one")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    two = subprocess.run(
+        [*launch, "-m", "lmplay.train", *plain, "--out-dir", "two", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=os.environ,
+    )
+    assert one.returncode == two.returncode == 0, two.stderr
+    rows = [read_rows(next(Path(name).rglob("train.csv"))) for name in ("one", "two")]
+    scores = [read_rows(next(Path(name).rglob("validation.csv"))) for name in ("one", "two")]
+
+    assert len(rows[0]) == len(rows[1]) == 40
+    for a, b in zip(rows[0] + scores[0], rows[1] + scores[1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]

@@ -1,0 +1,406 @@
+"""One run from request to result: what it writes, how it resumes, what it survives."""
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmplay.catalog import resolve
+from lmplay.checkpoint import newest_checkpoint
+from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
+from lmplay.plan import read_plan
+from lmplay.run_folder import RunFolder
+from lmplay.stats.record import read_rows
+from lmplay.train import curves, loop
+from lmplay.train.loop import Stopped
+from lmplay.train.session import Request, run_experiment
+
+NUM_STEPS = 9
+CLOCKS = {"tokens_per_second", "memory", "seconds"}
+
+
+class Silent:
+    """Stands where the display is; remembers the notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def preparing(self, *_):
+        pass
+
+    start = row = example = preparing
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a plan on text of its own: 9 steps, dropout on, 2 epochs, an uneven end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
+    words = random.Random(0).choices(["one", "two", "three", "four", "five"], k=700)
+    rows = [{"text": " ".join(words[i : i + 7])} for i in range(0, len(words), 7)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    plan = {
+        "tokenizer": "byte",
+        "sequence_length": 32,
+        "batch_size": 5,
+        "model": {"num_blocks": 1, "width": 16, "num_heads": 2},
+        "datasets": {"words": {"files": [str(tmp_path / "text.jsonl")]}},
+        "stages": [{"datasets": ["words"]}],
+        "tokens": NUM_STEPS * 5 * 32,
+        "optimizer": {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1},
+        "schedule": {"name": "cosine", "warmup": 0.2},
+        "precision": "fp32",
+        "validation": {"tokens": 300, "fraction": 0.1, "every_tokens": 3 * 160},
+        "checkpoints": {"every_tokens": 4 * 160, "keep": 3},
+    }
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "words.json").write_text(json.dumps(plan))
+    return tmp_path
+
+
+def request(out_dir="runs", exp="gpt2ish", changes=None, config=None, **values):
+    changes = changes or {}
+    return Request(
+        entry=resolve(exp),
+        plan=read_plan("words", changes),
+        changes={**changes, **(config or {})},
+        config=config or {},
+        out_dir=Path(out_dir),
+        **{"mini_batch_size": 2, **values},
+    )
+
+
+def run(*args, display=None, **values):
+    return run_experiment(request(*args, **values), display or Silent())
+
+
+def folder_of(result):
+    return RunFolder(Path(result["run"]))
+
+
+def stop_after(monkeypatch, step, code=130, parts=0):
+    """Set the signal's flag once, when `step` updates are done and `parts` parts of the next."""
+    real, seen = loop.score, [0]
+
+    def score(a_run, part):
+        scored = real(a_run, part)
+        if a_run.objective.training:
+            seen[0] += 1
+            if seen[0] == step * 3 + parts:  # 5 rows in parts of 2
+                flags[-1].code = code
+        return scored
+
+    flags = []
+    init = loop.Signals.__init__
+    monkeypatch.setattr(loop.Signals, "__init__", lambda self: (init(self), flags.append(self))[0])
+    monkeypatch.setattr(loop, "score", score)
+
+
+def trained_state(folder):
+    checkpoint = newest_checkpoint(folder, print)
+    return checkpoint.step, checkpoint.model, checkpoint.optimizer["state"], checkpoint.rng
+
+
+def assert_equal_runs(one: RunFolder, other: RunFolder):
+    for a, b in zip(trained_state(one), trained_state(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for name in ("train_csv", "validation_csv"):
+        rows = [
+            [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_rows(path)]
+            for path in (getattr(one, name), getattr(other, name))
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_a_run_leaves_all_that_it_takes_to_repeat_and_resume_it(place):
+    result = run()
+    folder = folder_of(result)
+    facts = folder.read()
+    train = read_rows(folder.train_csv)
+    validation = read_rows(folder.validation_csv)
+
+    assert folder.path == Path("runs/words/gpt2ish/seed-0")
+    assert result["status"] == facts["status"] == "finished"
+    assert [row["step"] for row in train] == list(range(1, NUM_STEPS + 1))
+    assert [row["step"] for row in validation] == [0, 3, 6, 9]
+    assert train[-1]["loss"] < train[0]["loss"] and validation[-1]["loss"] < validation[0]["loss"]
+    assert train[-1]["tokens"] == NUM_STEPS * 160
+    assert folder.experiment_py.read_text() == resolve("gpt2ish").source
+    assert facts["parameters"]["trained"] == sum(
+        t.numel() for t in trained_state(folder)[1].values()
+    )
+    assert trained_state(folder)[0] == NUM_STEPS
+    assert "step 9" in folder.samples_md.read_text()
+    nats = validation[-1]["loss"] * facts["data"]["validation_tokens"]
+    bits = nats / math.log(2) / facts["data"]["validation_bytes"]
+    assert validation[-1]["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_the_same_request_again_has_nothing_left_to_do(place):
+    first = run()
+    display = Silent()
+    again = run(display=display)
+
+    assert again == first and "finished" in display.notes[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(NUM_STEPS))
+def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(place, monkeypatch, step):
+    uninterrupted = folder_of(run("a"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, parts=1 + step % 3)
+        with pytest.raises(Stopped) as stopped:
+            run("b")
+    folder = RunFolder(Path("b/words/gpt2ish/seed-0"))
+
+    assert stopped.value.code == 130 and folder.read()["status"] == "stopped"
+    assert trained_state(folder)[0] in (step, step + 1)
+    assert_equal_runs(folder_of(run("b")), uninterrupted)
+
+
+def test_three_stops_in_one_run_change_nothing(place, monkeypatch):
+    uninterrupted = folder_of(run("a"))
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, 2)
+            run("b")
+
+    assert_equal_runs(folder_of(run("b")), uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(place, monkeypatch):
+    uninterrupted = folder_of(run("a"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 6)
+        run("b")
+    newest = Path("b/words/gpt2ish/seed-0/checkpoints/step-6/model.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    display = Silent()
+    resumed = folder_of(run("b", display=display))
+
+    assert any("model.safetensors" in note for note in display.notes)
+    assert any("step 4" in note for note in display.notes)
+    assert_equal_runs(resumed, uninterrupted)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_restarted(place, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 5)
+        run()
+    for manifest in Path("runs").rglob("manifest.json"):
+        manifest.write_text("{}")
+    with pytest.raises(UserError) as raised:
+        run()
+
+    assert raised.value.code == BAD_CHECKPOINT
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_the_micro_batch_does_not_change_the_curve(place, size):
+    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
+    reference = read_rows(folder_of(run("a", config=plain)).train_csv)
+    rows = read_rows(folder_of(run("b", config=plain, mini_batch_size=size)).train_csv)
+
+    for row, expected in zip(rows, reference, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["accuracy"] == pytest.approx(expected["accuracy"], abs=0.01)
+
+
+def test_validating_and_saving_more_often_changes_no_weight(place):
+    seldom = folder_of(run("a"))
+    often = folder_of(
+        run("b", changes={"validation.every_tokens": 160, "checkpoints.every_tokens": 160})
+    )
+
+    torch.testing.assert_close(
+        trained_state(often)[1:3], trained_state(seldom)[1:3], rtol=0, atol=0
+    )
+    assert len(read_rows(often.validation_csv)) == NUM_STEPS + 1
+
+
+def test_seeds_differ_and_repeat(place):
+    one, same = (folder_of(run(out, seed=1)) for out in ("a", "b"))
+    other = folder_of(run("a", seed=2))
+
+    assert_equal_runs(one, same)
+    losses = [read_rows(folder.train_csv)[0]["loss"] for folder in (one, other)]
+    assert losses[0] != losses[1]
+
+
+def test_what_differs_from_the_plan_is_in_the_name_of_the_folder(place):
+    result = run(changes={"optimizer.lr": 0.02}, config={"width": 8})
+    facts = folder_of(result).read()
+
+    assert Path(result["run"]).parent.name == "gpt2ish,optimizer.lr=0.02,width=8"
+    assert facts["label"] == "gpt2ish,lr=0.02,width=8"
+    assert facts["scale_differs"] == {"width": [16, 8]}
+
+
+def test_two_names_for_one_setting_share_one_run(place):
+    assert run(exp="ue8x")["run"] == run(exp="ue")["run"]
+
+
+def poison(monkeypatch, step, what="loss"):
+    """Make the loss, or only its gradient, NaN in one step."""
+    real = loop.score
+
+    def score(a_run, part):
+        scored = real(a_run, part)
+        if a_run.objective.training and a_run.step == step - 1:
+            bad = scored.objective * float("nan")
+            if what == "gradient":
+                bad = scored.objective.detach() + _NanGradient.apply(scored.objective)
+            scored = scored._replace(objective=bad)
+        return scored
+
+    monkeypatch.setattr(loop, "score", score)
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0
+
+    @staticmethod
+    def backward(ctx, factor):
+        return factor * float("nan")
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("cadence", [1, 10])
+def test_after_a_step_that_is_not_finite_no_weight_changes(
+    place, monkeypatch, cadence, what, optimizer
+):
+    seen = []
+    real_init = curves.Curves.__init__
+
+    def init(self, a_run, record):
+        real_init(self, a_run, record)
+        self.cadence = cadence  # 10 is what a GPU has: the device alone masks the updates
+        seen.append(a_run)
+
+    monkeypatch.setattr(curves.Curves, "__init__", init)
+    changes = {"optimizer.name": optimizer, "checkpoints.every_tokens": 10**9}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            run("a", changes=changes)
+    poison(monkeypatch, 6, what)
+    with pytest.raises(UserError) as raised:
+        run("b", changes=changes)
+    folder = RunFolder(seen[-1].folder.path)
+
+    assert raised.value.code == NUMERIC and "step 6" in raised.value.problem
+    assert what in raised.value.problem
+    expected = trained_state(seen[0].folder)[1]
+    torch.testing.assert_close(dict(seen[-1].model.state_dict()), expected, rtol=0, atol=0)
+    assert folder.read()["status"] == "failed" and folder.read()["failures"] == 1
+    assert [row["step"] for row in read_rows(folder.train_csv)] == [1, 2, 3, 4, 5]
+
+
+def test_a_failed_run_keeps_its_checkpoint_and_can_go_on(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, 6)
+        with pytest.raises(UserError):
+            run("b")
+
+    assert_equal_runs(folder_of(run("b")), folder_of(run("a")))
+
+
+def test_a_live_run_refuses_a_second_trainer(place):
+    folder = RunFolder(Path("runs/words/gpt2ish/seed-0"))
+    with folder.lock(), pytest.raises(UserError) as raised:
+        run()
+
+    assert raised.value.code == LOCKED
+
+
+def test_starting_anew_keeps_the_earlier_run_aside(place):
+    run()
+    display = Silent()
+    result = run(resume=False, display=display)
+    aside = [path for path in Path("runs/words/gpt2ish").iterdir() if path.name.startswith(".")]
+
+    assert result["status"] == "finished"
+    assert [RunFolder(path).read()["status"] for path in aside] == ["finished"]
+    assert str(aside[0]) in display.notes[0]
+
+
+def test_a_run_goes_on_with_its_own_copy_of_an_edited_experiment(place, monkeypatch):
+    (place / "experiments").mkdir()
+    mine = place / "experiments" / "mine.py"
+    source = resolve("gpt2ish").source
+    mine.write_text(source.replace("VARIANTS = {", "UNUSED = {"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run(exp="mine")
+    mine.write_text(mine.read_text().replace("F.gelu", "F.relu"))
+    display = Silent()
+    result = run(exp="mine", display=display)
+
+    assert any("mine.py" in note and "--resume none" in note for note in display.notes)
+    assert "F.gelu" in folder_of(result).experiment_py.read_text()
+
+
+def test_other_data_under_a_run_that_began_is_refused(place, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run()
+    text = place / "text.jsonl"
+    text.write_text(text.read_text().replace("five", "nine"))
+    with pytest.raises(UserError) as raised:
+        run()
+
+    assert raised.value.code == BAD_INPUT and "data has changed" in raised.value.problem
+
+
+def test_a_leaking_experiment_is_refused_before_training(place):
+    (place / "experiments").mkdir()
+    leak = resolve("gpt2ish").source.replace("is_causal=T > 1", "is_causal=False")
+    (place / "experiments" / "leak.py").write_text(leak.replace("VARIANTS = {", "UNUSED = {"))
+    with pytest.raises(UserError) as raised:
+        run(exp="leak")
+
+    assert raised.value.code == BAD_INPUT and "leak fails the check" in raised.value.problem
+    assert not Path("runs/words/leak/seed-0/run.json").exists()
+
+
+def test_a_device_without_enough_memory_gets_smaller_parts(place, monkeypatch):
+    real = loop.score
+
+    def score(a_run, part):
+        if len(part.tokens_BT) > 2:
+            raise torch.OutOfMemoryError
+        return real(a_run, part)
+
+    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
+    reference = read_rows(folder_of(run("a", config=plain)).train_csv)
+    monkeypatch.setattr(loop, "score", score)
+    folder = folder_of(run("b", config=plain, mini_batch_size=None))
+
+    assert folder.read()["mini_batch_size"] == 2
+    for row, expected in zip(read_rows(folder.train_csv), reference, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_accumulation_by_accelerate_is_refused(place, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UserError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
+        run()
+
+
+def test_csv_files_are_plain_csv(place):
+    folder = folder_of(run())
+    with folder.train_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert len(rows) == NUM_STEPS and float(rows[0]["loss"]) > 0
