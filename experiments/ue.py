@@ -28,7 +28,7 @@ VARIANTS = {
     "ue1_5": {"unify": "positions"},
     "ue1_6": {"front_mul": 4, "mid_mul": 64},
     "ue1_7": {"front_mul": 16, "mid_mul": 4},
-    "ue1_8": {"front_mul": 8, "mid_mul": 32},
+    "ue1_8": {"mid_mul": 32},
 }
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 
@@ -171,7 +171,7 @@ class Model(nn.Module):
         self.final_norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)
         nn.init.zeros_(self.position_table.weight)
-        if config.unify == "tokens":  # last, so that one seed draws all the rest as in gpt2ish
+        if config.unify == "tokens":  # last, so that one seed draws the same blocks as in gpt2ish
             self.token_table = UnifiedEmbedding(config.vocab_size, config)
         else:
             self.position_table = UnifiedEmbedding(config.max_len, config)

@@ -1,0 +1,316 @@
+"""What every bundled experiment keeps, and what each idea promises. A new one is tested by being
+there; its parameter count joins COUNTS."""
+
+import ast
+import dataclasses
+import re
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmplay.catalog import Entry, parent_of, read_file
+from lmplay.check import check, folded
+from lmplay.experiment import Experiment, load_experiment
+from lmplay.objective import Objective
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+FILES = [read_file(path)[0] for path in sorted(FOLDER.glob("[!_]*.py"))]
+NAMES = [entry for file in FILES for entry in read_file(file.path)]
+CHILDREN = [entry for entry in FILES if entry.parent]
+
+every_file = pytest.mark.parametrize("entry", FILES, ids=attrgetter("name"))
+every_name = pytest.mark.parametrize("entry", NAMES, ids=attrgetter("name"))
+every_child = pytest.mark.parametrize("entry", CHILDREN, ids=attrgetter("name"))
+
+# trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
+COUNTS = {
+    "gpt2ish": 120_560_209,
+    "gpt2ish_med": 406_336_593,
+    "gpt2ish_large": 838_409_297,
+    "s_gpt2ish": 47_277_073,
+    "test_runner": 6_848_721,
+    "gpt2ish_small_init": 120_560_209,
+    "ue": 396_051_793,
+    "ue8x": 396_051_793,
+    "ue16x": 709_549_393,
+    "ue1x": 121_741_393,
+    "ue1_5": 131_375_185,
+    "ue1_6": 425_145_937,
+    "ue1_7": 739_632_721,
+    "ue1_8": 560_636_497,
+    "value_norm": 120_560_977,
+    "normv1_0": 120_560_977,
+    "normv1_1": 120_560_849,
+    "normv1_2": 120_560_337,
+    "normk": 120_560_977,
+    "normkv": 120_561_745,
+}
+
+
+def experiment(name: str) -> Experiment:
+    return load_experiment(next(entry for entry in NAMES if entry.name == name))
+
+
+def tiny(name: str, seed: int = 0, **values) -> nn.Module:
+    """The model at the size of TINY, without dropout."""
+    made = experiment(name)
+    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
+    return made.model(config, seed=seed)
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def on_meta(name: str) -> nn.Module:
+    """The model at full size, without numbers."""
+    made = experiment(name)
+    return made.model(made.config(vocab_size=50257), device="meta")
+
+
+def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
+    tokens_BT = random_tokens(B=4, T=16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@every_name
+def test_every_proof_holds(entry: Entry):
+    failed = [proof for proof in check(load_experiment(entry)) if proof.passed is False]
+
+    assert not failed
+
+
+@every_name
+def test_the_parameter_count_is_the_catalogues(entry: Entry):
+    assert entry.name in COUNTS, f"add {entry.name!r} to COUNTS"
+    assert num_parameters(on_meta(entry.name)) == COUNTS[entry.name]
+
+
+@every_file
+def test_the_docstring_names_the_idea_and_its_source(entry: Entry):
+    title, _, rest = entry.docstring.partition("\n\n")
+
+    assert re.fullmatch(r"[A-Z][^\n:]*: [^\n]+\.", title)
+    sections = re.findall(r"^(\w[\w ]*): ", rest, re.MULTILINE)
+    expected = ["Idea", "Source"]
+    expected += ["Folds to"] if "def fold(" in entry.source else []
+    expected += [f"Changed from {entry.parent}"] if entry.parent else []
+    assert sections == expected
+
+
+@every_file
+def test_the_file_reads_top_to_bottom(entry: Entry):
+    docstring, *body = ast.parse(entry.source).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    tables = [node for node in body if isinstance(node, ast.Assign)]
+    parts = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+
+    assert isinstance(docstring, ast.Expr)
+    assert body == [*imports, *tables, *parts]
+    assert [ast.unparse(node.targets[0]) for node in tables] == ["VARIANTS", "TINY"]
+    assert [parts[0].name, parts[-1].name] == ["Config", "Model"]
+
+
+@every_child
+def test_tiny_is_the_parents_where_both_have_a_key(entry: Entry):
+    parent = parent_of(entry).tiny
+
+    assert {key: entry.tiny[key] for key in entry.tiny.keys() & parent} == {
+        key: parent[key] for key in entry.tiny.keys() & parent
+    }
+    assert parent.keys() <= entry.tiny.keys()
+
+
+@every_child
+def test_config_values_that_the_parent_has_keep_its_defaults(entry: Entry):
+    def defaults(e: Entry) -> dict[str, object]:
+        return {f.name: f.default for f in dataclasses.fields(load_experiment(e).module.Config)}
+
+    mine, theirs = defaults(entry), defaults(parent_of(entry))
+
+    assert {key: mine[key] for key in mine.keys() & theirs} == {
+        key: theirs[key] for key in mine.keys() & theirs
+    }
+
+
+@every_name
+def test_a_variants_values_are_not_the_files_own(entry: Entry):
+    default = load_experiment(read_file(entry.path)[0]).config(vocab_size=61)
+
+    assert all(getattr(default, key) != value for key, value in entry.variant.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("gpt2ish", {"width": 20, "num_heads": 3}, "width=20 is not a multiple of num_heads=3"),
+        ("ue", {"front_mul": 0}, "front_mul=0"),
+        ("ue", {"mid_mul": 0}, "mid_mul=0"),
+        ("ue", {"unify": "token"}, "unify='token'"),
+        ("value_norm", {"norm_values": False}, "nothing to norm"),
+        ("value_norm", {"start_block": 6}, "hold none of 6 blocks"),
+    ],
+)
+def test_config_refuses_nonsense_and_says_the_value(name, values, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        experiment(name).module.Config(vocab_size=61, **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("ue", r"token_table\."),
+        ("ue1_5", r"(token|position)_table\."),
+        ("value_norm", r".*\.value_norm\."),
+        ("normkv", r".*\.(key|value)_norm\."),
+    ],
+)
+def test_with_one_seed_what_an_idea_leaves_alone_starts_as_in_the_baseline(name, own):
+    baseline = tiny("gpt2ish", seed=3).state_dict()
+    start = tiny(name, seed=3).state_dict()
+    shared = [key for key in start if not re.match(own, key)]
+
+    assert len(shared) >= len(baseline) - 2
+    for key in shared:
+        assert torch.equal(start[key], baseline[key]), key
+
+
+UNIFIED = [entry.name for entry in NAMES if entry.file == "ue"]
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_ue_folds_to_the_baselines_size_and_shapes(name):
+    plain = folded(on_meta(name))
+    baseline = on_meta("gpt2ish")
+
+    assert num_parameters(plain) == COUNTS["gpt2ish"]
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {
+        k: v.shape for k, v in baseline.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_a_trained_ue_answers_as_the_baseline_that_it_folds_to(name):
+    model = trained(tiny(name))
+    baseline = tiny("gpt2ish", seed=9).eval()
+    baseline.load_state_dict(folded(model).state_dict())
+    tokens_BT = random_tokens(B=3, T=16)
+
+    torch.testing.assert_close(baseline(tokens_BT), model(tokens_BT), rtol=0, atol=1e-5)
+
+
+def test_ue_folds_a_table_longer_than_one_part():
+    table = tiny("ue", vocab_size=2500).token_table
+    plain = table.fold()
+
+    torch.testing.assert_close(plain.weight, table(torch.arange(2500)))
+
+
+def at_every_place(self, ids_A: Tensor) -> Tensor:
+    """A unified embedding the plain way: the network at each place, whatever the token."""
+    wide_AW = self.wide_table(ids_A)
+    return self.network(wide_AW)
+
+
+def gradients(model: nn.Module, tokens_BT: Tensor, plain_way: bool, low: bool = False) -> Tensor:
+    """Of the unified table, in one line."""
+    if plain_way:
+        model.token_table.forward = at_every_place.__get__(model.token_table)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        sums = Objective(model)(tokens_BT, tokens_BT.roll(-1, 1))
+    (sums.objective / tokens_BT.numel()).backward()
+    return torch.cat([weight.grad.flatten() for weight in model.token_table.parameters()])
+
+
+@pytest.mark.parametrize(
+    "tokens_BT",
+    [
+        random_tokens(B=3, T=16),
+        random_tokens(B=3, T=16, V=2),
+        torch.full((2, 5), 7),
+        torch.randperm(61, generator=torch.Generator().manual_seed(0))[:16].view(1, 16),
+        torch.tensor([[60]]),
+    ],
+    ids=["mixed", "two tokens", "one token", "all different", "one place"],
+)
+def test_running_the_network_on_distinct_tokens_changes_neither_output_nor_gradient(tokens_BT):
+    ours, plain = tiny("ue").double(), tiny("ue").double()
+
+    torch.testing.assert_close(
+        ours.token_table(tokens_BT), at_every_place(plain.token_table, tokens_BT)
+    )
+    torch.testing.assert_close(
+        gradients(ours, tokens_BT, plain_way=False), gradients(plain, tokens_BT, plain_way=True)
+    )
+
+
+def test_in_bf16_a_frequent_tokens_gradient_is_as_exact_as_the_plain_way():
+    tokens_BT = random_tokens(B=4, T=256, V=3)
+    exact, plain, ours = (
+        gradients(tiny("ue", max_len=256), tokens_BT, plain_way, low)
+        for plain_way, low in ((True, False), (True, True), (False, True))
+    )
+
+    assert (ours - exact).norm() < 2 * (plain - exact).norm()
+
+
+def test_ue_starts_at_the_spread_of_its_control():
+    start = {"vocab_size": 500, "width": 192, "num_heads": 3}
+    unified = tiny("ue", **start).token_table(torch.arange(500))
+    control = tiny("gpt2ish_small_init", **start).token_table(torch.arange(500))
+
+    assert unified.std().item() == pytest.approx(control.std().item(), rel=0.1)
+
+
+def stretched(model: nn.Module, part: str, block: int) -> nn.Module:
+    """The same model with one block's keys or values ten times longer."""
+    layer = getattr(model.blocks[block].attention, part)
+    for weight in layer.parameters():
+        weight.data *= 10
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "normed"),
+    [
+        ("gpt2ish", set()),
+        ("value_norm", {("value", 0), ("value", 1)}),
+        ("normv1_1", {("value", 1)}),
+        ("normv1_2", {("value", 0)}),
+        ("normk", {("key", 0), ("key", 1)}),
+        ("normkv", {("key", 0), ("key", 1), ("value", 0), ("value", 1)}),
+    ],
+)
+def test_the_length_of_what_is_normed_has_no_say(name, normed):
+    tokens_BT = random_tokens(B=2, T=16)
+    before = tiny(name)(tokens_BT)
+    unmoved = {
+        (part, block)
+        for part in ("key", "value")
+        for block in (0, 1)
+        if torch.allclose(stretched(tiny(name), part, block)(tokens_BT), before, atol=1e-3)
+    }
+
+    assert unmoved == normed
+
+
+def test_each_head_is_normed_for_itself():
+    attention = tiny("value_norm").blocks[0].attention
+    x_BTC = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    v_BHTD = attention.value_norm(attention.split(attention.value(x_BTC)))
+
+    torch.testing.assert_close(v_BHTD, F.layer_norm(attention.split(attention.value(x_BTC)), (8,)))
+    assert attention.value_norm.weight.shape == (8,)
