@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,22 +141,18 @@ def main(
     note(f"{folder.path}, step {trained.step}, {settings.device}, {settings.precision}")
     if asked is None:
         return _talk(trained, settings, choose)
-    if not as_json:
-        _show_all(trained, settings, choose, asked)
-        return None
-    samples = _samples(asked, settings)
-    for _ in _write(trained, settings, choose, samples):
-        pass
-    print_json(
-        {
-            "schema_version": 1,
-            "run": str(folder.path),
-            "step": trained.step,
-            "seed": seed,
-            "settings": asdict(settings),
-            "samples": [asdict(sample) for sample in samples],
-        }
-    )
+    samples = _write(trained, settings, choose, asked, show=not as_json)
+    if as_json:
+        print_json(
+            {
+                "schema_version": 1,
+                "run": str(folder.path),
+                "step": trained.step,
+                "seed": seed,
+                "settings": asdict(settings),
+                "samples": [asdict(sample) for sample in samples],
+            }
+        )
     return None
 
 
@@ -195,52 +190,47 @@ def _resolve(run: str | None, runs: Path):
         raise UserError(error.problem, hint, error.code) from None
 
 
-def _samples(prompt: str, settings: Settings) -> list["Sample"]:
-    from lmplay.generate.sampling import Sample
-
-    return [Sample(prompt) for _ in range(settings.num_samples)]
-
-
 def _write(
-    trained: "Trained", settings: Settings, choose, samples: list["Sample"], first_row: int = 0
-) -> Iterator[tuple[int, str]]:
-    """Fill the samples, a few rows at a time; notes what it took."""
-    from lmplay.generate.sampling import write
+    trained: "Trained", settings: Settings, choose, prompt: str, first_row: int = 0, show=True
+) -> list["Sample"]:
+    """Write all samples; show each behind its prompt, the first one while it is written."""
+    from lmplay.generate.sampling import Sample, write
 
+    samples = [Sample(prompt) for _ in range(settings.num_samples)]
+    notes: dict[str, None] = {}  # each said once, and not into the middle of a text
     begin = time.perf_counter()
-    for start in range(0, len(samples), _ROWS):
-        pieces = write(
-            trained.model,
-            trained.tokenizer,
-            samples[start : start + _ROWS],
-            settings.max_tokens,
-            choose,
-            trained.config.max_len,
-            stops=settings.stop,
-            repetition_penalty=settings.repetition_penalty,
-            first_row=first_row + start,
-            note=note if start == 0 else lambda text: None,
-        )
-        with trained.autocast():
-            for row, piece in pieces:
-                yield start + row, piece
-    seconds = time.perf_counter() - begin
-    num_tokens = sum(len(sample.tokens) for sample in samples)
-    note(f"{num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s)")
-
-
-def _show_all(trained, settings: Settings, choose, prompt: str, first_row: int = 0) -> None:
-    """Print each text behind its prompt, the first one while it is written."""
-    samples = _samples(prompt, settings)
-    _print(prompt)
+    if show:
+        _print(prompt)
     try:
-        for row, piece in _write(trained, settings, choose, samples, first_row):
-            if row == 0:
-                _print(piece)
+        for start in range(0, len(samples), _ROWS):
+            pieces = write(
+                trained.model,
+                trained.tokenizer,
+                samples[start : start + _ROWS],
+                settings.max_tokens,
+                choose,
+                trained.config.max_len,
+                stops=settings.stop,
+                repetition_penalty=settings.repetition_penalty,
+                first_row=first_row + start,
+                note=notes.setdefault,
+            )
+            with trained.autocast():
+                for row, piece in pieces:
+                    if show and start + row == 0:
+                        _print(piece)
     finally:
-        _print("\n")
-    for sample in samples[1:]:
-        _print(f"{_SEPARATOR}\n{sample.prompt}{sample.text}\n")
+        if show:
+            _print("\n")
+        seconds = time.perf_counter() - begin
+        num_tokens = sum(len(sample.tokens) for sample in samples)
+        for text in notes:
+            note(text)
+        note(f"{num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s)")
+    if show:
+        for sample in samples[1:]:
+            _print(f"{_SEPARATOR}\n{sample.prompt}{sample.text}\n")
+    return samples
 
 
 def _talk(trained: "Trained", settings: Settings, choose) -> None:
@@ -265,7 +255,7 @@ def _talk(trained: "Trained", settings: Settings, choose) -> None:
             note(_HELP)
             continue
         with contextlib.suppress(KeyboardInterrupt):
-            _show_all(trained, settings, choose, prompt, num_rows)
+            _write(trained, settings, choose, prompt, num_rows)
         num_rows += settings.num_samples
 
 
