@@ -3,6 +3,7 @@
 import atexit
 import glob
 import hashlib
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -216,7 +217,7 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     fingerprint = cache.fingerprint(settings)
-    folder = cache.cache_root() / f"{name}-{fingerprint[:12]}"
+    folder = cache.cache_root() / f"{re.sub(r'[^\w.-]', '_', name)}-{fingerprint[:12]}"
     shards = Shards(name, folder, fingerprint, tokenizer)
     shards.publish(*read_index(folder))
     if shards.num_tokens is not None:

@@ -1,0 +1,434 @@
+"""Prepared tokens are the source's, whole, in order, once; whatever interrupts the preparation."""
+
+import errno
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmplay.errors import NO_DATA, UserError
+from lmplay.plan import Dataset, Validation
+from lmplay.tokens import open_tokenizer
+from lmplay.train import cache, shards, text
+from lmplay.train.layout import map_shard, write_shard
+from lmplay.train.shards import prepare
+from lmplay.train.text import documents
+
+BYTE = open_tokenizer("byte")
+HELD_OUT = Validation(tokens=500, fraction=0.1, every_tokens=1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(cache.os, "fsync", lambda handle: None)  # slow, and nothing here cuts power
+    return tmp_path
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Dataset(files=[str(path)])
+
+
+def numbered(count):
+    return [{"text": f"record {i} é"} for i in range(count)]
+
+
+def made(dataset, split="train", on_progress=lambda *numbers: None, **options):
+    options = {"shard_tokens": 100, **options}
+    return prepare(dataset, "name", BYTE, HELD_OUT, on_progress, split=split, **options)
+
+
+def stream(prepared):
+    return prepared.window(0, prepared.num_tokens)[0].tolist()
+
+
+def packed(dataset, split="train", fraction=0.1):
+    expected = [BYTE.end]
+    for document in documents(dataset, split, fraction):
+        expected += [*document.text.encode(), BYTE.end]
+    return expected
+
+
+def folder_of(root, prepared):
+    return root / "cache" / f"name-{prepared.fingerprint[:12]}"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    records=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=30),
+    shard_tokens=st.integers(5, 300),
+)
+def test_packing_keeps_every_token_in_order(tmp_path_factory, records, shard_tokens):
+    root = tmp_path_factory.mktemp("packing")
+    dataset = jsonl(root / "a.jsonl", [{"text": record} for record in records])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMP_DATASETS", str(root / "cache"))
+        fraction = text.held_out_fraction(dataset, 0.1)
+        if not list(documents(dataset, "train", fraction)):
+            return
+
+        prepared = made(dataset, shard_tokens=shard_tokens)
+
+        assert stream(prepared) == packed(dataset, "train", fraction)
+        ends, complete = prepared.known()
+        assert complete
+        assert all(end == (i + 1) * shard_tokens for i, end in enumerate(ends[:-1]))
+        assert prepared.text_bytes() == sum(
+            document.num_bytes for document in documents(dataset, "train", fraction)
+        )
+
+
+def test_a_window_may_lie_anywhere(folder):
+    prepared = made(jsonl(folder / "a.jsonl", numbered(100)))
+    whole = stream(prepared)
+
+    for start in (0, 1, 99, 100, 150, len(whole) - 5):
+        for length in (1, 5, 100, 350):
+            tokens, learned = prepared.window(start, length)
+            assert tokens.tolist() == whole[start : start + length]
+            assert tokens.dtype == np.int64 and learned.all() and len(learned) == len(tokens)
+
+
+@pytest.mark.parametrize("learn_prompt", [False, True])
+def test_only_the_truth_and_its_end_are_learned(folder, learn_prompt):
+    rows = [{"prompt": f"question {i}?" * 3, "truth": f"answer {i}"} for i in range(60)]
+    dataset = jsonl(folder / "a.jsonl", rows).model_copy(update={"learn_prompt": learn_prompt})
+    expected = [True]
+    num_bytes = 0
+    for document in documents(dataset, "train", 0.1):
+        expected += [learn_prompt] * len(document.prompt) + [True] * (len(document.truth) + 1)
+        num_bytes += len(document.truth) + (len(document.prompt) if learn_prompt else 0)
+
+    prepared = made(dataset)
+
+    assert prepared.window(0, prepared.num_tokens)[1].tolist() == expected
+    assert stream(prepared) == packed(dataset)
+    assert prepared.text_bytes() == num_bytes
+
+
+def test_the_held_out_text_ends_at_its_limit(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(1000))
+
+    prepared = made(dataset, "validation")
+
+    assert stream(prepared) == packed(dataset, "validation")[: 1 + HELD_OUT.tokens]
+    text_tokens = [token for token in stream(prepared) if token != BYTE.end]
+    assert prepared.text_bytes() == len(text_tokens)
+
+
+def test_a_source_shorter_than_the_limit_is_held_out_whole(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+
+    assert stream(made(dataset, "validation")) == packed(dataset, "validation")
+
+
+def test_the_bytes_of_a_cut_chat_are_those_of_its_learned_tokens(folder):
+    rows = [{"prompt": "q" * 40, "truth": "é" * 40} for _ in range(3)]
+    (folder / "data").mkdir()
+    jsonl(folder / "data" / "train.jsonl", rows)
+    jsonl(folder / "data" / "validation.jsonl", rows * 9)
+    dataset = Dataset(files=[str(folder / "data")])
+
+    prepared = made(dataset, "validation")
+
+    tokens, learned = prepared.window(1, prepared.num_tokens)
+    assert len(tokens) == HELD_OUT.tokens
+    assert prepared.text_bytes() == int((learned & (tokens != BYTE.end)).sum())
+
+
+def test_a_larger_limit_leaves_the_training_text_alone(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(300))
+    more = HELD_OUT.model_copy(update={"tokens": 2000})
+
+    small, large = made(dataset), prepare(dataset, "name", BYTE, more, print, shard_tokens=100)
+
+    assert small.fingerprint == large.fingerprint
+
+
+def test_what_is_prepared_is_not_prepared_again(folder, monkeypatch):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+    before = made(dataset)
+    monkeypatch.setattr(shards, "documents", None)
+
+    again = made(dataset)
+
+    assert stream(again) == stream(before)
+    assert again.text_bytes() == before.text_bytes()
+
+
+def test_a_dataset_s_name_leads_to_no_other_folder(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+
+    prepare(dataset, "../some where/else", BYTE, HELD_OUT, print, shard_tokens=100)
+
+    (made,) = (path for path in (folder / "cache").iterdir() if path.is_dir())
+    assert made.name.startswith(".._some_where_else-")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_killed_preparation_goes_on_after_its_last_whole_shard(folder, error):
+    dataset = jsonl(folder / "a.jsonl", numbered(200))
+    done = []
+
+    def killed(name, num_bytes, tokens, total):
+        done.append(tokens)
+        if tokens > 800:
+            raise error
+
+    with pytest.raises(error):
+        made(dataset, on_progress=killed)
+    half = next(path for path in (folder / "cache").iterdir() if path.name.startswith("name-"))
+    left = json.loads((half / "index.json").read_text())
+    assert not left["complete"] and len(left["shards"]) >= 7
+    done.clear()
+    resumed = made(dataset, on_progress=lambda name, b, tokens, total: done.append(tokens))
+
+    assert done[0] > 800  # what was whole is not made again
+    assert stream(resumed) == packed(dataset)
+    assert resumed.text_bytes() == sum(d.num_bytes for d in documents(dataset, "train", 0.1))
+
+
+def test_killed_at_every_write_it_ends_in_the_same_files(folder, monkeypatch):
+    rows = [{"prompt": f"question {i}", "truth": f"answer {i}"} for i in range(30)]
+    dataset = jsonl(folder / "a.jsonl", rows)
+    monkeypatch.setenv("LMP_DATASETS", str(folder / "cache" / "whole"))
+    whole = made(dataset)
+    expected = contents(folder / "cache" / "whole" / f"name-{whole.fingerprint[:12]}")
+    write_whole = cache.write_whole
+    from lmplay.train import writer
+
+    for moment in range(200):
+        root = folder / "cache" / str(moment)
+        monkeypatch.setenv("LMP_DATASETS", str(root))
+        text.held_out_fraction(dataset, HELD_OUT.fraction)
+        writes = []
+
+        def killed(path, write, num_bytes=0, moment=moment, writes=writes):
+            if len(writes) == moment:
+                path.with_name(f"{cache.TEMPORARY}left").write_bytes(b"half of it")
+                raise KeyboardInterrupt
+            writes.append(path)
+            write_whole(path, write, num_bytes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write_whole", killed)
+            patch.setattr(cache, "write_whole", killed)
+            try:
+                made(dataset)
+            except KeyboardInterrupt:
+                finished = False
+            else:
+                finished = True
+        prepared = made(dataset)
+        assert contents(root / f"name-{prepared.fingerprint[:12]}") == expected
+        if finished:
+            break
+
+    assert moment > 15
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "no mask", "index"])
+def test_a_damaged_folder_is_mended_from_the_first_bad_shard_on(folder, damage):
+    rows = [{"prompt": f"question {i}", "truth": f"answer {i}"} for i in range(40)]
+    dataset = jsonl(folder / "a.jsonl", rows)
+    before = made(dataset)
+    path = folder_of(folder, before)
+    expected = contents(path)
+    shard = path / "000004.bin"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "no mask":
+        (path / "000004.mask").unlink()
+    else:
+        (path / "index.json").write_text('{"shards": [')
+
+    made(dataset)
+
+    assert contents(path) == expected
+
+
+def test_a_flipped_bit_is_found_when_the_shard_is_read(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+    shard = folder_of(folder, made(dataset)) / "000002.bin"
+    content = bytearray(shard.read_bytes())
+    content[1024 + 20] ^= 4
+    shard.write_bytes(content)
+    prepared = made(dataset)
+    prepared.window(0, 150)
+
+    with pytest.raises(UserError, match=r"000002\.bin is damaged") as caught:
+        prepared.window(210, 5)
+
+    assert "delete that file" in caught.value.hint
+
+
+def test_a_full_disk_keeps_what_is_whole(folder, monkeypatch):
+    dataset = jsonl(folder / "a.jsonl", numbered(200))
+    from lmplay.train import writer
+
+    def full(file, tokens):
+        if len(list(folder.glob("cache/name-*/*.bin"))) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_shard(file, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_shard", full)
+        with pytest.raises(UserError, match=r"the disk is full: .* needs .* bytes") as caught:
+            made(dataset)
+
+    assert caught.value.code == NO_DATA and "LMP_DATASETS" in caught.value.hint
+    assert len(list(folder.glob("cache/name-*/*.bin"))) == 3
+    assert not list(folder.glob(f"cache/name-*/{cache.TEMPORARY}*"))
+    assert stream(made(dataset)) == packed(dataset)
+
+
+def test_a_second_preparer_uses_what_the_first_one_makes(folder, monkeypatch):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+    prepared = made(dataset)
+    path = folder_of(folder, prepared)
+    index = (path / "index.json").read_text()
+    (path / "index.json").write_text(json.dumps({"shards": [], "complete": False}))
+    notes = []
+    lock = FileLock(path / "lock")
+    lock.acquire()
+
+    def note(text):
+        notes.append(text)
+        (path / "index.json").write_text(index)  # the first one has finished
+
+    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(shards, "Writer", None)
+    followed = made(dataset, note=note)
+    lock.release()
+
+    assert stream(followed) == stream(prepared)
+    assert len(notes) == 1 and "another process prepares" in notes[0]
+
+
+def test_a_source_without_text_is_no_empty_dataset(folder):
+    one = jsonl(folder / "one.jsonl", numbered(1))
+
+    assert stream(made(one, "validation")) == packed(one, "validation", 1.0)
+    with pytest.raises(UserError, match="no text is left") as caught:
+        made(one)
+    assert caught.value.code == NO_DATA
+    with pytest.raises(UserError, match="no text is left"):
+        made(jsonl(folder / "none.jsonl", [{"text": " "}]), "validation")
+
+
+def test_progress_is_told_with_the_total_where_it_is_known(folder):
+    (folder / "a.txt").write_text("line\n" * 50_000)
+    told = []
+
+    made(
+        Dataset(files=[str(folder / "a.txt")]),
+        on_progress=lambda *numbers: told.append(numbers),
+        shard_tokens=1 << 16,
+    )
+
+    names, num_bytes, tokens, totals = zip(*told, strict=True)
+    assert set(names) == {"name"} and set(totals) == {250_000}
+    assert list(num_bytes) == sorted(num_bytes) and num_bytes[-1] <= 250_000
+    assert list(tokens) == sorted(tokens)
+
+
+def test_preparing_needs_no_more_memory_for_more_text(folder, monkeypatch):
+    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 1 << 16)
+    peaks = []
+    for size in (20_000, 200_000):
+        (folder / f"{size}.txt").write_text("a line of text\n" * size)
+        tracemalloc.start()
+        made(Dataset(files=[str(folder / f"{size}.txt")]), shard_tokens=1 << 18)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    assert peaks[1] < 1.5 * peaks[0] + 500_000
+
+
+def foreign(path, tokens):
+    with open(path, "wb") as file:
+        write_shard(file, np.array(tokens, "<u2"))
+
+
+def test_a_foreign_shard_has_the_layout_of_modded_nanogpt(folder):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 5
+    tokens = np.array([256, 104, 105, 256, 33], "<u2")
+    (folder / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+    assert map_shard(folder / "fineweb_train_000001.bin").tolist() == tokens.tolist()
+    foreign(folder / "ours.bin", tokens)
+    assert (folder / "ours.bin").read_bytes() == (folder / "fineweb_train_000001.bin").read_bytes()
+
+
+def test_large_vocabularies_take_four_bytes(folder):
+    with open(folder / "a.bin", "wb") as file:
+        write_shard(file, np.array([1, 100_000], "<u4"))
+
+    header = np.fromfile(folder / "a.bin", "<i4", 3)
+    assert header.tolist() == [20240801, 7, 2]
+    assert map_shard(folder / "a.bin").tolist() == [1, 100_000]
+
+
+def test_foreign_shards_called_val_are_held_out(folder):
+    for number in (2, 1):
+        foreign(folder / f"x_train_{number}.bin", [256, number, number])
+    foreign(folder / "x_val_0.bin", [256, 9, 9, 9])
+    dataset = Dataset(shards=[str(folder / "x_*.bin")])
+
+    assert stream(made(dataset)) == [256, 1, 1, 256, 2, 2]
+    assert stream(made(dataset, "validation")) == [256, 9, 9, 9]
+    assert made(dataset, "validation").text_bytes() == 3
+
+
+def test_of_foreign_shards_the_end_is_held_out_else(folder):
+    tokens = [*range(200)] * 10
+    foreign(folder / "a.bin", tokens[:1000])
+    foreign(folder / "b.bin", tokens[1000:])
+    dataset = Dataset(shards=[str(folder / "*.bin")])
+    training, held_out = stream(made(dataset)), stream(made(dataset, "validation"))
+
+    assert len(held_out) == 1 + 200  # a tenth, and its context
+    assert training + held_out[1:] == tokens
+    assert training[-1] == held_out[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "too short"),
+        (b"x" * 2000, "begins with"),
+        (np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes() + b"12", "9 tokens make 1,042"),
+    ],
+)
+def test_a_file_that_is_no_shard_is_named(folder, content, message):
+    (folder / "bad.bin").write_bytes(content)
+
+    with pytest.raises(UserError, match=message) as caught:
+        made(Dataset(shards=[str(folder / "bad.bin")]))
+
+    assert "bad.bin" in caught.value.problem
+
+
+def test_shards_of_another_tokenizer_are_refused(folder):
+    foreign(folder / "a.bin", [256, 1, 50256, 2])
+
+    with pytest.raises(UserError, match="holds token 50256, and byte has only 257"):
+        stream(made(Dataset(shards=[str(folder / "a.bin")])))
+
+
+def test_a_pattern_without_shards_is_named(folder):
+    with pytest.raises(UserError, match=r"nothing_\*\.bin"):
+        made(Dataset(shards=[str(folder / "nothing_*.bin")]))
