@@ -217,7 +217,8 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     fingerprint = cache.fingerprint(settings)
-    folder = cache.cache_root() / f"{re.sub(r'[^\w.-]', '_', name)}-{fingerprint[:12]}"
+    safe_name = re.sub(r"[^\w.-]", "_", name)
+    folder = cache.cache_root() / f"{safe_name}-{fingerprint[:12]}"
     shards = Shards(name, folder, fingerprint, tokenizer)
     shards.publish(*read_index(folder))
     if shards.num_tokens is not None:
