@@ -1,0 +1,3 @@
+from lmplay.stats.cli import run
+
+run()

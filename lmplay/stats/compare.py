@@ -1,0 +1,406 @@
+"""Reads runs, decides which may be compared, aligns their curves, subtracts, smooths."""
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lmplay.errors import UserError, nearest
+from lmplay.run_folder import RunFolder
+from lmplay.stats.record import damaged, whole_lines
+
+X_COLUMNS = {"tokens": "tokens", "steps": "step", "seconds": "seconds", "flops": "tokens"}
+DEFAULT_BASELINE = "gpt2ish"
+
+_FORGOTTEN = 60  # half-lives after which a weight is lost in float64
+_EXPONENTS = 500  # half-lives that one block of `smooth` spans: 2**500 is far from overflow
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over a strictly rising axis, both float64; NaN is a gap that no line crosses."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    @property
+    def empty(self) -> bool:
+        """True where there is nothing to draw."""
+        return not np.isfinite(self.y).any()
+
+
+NO_CURVE = Curve(np.empty(0), np.empty(0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as it was when it was read."""
+
+    path: Path
+    facts: dict  # run.json
+
+    @property
+    def label(self) -> str:
+        """The experiment, with what was changed for this run: "ue16x,lr=0.001"."""
+        return self.facts["label"]
+
+    @property
+    def plan(self) -> str:
+        return self.facts["plan_name"]
+
+    @property
+    def seed(self) -> int:
+        return self.facts["seed"]
+
+    @property
+    def budget(self) -> int:
+        """Tokens that the run is to be trained on."""
+        return self.facts["num_steps"] * self.facts["tokens_per_step"]
+
+    @property
+    def finished(self) -> bool:
+        return self.facts["status"] == "finished"
+
+    @cached_property
+    def train(self) -> pd.DataFrame:
+        """A row for each step; only the columns that are drawn or counted."""
+        columns = ["step", "tokens", "loss", "accuracy", "seconds"]
+        return _read_csv(RunFolder(self.path).train_csv, columns)
+
+    @cached_property
+    def validation(self) -> pd.DataFrame:
+        columns = ["step", "tokens", "loss", "bits_per_byte", "accuracy", "seconds"]
+        return _read_csv(RunFolder(self.path).validation_csv, columns)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        frames = [frame for frame in (self.train, self.validation) if len(frame)]
+        return max((int(frame["tokens"].iloc[-1]) for frame in frames), default=0)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run and the run that it is held against.
+
+    `obstacle` says in words why the two cannot be subtracted, or why there is no baseline; a run
+    without one may be.
+    """
+
+    run: Run
+    baseline: Run | None
+    obstacle: str = ""
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.baseline is self.run
+
+    @property
+    def comparable(self) -> bool:
+        return self.baseline is not None and not self.is_baseline and not self.obstacle
+
+
+def read_run(folder: RunFolder) -> Run:
+    """The run in this folder; its curves are read when they are first asked for.
+
+    Raises:
+        UserError: run.json is missing, damaged, or lacks what a comparison needs.
+    """
+    facts = folder.read()
+    needed = {"label", "plan_name", "seed", "status", "num_steps", "tokens_per_step", "data"}
+    needed |= {"parameters", "flops_per_token", "scale_differs"}
+    missing = sorted(needed - facts.keys())
+    if missing:
+        raise damaged(folder.run_json, f"it lacks {', '.join(missing)}")
+    return Run(folder.path, facts)
+
+
+def pair_runs(runs: list[Run], baseline: str | Run | None) -> list[Pair]:
+    """Each run with its baseline: same plan, same seed.
+
+    Args:
+        baseline: a label, looked for on each plan; or one run, against which every run of its
+            seed is held, whatever the plan; or None: gpt2ish if the plan has it, else the label
+            of the plan's longest run.
+    Raises:
+        UserError: no run has this label.
+    """
+    labels = sorted({run.label for run in runs})
+    if isinstance(baseline, str) and baseline not in labels:
+        hint = nearest(baseline, labels) + f"--baseline takes a run's folder or {_some(labels)}"
+        raise UserError(f"no run of {baseline!r} to hold the others against", hint=hint)
+    return [_pair(run, runs, baseline) for run in runs]
+
+
+def default_baseline(runs: list[Run]) -> str:
+    """The label that the runs of one plan are held against when nobody names one."""
+    own = [run for run in runs if run.label == DEFAULT_BASELINE]
+    return max(own or runs, key=lambda run: run.tokens).label
+
+
+def why_not_comparable(run: Run, baseline: Run) -> str:
+    """What keeps two runs from being subtracted, or nothing.
+
+    Comparable is: same training data, same validation text, same tokenizer, and budgets that
+    differ by less than one step, to which they are rounded.
+    """
+    reasons = []
+    for key, name in {
+        "tokenizer": "tokenizer",
+        "fingerprint": "training data",
+        "validation_fingerprint": "validation text",
+    }.items():
+        theirs, ours = baseline.facts["data"].get(key), run.facts["data"].get(key)
+        if theirs != ours:
+            shown = f" ({ours}, not {theirs})" if key == "tokenizer" else ""
+            reasons.append(f"other {name}{shown}")
+    step = max(run.facts["tokens_per_step"], baseline.facts["tokens_per_step"])
+    if abs(run.budget - baseline.budget) >= step:
+        reasons.append(f"other budget ({run.budget:,} tokens, not {baseline.budget:,})")
+    return " and ".join(reasons)
+
+
+def curve(run: Run, split: str, metric: str, x: str) -> Curve:
+    """What was recorded of a metric.
+
+    Args:
+        split: "train" or "validation".
+        metric: "loss" (nats per token) or "accuracy" (share of the tokens, 0 to 1).
+        x: "tokens", "steps", "seconds" (of training) or "flops" (tokens times FLOPs per token).
+    """
+    frame = run.train if split == "train" else run.validation
+    at = frame[X_COLUMNS[x]].to_numpy(np.float64)
+    if x == "flops":
+        at = at * run.facts["flops_per_token"]
+    value = frame[metric].to_numpy(np.float64)
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], at[:-1]])) if len(at) else at
+    rises = at > before  # two steps within one tick of the clock: the first of them stands
+    if not rises.all():
+        at, value = at[rises], value[rises]
+    return Curve(at, np.where(np.isfinite(value), value, np.nan))
+
+
+def difference(curve: Curve, baseline: Curve) -> Curve:
+    """`curve` minus `baseline` where both were recorded, never beyond.
+
+    Between two points a curve is the straight line that joins them, so the difference has a point
+    wherever either curve has one. A gap of either is a gap.
+    """
+    if np.array_equal(curve.x, baseline.x):
+        return Curve(curve.x, curve.y - baseline.y)
+    if not len(curve.x) or not len(baseline.x):
+        return NO_CURVE
+    low = max(curve.x[0], baseline.x[0])
+    high = min(curve.x[-1], baseline.x[-1])
+    x = np.union1d(curve.x, baseline.x)
+    x = x[(low <= x) & (x <= high)]
+    return Curve(x, _interpolate(curve, x) - _interpolate(baseline, x))
+
+
+def smooth(curve: Curve, half_life: float) -> Curve:
+    """The mean of each point's neighbours on both sides, weights halving every `half_life` of x.
+
+    Two-sided, so nothing moves along the axis; divided by the sum of the weights that are there,
+    so a constant stays itself up to both ends. Each point counts for the stretch of axis that it
+    stands for, and nothing is averaged over a gap. At an end all neighbours are on one side, so
+    a curve that stops while it is steep is shown flatter there than it is.
+
+    Args:
+        half_life: in units of x; 0 leaves the curve as it is.
+    """
+    if half_life <= 0 or curve.empty:
+        return curve
+    y = curve.y.copy()
+    for start, stop in _stretches(np.isfinite(y)):
+        y[start:stop] = _mean_of_neighbours(curve.x[start:stop] / half_life, y[start:stop])
+    return Curve(curve.x, y)
+
+
+def final_rows(pairs: list[Pair]) -> list[dict]:
+    """What the table says of each run, in the order given; a number that is not there is None.
+
+    `loss`, `bits_per_byte` and `accuracy` are those of the last validation, after
+    `validated_tokens`; `difference` is loss minus the baseline's, between finished runs only.
+    `marks` are the sentences that a reader of the numbers has to know.
+    """
+    differences = [_final_difference(pair) for pair in pairs]
+    seeds = Counter(
+        (pair.run.plan, pair.run.label)
+        for pair, value in zip(pairs, differences, strict=True)
+        if value is not None
+    )
+    return [
+        _final_row(pair, value, seeds[pair.run.plan, pair.run.label])
+        for pair, value in zip(pairs, differences, strict=True)
+    ]
+
+
+def _final_row(pair: Pair, difference: float | None, num_seeds: int) -> dict:
+    run = pair.run
+    last = _last(run.validation)
+    return {
+        "run": str(run.path),
+        "plan": run.plan,
+        "experiment": run.label,
+        "seed": run.seed,
+        "status": run.facts["status"],
+        "tokens": run.tokens,
+        "validated_tokens": None if last is None else int(last["tokens"]),
+        "loss": _number(last, "loss"),
+        "bits_per_byte": _number(last, "bits_per_byte"),
+        "accuracy": _number(last, "accuracy"),
+        "difference": difference,
+        "baseline": None if pair.baseline is None else str(pair.baseline.path),
+        "tokens_per_second": _tokens_per_second(run),
+        **{key: run.facts["parameters"][key] for key in ("trained", "matmul", "lookup")},
+        "marks": _marks(pair, difference, num_seeds),
+    }
+
+
+def _marks(pair: Pair, difference: float | None, num_seeds: int) -> list[str]:
+    run = pair.run
+    marks = []
+    if pair.is_baseline:
+        marks.append("baseline")
+    if difference is not None and num_seeds < 2:
+        marks.append("one seed: no evidence")
+    if pair.obstacle:
+        marks.append(f"not compared: {pair.obstacle}")
+    marks += _state_marks(run)
+    if pair.comparable and run.finished and not pair.baseline.finished:
+        marks.append("not compared: the baseline is not finished")
+    for key, (theirs, ours) in run.facts["scale_differs"].items():
+        marks.append(f"scale differs: {key}={ours}, the plan's is {theirs}")
+    if run.facts.get("bound"):
+        marks.append("own log_likelihood: exact or a bound, see its docstring")
+    return marks
+
+
+def _state_marks(run: Run) -> list[str]:
+    last = _last(run.validation)
+    if run.finished and last is None:
+        return ["never validated"]
+    if run.finished:
+        short = last["step"] < run.facts["num_steps"]
+        return [f"validated at {int(last['tokens']):,} tokens"] if short else []
+    state = "failed" if run.facts["status"] == "failed" else "not finished"
+    at = "never validated" if last is None else f"validated at {int(last['tokens']):,} tokens"
+    return [f"{state}: {at}"]
+
+
+def _final_difference(pair: Pair) -> float | None:
+    if not pair.comparable or not pair.run.finished or not pair.baseline.finished:
+        return None
+    ours = _number(_last(pair.run.validation), "loss")
+    theirs = _number(_last(pair.baseline.validation), "loss")
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _last(frame: pd.DataFrame) -> pd.Series | None:
+    return frame.iloc[-1] if len(frame) else None
+
+
+def _number(row: pd.Series | None, key: str) -> float | None:
+    return None if row is None or not np.isfinite(row[key]) else float(row[key])
+
+
+def _tokens_per_second(run: Run) -> float | None:
+    last = _last(run.train)
+    if last is None or not last["seconds"] > 0:
+        return None
+    return float(last["tokens"] / last["seconds"])
+
+
+def _pair(run: Run, runs: list[Run], baseline: str | Run | None) -> Pair:
+    if isinstance(baseline, Run):
+        if run is not baseline and run.seed != baseline.seed:
+            return Pair(run, None, f"the baseline has seed {baseline.seed}")
+        label, candidates = baseline.label, [baseline]
+    else:
+        on_plan = [other for other in runs if other.plan == run.plan]
+        label = baseline or default_baseline(on_plan)
+        candidates = [other for other in on_plan if other.label == label]
+        if not candidates:
+            return Pair(run, None, f"no {label} on plan {run.plan}")
+        if run.label == label:
+            return Pair(run, run)
+        candidates = [other for other in candidates if other.seed == run.seed]
+    if not candidates:
+        return Pair(run, None, f"{label} has no seed {run.seed}")
+    if len(candidates) > 1:
+        return Pair(run, None, f"{len(candidates)} runs of {label} with seed {run.seed}")
+    if run is candidates[0]:
+        return Pair(run, run)
+    return Pair(run, candidates[0], why_not_comparable(run, candidates[0]))
+
+
+def _some(labels: list[str]) -> str:
+    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+
+
+def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+    """These columns as float64, an empty cell as NaN; no rows where there is no file yet."""
+    data = whole_lines(path) if path.exists() else b""
+    if not data:
+        return pd.DataFrame({column: np.empty(0) for column in columns})
+    try:
+        return pd.read_csv(io.BytesIO(data), usecols=columns, dtype=np.float64, engine="c")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise damaged(path, str(error).strip().splitlines()[0]) from None
+
+
+def _interpolate(curve: Curve, x: np.ndarray) -> np.ndarray:
+    """The curve at `x`, which lies within it; NaN between two points of which one is NaN."""
+    right = np.searchsorted(curve.x, x).clip(max=len(curve.x) - 1)
+    hit = curve.x[right] == x
+    left = np.where(hit, right, right - 1)
+    width = np.where(hit, 1.0, curve.x[right] - curve.x[left])
+    share = (x - curve.x[left]) / width
+    return np.where(hit, curve.y[right], (1 - share) * curve.y[left] + share * curve.y[right])
+
+
+def _stretches(whole: np.ndarray) -> list[tuple[int, int]]:
+    """Where the runs of True start and stop."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], whole, [False]]).astype(np.int8)))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _mean_of_neighbours(u: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Over all j, the mean of y[j] with weight share[j] * 2**-|u[j] - u[i]|.
+
+    A point's share is the stretch of axis that it stands for, so crowded points do not pull the
+    mean to their side; on an even axis every share is the same.
+    """
+    if len(u) == 1 or np.diff(u).min() > _FORGOTTEN:
+        return y
+    steps = np.diff(u)
+    share = (np.append(steps[0], steps) + np.append(steps, steps[-1])) / 2
+    middle = y.mean()  # small numbers round less
+    values = np.stack([share, share * (y - middle)])
+    before = _decaying_sums(u, values)
+    after = _decaying_sums(-u[::-1], values[:, ::-1])[:, ::-1]
+    weight, total = before + after - values  # the point itself is in both
+    return middle + total / weight
+
+
+def _decaying_sums(u: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each i the sum over j <= i of values[:, j] * 2**(u[j] - u[i]); u rises strictly.
+
+    Done by a running sum of values * 2**u, a block of axis at a time, so that no power overflows.
+    """
+    sums = np.empty_like(values)
+    start, carried = 0, np.zeros(len(values))
+    while start < len(u):
+        stop = int(np.searchsorted(u, u[start] + _EXPONENTS, side="right"))
+        growth = np.exp2(u[start:stop] - u[start])
+        block = values[:, start:stop] * growth
+        block[:, 0] += carried
+        sums[:, start:stop] = np.cumsum(block, axis=1) / growth
+        if stop < len(u):
+            carried = sums[:, stop - 1] * np.exp2(u[stop - 1] - u[stop])
+        start = stop
+    return sums

@@ -1,0 +1,124 @@
+import csv
+import io
+import json
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from lmplay.stats.cli import run
+
+FIGURES = ["accuracy.png", "accuracy_difference.png", "loss.png", "loss_difference.png"]
+
+
+Done = namedtuple("Done", ["returncode", "stdout", "stderr"])
+
+
+@pytest.fixture
+def plotstats(tmp_path, monkeypatch, capsys):
+    """Runs the command in tmp_path, as its console script does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["lmp-plotstats", *args])
+        with pytest.raises(SystemExit) as left:
+            run()
+        return Done(left.value.code, *capsys.readouterr())
+
+    return call
+
+
+def drawn(tmp_path):
+    return sorted(path.name for path in (tmp_path / "plots").iterdir())
+
+
+def test_without_a_word_it_draws_every_run_and_prints_their_numbers(make_run, plotstats, tmp_path):
+    make_run(), make_run("ue", losses=[3.0] * 20)
+
+    done = plotstats()
+
+    assert done.returncode == 0, done.stderr
+    assert drawn(tmp_path) == FIGURES
+    line = next(line for line in done.stdout.splitlines() if " ue " in line)
+    assert "3.0000" in line and "-1.0000" in line and "one seed: no evidence" in line
+
+
+def test_json_is_one_document_and_the_figures_are_drawn_too(make_run, plotstats, tmp_path):
+    make_run(), make_run("ue"), make_run("odd", data={"fingerprint": "z"})
+
+    document = json.loads(plotstats("--json").stdout)
+
+    assert drawn(tmp_path) == FIGURES
+    assert document["schema_version"] == 1 and document["baseline"] == "gpt2ish"
+    assert sorted(path.split("/")[-1] for path in document["files"]) == FIGURES
+    by_name = {run["experiment"]: run for run in document["runs"]}
+    assert by_name["odd"]["marks"] == ["not compared: other training data"]
+    assert by_name["odd"]["difference"] is None and by_name["ue"]["difference"] == 0.0
+
+
+def test_csv_has_the_numbers_of_the_table_in_full(make_run, plotstats):
+    make_run(), make_run("ue", losses=[1 / 3] * 20)
+
+    rows = list(csv.DictReader(io.StringIO(plotstats("--csv").stdout)))
+
+    assert float(rows[1]["loss"]) == 1 / 3 and rows[1]["marks"] == "one seed: no evidence"
+
+
+def test_runs_are_named_by_folder_by_parent_or_by_what_is_below_runs(make_run, plotstats):
+    make_run(), make_run("ue"), make_run(plan="other")
+
+    for args in (["runs/quick"], ["quick/gpt2ish/seed-0", "runs/quick/ue"]):
+        document = json.loads(plotstats("--json", *args).stdout)
+        assert [run["experiment"] for run in document["runs"]] == ["gpt2ish", "ue"]
+
+
+def test_a_baseline_that_is_a_run_is_drawn_too(make_run, plotstats):
+    make_run("ue"), make_run("value_norm")
+
+    done = plotstats("--json", "quick/ue", "--baseline", "quick/value_norm/seed-0")
+
+    rows = json.loads(done.stdout)["runs"]
+    assert [row["experiment"] for row in rows] == ["ue", "value_norm"]
+    assert rows[0]["baseline"] == "runs/quick/value_norm/seed-0"
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--baseline", "gpt2is"], "did you mean 'gpt2ish'?"),
+        (["--baseline", "quick/gpt2ish/seed-9"], "there is no run quick/gpt2ish/seed-9"),
+        (["--smooth", "lots"], "500k in units of --x"),
+        (["--smooth", "200%"], "more than the axis"),
+        (["--json", "--csv"], "choose one"),
+        (["nowhere"], "there is no folder nowhere"),
+        (["--runs", "empty"], "lmp-trainer"),
+        (["--out-dir", "file"], "choose another place with --out-dir"),
+    ],
+)
+def test_a_mistake_exits_2_and_says_what_to_type(make_run, plotstats, tmp_path, args, said):
+    make_run()
+    (tmp_path / "file").touch()
+
+    done = plotstats(*args)
+
+    assert done.returncode == 2 and not done.stdout
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--version"]])
+def test_help_and_version_need_no_run(plotstats, args):
+    done = plotstats(*args)
+
+    assert done.returncode == 0 and done.stdout
+
+
+def test_a_hundred_thousand_rows_are_drawn(make_run, plotstats):
+    losses = 3 + 1 / np.arange(1.0, 100_001)
+    make_run(num_steps=100_000, losses=losses.tolist())
+
+    done = plotstats("--json", "--x", "seconds")
+
+    assert json.loads(done.stdout)["runs"][0]["tokens"] == 10_000_000

@@ -1,0 +1,307 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lmplay.errors import UserError
+from lmplay.stats.compare import (
+    Curve,
+    curve,
+    difference,
+    final_rows,
+    pair_runs,
+    read_run,
+    smooth,
+    why_not_comparable,
+)
+
+FINITE = st.floats(-1e3, 1e3).map(lambda value: round(value, 6))
+
+
+@st.composite
+def curves(draw, values=FINITE, min_size=1):
+    x = sorted(draw(st.sets(st.integers(0, 10_000), min_size=min_size, max_size=40)))
+    y = draw(st.lists(values, min_size=len(x), max_size=len(x)))
+    return Curve(np.array(x, np.float64), np.array(y, np.float64))
+
+
+def read(*folders):
+    return [read_run(folder) for folder in folders]
+
+
+@given(ours=curves(), theirs=curves())
+def test_a_difference_stays_inside_what_both_recorded(ours, theirs):
+    result = difference(ours, theirs)
+
+    assert all(result.x >= max(ours.x[0], theirs.x[0]))
+    assert all(result.x <= min(ours.x[-1], theirs.x[-1]))
+
+
+@given(ours=curves(), theirs=curves())
+def test_a_difference_is_the_difference_of_the_lines_as_numpy_draws_them(ours, theirs):
+    result = difference(ours, theirs)
+
+    expected = np.interp(result.x, ours.x, ours.y) - np.interp(result.x, theirs.x, theirs.y)
+    np.testing.assert_allclose(result.y, expected, atol=1e-8)
+
+
+@given(ours=curves(), theirs=curves())
+def test_a_difference_has_a_point_wherever_either_curve_has_one(ours, theirs):
+    result = difference(ours, theirs)
+
+    low, high = max(ours.x[0], theirs.x[0]), min(ours.x[-1], theirs.x[-1])
+    points = {*ours.x, *theirs.x}
+    assert set(result.x) == {x for x in points if low <= x <= high}
+
+
+@given(ours=curves(), theirs=curves())
+def test_swapping_two_curves_turns_the_sign(ours, theirs):
+    one, other = difference(ours, theirs), difference(theirs, ours)
+
+    np.testing.assert_array_equal(one.x, other.x)
+    np.testing.assert_array_equal(one.y, -other.y)
+
+
+@given(ours=curves())
+def test_the_difference_of_a_curve_with_itself_is_zero(ours):
+    assert not difference(ours, ours).y.any()
+
+
+def test_curves_that_never_meet_have_no_difference():
+    assert not len(
+        difference(Curve(np.arange(3.0), np.ones(3)), Curve(np.arange(5.0, 8), np.ones(3))).x
+    )
+
+
+def test_a_gap_is_not_crossed_but_its_edges_count():
+    ours = Curve(np.array([0.0, 2, 4, 6, 8]), np.array([1.0, 1, np.nan, 1, 1]))
+    theirs = Curve(np.arange(9.0), np.zeros(9))
+
+    result = difference(ours, theirs)
+
+    np.testing.assert_array_equal(np.isnan(result.y), [0, 0, 0, 1, 1, 1, 0, 0, 0])
+
+
+@given(shape=curves(), value=FINITE, half_life=st.floats(0.01, 1e5))
+def test_smoothing_leaves_a_constant_alone(shape, value, half_life):
+    constant = Curve(shape.x, np.full_like(shape.y, value))
+
+    np.testing.assert_allclose(smooth(constant, half_life).y, value, rtol=1e-12)
+
+
+@given(original=curves(), half_life=st.floats(0.01, 1e5))
+def test_smoothing_stays_between_the_least_and_the_greatest(original, half_life):
+    result = smooth(original, half_life).y
+
+    slack = 1e-9 * (1 + abs(original.y).max())
+    assert original.y.min() - slack <= result.min() and result.max() <= original.y.max() + slack
+
+
+@given(original=curves(), half_life=st.floats(0.01, 1e5))
+def test_smoothing_looks_the_same_from_both_sides(original, half_life):
+    mirrored = Curve(-original.x[::-1], original.y[::-1])
+
+    np.testing.assert_allclose(
+        smooth(mirrored, half_life).y[::-1], smooth(original, half_life).y, atol=1e-8
+    )
+
+
+def test_smoothing_does_not_move_a_peak_or_a_straight_line():
+    x = np.arange(201.0)
+    peak, line = np.where(x == 100, 1.0, 0.0), 3 * x
+
+    assert smooth(Curve(x, peak), 10.0).y.argmax() == 100
+    assert smooth(Curve(x, line), 5.0).y[100] == pytest.approx(300)
+
+
+def test_smoothing_is_the_weighted_mean_that_it_says():
+    x = np.arange(1.0, 2001) * 7
+    y = np.random.default_rng(0).normal(size=len(x))
+
+    result = smooth(Curve(x, y), 20.0).y
+
+    weights = 2.0 ** -(abs(x[:, None] - x) / 20.0)
+    np.testing.assert_allclose(result, weights @ y / weights.sum(1), rtol=1e-10, atol=1e-12)
+
+
+@given(original=curves(min_size=4), half_life=st.floats(1, 1e5), data=st.data())
+def test_smoothing_never_looks_across_a_gap(original, half_life, data):
+    gap = data.draw(st.integers(1, len(original.x) - 2))
+    before = original.y.copy()
+    before[gap] = np.nan
+    after = before.copy()
+    after[gap + 1 :] += 100
+
+    result = [smooth(Curve(original.x, y), half_life).y for y in (before, after)]
+
+    np.testing.assert_array_equal(result[0][:gap], result[1][:gap])
+    assert np.isnan(result[0][gap])
+
+
+@given(original=curves())
+def test_no_half_life_is_no_smoothing(original):
+    assert smooth(original, 0.0) is original
+
+
+def test_steps_tokens_seconds_and_flops_are_the_same_rows_on_other_axes(make_run):
+    run = read_run(make_run())
+
+    at = {x: curve(run, "train", "loss", x).x[-1] for x in ("steps", "tokens", "seconds", "flops")}
+    assert at == {"steps": 20, "tokens": 2000, "seconds": 10, "flops": 2e9}
+
+
+def test_a_row_without_a_loss_is_a_gap(make_run):
+    run = read_run(make_run(losses=[5.0, None, float("inf"), float("nan"), 4.0] * 4))
+
+    gaps = np.isnan(curve(run, "train", "loss", "tokens").y[:5])
+    assert list(gaps) == [False, True, True, True, False]
+
+
+def test_two_rows_within_one_tick_of_the_clock_count_once(make_run):
+    folder = make_run()
+    text = folder.train_csv.read_text().replace(",1.5\n", ",1.0\n")  # step 3 as late as step 2
+    folder.train_csv.write_text(text)
+
+    drawn = curve(read_run(folder), "train", "loss", "seconds")
+    assert len(drawn.x) == 19 and all(np.diff(drawn.x) > 0)
+
+
+def test_a_line_that_is_still_being_written_is_left_out(make_run):
+    folder = make_run()
+    with folder.train_csv.open("a") as file:
+        file.write("21,2100,0.0")
+
+    assert len(read_run(folder).train) == 20
+
+
+def test_a_run_that_has_not_begun_has_no_numbers_and_says_so(make_run):
+    folder = make_run(done=0)
+    folder.train_csv.unlink()
+    folder.validation_csv.unlink()
+
+    row = final_rows(pair_runs(read(folder), None))[0]
+    assert (row["tokens"], row["loss"], row["tokens_per_second"]) == (0, None, None)
+    assert "not finished: never validated" in row["marks"]
+
+
+def test_the_final_numbers_are_those_of_the_last_validation(make_run):
+    base, idea = make_run(), make_run("ue", losses=[3.0] * 19 + [3.5])
+
+    rows = final_rows(pair_runs(read(base, idea), None))
+    assert rows[1]["loss"] == 3.5
+    assert rows[1]["difference"] == 3.5 - 4.0
+    assert rows[0]["difference"] is None and "baseline" in rows[0]["marks"]
+    assert rows[1]["tokens_per_second"] == 200
+
+
+def test_one_seed_is_no_evidence_and_two_are_paired_each_with_its_own(make_run):
+    one = read(make_run(), make_run("ue"))
+    two = [*one, *read(make_run(seed=1, losses=[2.0] * 20), make_run("ue", seed=1))]
+
+    assert "one seed: no evidence" in final_rows(pair_runs(one, None))[1]["marks"]
+    rows = final_rows(pair_runs(two, None))
+    assert [row["difference"] for row in rows] == [None, 0.0, None, 2.0]
+    assert not any("no evidence" in mark for row in rows for mark in row["marks"])
+
+
+def test_a_seed_that_the_baseline_lacks_is_said(make_run):
+    rows = final_rows(pair_runs(read(make_run(), make_run("ue", seed=7)), None))
+
+    assert rows[1]["marks"] == ["not compared: gpt2ish has no seed 7"]
+    assert rows[1]["difference"] is None
+
+
+def test_an_unfinished_run_is_not_compared_by_its_last_number(make_run):
+    rows = final_rows(pair_runs(read(make_run(), make_run("ue", done=12)), None))
+
+    assert rows[1]["difference"] is None
+    assert rows[1]["marks"] == ["not finished: validated at 1,000 tokens"]
+
+
+def test_a_failed_run_and_another_scale_and_a_bound_are_marked(make_run):
+    folder = make_run(done=12, status="failed", bound=True, scale_differs={"width": [192, 256]})
+
+    marks = final_rows(pair_runs(read(folder), None))[0]["marks"]
+    assert "failed: validated at 1,000 tokens" in marks
+    assert "scale differs: width=256, the plan's is 192" in marks
+    assert any(mark.startswith("own log_likelihood") for mark in marks)
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ({"data": {"fingerprint": "z"}}, "training data"),
+        ({"data": {"validation_fingerprint": "z"}}, "validation text"),
+        ({"data": {"tokenizer": "gpt2"}}, "tokenizer"),
+        ({"num_steps": 30}, "budget"),
+    ],
+)
+def test_runs_on_another_ruler_are_not_subtracted(make_run, other, reason):
+    runs = read(make_run(), make_run("ue", **other))
+
+    pair = pair_runs(runs, None)[1]
+    assert not pair.comparable and reason in pair.obstacle
+    assert final_rows([pair])[0]["difference"] is None
+
+
+def test_budgets_that_differ_only_by_rounding_to_steps_agree(make_run):
+    runs = read(make_run(), make_run("gpt2ish,batch_size=12", num_steps=14, tokens_per_step=150))
+
+    assert why_not_comparable(*runs) == ""
+
+
+def test_the_baseline_is_gpt2ish_else_the_longest_run_of_each_plan(make_run):
+    runs = read(
+        make_run("ue"),
+        make_run(),
+        make_run("a", plan="other", done=5),
+        make_run("b", plan="other", done=10),
+    )
+
+    assert [pair.baseline.label for pair in pair_runs(runs, None)] == ["gpt2ish"] * 2 + ["b"] * 2
+
+
+def test_a_run_as_baseline_is_held_against_its_seed_on_any_plan(make_run):
+    runs = read(make_run(), make_run("ue", plan="other"), make_run("ue", seed=1))
+
+    pairs = pair_runs(runs, runs[0])
+    assert pairs[0].is_baseline and pairs[1].comparable and pairs[2].baseline is None
+
+
+def test_two_runs_of_one_baseline_and_seed_are_not_chosen_between(make_run):
+    base, idea = read(make_run(), make_run("ue"))
+
+    pairs = pair_runs([base, base, idea], None)
+    assert pairs[2].obstacle == "2 runs of gpt2ish with seed 0"
+
+
+def test_an_unknown_baseline_names_the_nearest(make_run):
+    with pytest.raises(UserError, match="no run of 'gpt2is'") as raised:
+        pair_runs(read(make_run(), make_run("ue")), "gpt2is")
+    assert "did you mean 'gpt2ish'?" in raised.value.hint
+
+
+def test_a_run_json_without_what_is_needed_is_named(make_run):
+    folder = make_run()
+    folder.write({"label": "ue"})
+
+    with pytest.raises(UserError, match="it lacks data"):
+        read_run(folder)
+
+
+def test_a_damaged_curve_is_named(make_run):
+    folder = make_run()
+    folder.train_csv.write_text("step,tokens,loss,accuracy,seconds\n1,oops,3,4,5\n")
+
+    with pytest.raises(UserError, match=r"train\.csv is damaged"):
+        _ = read_run(folder).train
+
+
+@given(original=curves(), half_life=st.floats(1, 100))
+def test_smoothing_on_an_even_axis_commutes_with_scaling_both(original, half_life):
+    assume(len(original.x) > 1)
+    scaled = Curve(original.x * 8, original.y)
+
+    np.testing.assert_allclose(
+        smooth(scaled, half_life * 8).y, smooth(original, half_life).y, atol=1e-9
+    )
