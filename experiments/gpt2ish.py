@@ -127,7 +127,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=config.token_std)
+        self.token_table.weight.data *= config.token_std
         nn.init.zeros_(self.position_table.weight)
 
     def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:

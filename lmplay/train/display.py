@@ -37,7 +37,7 @@ class Display:
         self._train: dict = {}
         self._validation: dict = {}
         self._printed = 0.0
-        self._began: tuple[int, float] | None = None  # step and seconds at the first row
+        self._began: dict | None = None  # the first row: before it there is no speed to speak of
 
     def __enter__(self):
         if self.console.is_terminal:
@@ -71,7 +71,7 @@ class Display:
         """A row of train.csv or validation.csv, or the step of a checkpoint."""
         if kind == "train":
             self._train = row
-            self._began = self._began or (row["step"], row["seconds"])
+            self._began = self._began or row
             self._bar.update(self._task, completed=row["step"])
             if self.live is None and self._is_time():
                 self._print(escape(self._line()))
@@ -96,31 +96,34 @@ class Display:
         stamp = "" if self.live is not None else time.strftime("%H:%M:%S ")
         self.console.print(f"{stamp}{markup}", soft_wrap=True)
 
-    def _remaining(self) -> str:
-        step, seconds = self._began or (0, 0.0)
-        taken = self._train["step"] - step
-        if not taken:
-            return "?"
-        each = (self._train["seconds"] - seconds) / taken
-        return _clock(each * (self.num_steps - self._train["step"]))
+    def _speed(self) -> tuple[float, str]:
+        """Tokens per second and the time left, both from the mean since the first row."""
+        first, now = self._began, self._train
+        seconds = now["seconds"] - first["seconds"]
+        if not seconds:
+            return now["tokens_per_second"], "?"
+        left = self.num_steps - now["step"]
+        each = seconds / (now["step"] - first["step"])
+        return (now["tokens"] - first["tokens"]) / seconds, _clock(each * left)
 
     def _line(self) -> str:
         row = self._train
+        speed, left = self._speed()
         return (
             f"step {row['step']:,}/{self.num_steps:,}  {row['tokens']:,} tokens  "
             f"{_loss(row)}  lr {row['learning_rate']:.2e}  |grad| {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {row['memory'] / 2**30:.2f} GiB  "
-            f"{self._remaining()} left"
+            f"{speed:,.0f} tokens/s  {row['memory'] / 2**30:.2f} GiB  {left} left"
         )
 
     def _panel(self) -> Panel:
         grid = Table.grid(padding=(0, 3))
         if self._train:
             row = self._train
+            speed, left = self._speed()
             grid.add_row(
                 f"tokens [bold]{row['tokens']:,}[/bold]",
-                f"[bold]{row['tokens_per_second']:,.0f}[/bold] tokens/s",
-                f"time left [bold]{self._remaining()}[/bold]",
+                f"[bold]{speed:,.0f}[/bold] tokens/s",
+                f"time left [bold]{left}[/bold]",
                 f"memory [bold]{row['memory'] / 2**30:.2f}[/bold] GiB",
             )
             accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"

@@ -84,13 +84,8 @@ def run_experiment(request: Request, display: Display) -> dict:
             display.note(f"{folder.path} is finished; --resume none trains it again")
             return _result(folder, facts)
         plan, experiment = _own_copies(request, facts, folder, display)
-        proofs = check.checked(experiment)
-        failed = [proof for proof in proofs if proof.passed is False]
-        if failed:
-            raise UserError(
-                f"{experiment.name} fails the check: {failed[0].name}: {failed[0].detail}",
-                hint=f"lmp-trainer --exp {request.entry.name} --check shows every proof",
-            )
+        if facts is None:
+            _refuse_unproven(experiment)
         tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
         stack.callback(data.close)
         if accelerator.is_main_process and not folder.tokenizer_json.exists():
@@ -189,6 +184,15 @@ def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
         raise
     write("finished")
     return _result(folder, now)
+
+
+def _refuse_unproven(experiment: Experiment) -> None:
+    failed = [proof for proof in check.checked(experiment) if proof.passed is False]
+    if failed:
+        raise UserError(
+            f"{experiment.name} fails the check: {failed[0].name}: {failed[0].detail}",
+            hint=f"lmp-trainer --exp {experiment.entry.path} --check shows every proof",
+        )
 
 
 def _own_copies(
