@@ -99,7 +99,7 @@ class _Buffer:
         self.end += T
 
     def _make_room(self, new: Tensor, start: int, T: int, keep: int | None) -> None:
-        """Move what is still needed to the front of a buffer with room for T more, and more."""
+        """Bring what is still needed to the front of a buffer with room for T more, and spare."""
         num_kept = self.end - start
         needed = num_kept + T
         size = max(64, 2 * needed)

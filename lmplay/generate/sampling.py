@@ -92,6 +92,7 @@ class Sampler:
         return weights_BK, ids_BK
 
     def _noise(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        assert len(rows) == len(logits_BV), "a row without a generator"
         shape = (*logits_BV.shape[1:-1], 1)
         noise = [torch.rand(shape, generator=self._generator(row)) for row in rows]
         return torch.stack(noise).to(logits_BV.device)
@@ -192,6 +193,8 @@ def generate(
     model.eval()
     try:
         if hasattr(model, "generate"):
+            if repetition_penalty != 1:
+                note("this model writes by itself: the repetition penalty is not used")
             yield from _by_the_model(model, rows, choose)
         else:
             yield from _by_steps(model, rows, choose, repetition_penalty, note)
@@ -330,7 +333,8 @@ def _last_logits(model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Te
         logits_BTV = model.head(x_BTC[:, -1:])
     else:
         logits_BTV = model(tokens_BT, **options)
-    return logits_BTV[:, -1]
+    logits_BV = logits_BTV[:, -1]
+    return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
 
 def _seen(rows: _Rows, logits_BV: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import binary, floats, integers, lists, sampled_from, text
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmplay.errors import NUMERIC, UserError
 from lmplay.generate.sampling import (
@@ -151,6 +152,27 @@ def test_only_the_last_position_goes_through_the_head():
     assert seen == [1, 1, 1]
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_a_weight_once_and_not_at_each_step():
+    model = tiny(next(p for p in EXPERIMENTS if p.stem == "gpt2ish"))
+    with torch.autocast("cpu", torch.bfloat16), Casts(model.head.weight.shape) as casts:
+        greedy_text(model, [1, 2], 10, 16)
+
+    assert casts.count == 1
+
+
 def test_a_model_without_a_cache_runs_on_the_whole_text():
     model = Counter(10)
 
@@ -247,6 +269,13 @@ def test_a_model_may_write_by_itself():
     counted = [[last + i for i in range(1, 11)] for last in (1, 3)]
     assert written == [*counted, [31, 32, 33, 34, 35], [*range(41, 51)]]
     assert max(length + num for _, length, num in model.calls) <= 8
+
+
+def test_a_penalty_that_cannot_be_used_is_told():
+    notes = []
+    texts(WritesByItself(), [[1]], 2, GREEDY, 8, repetition_penalty=2.0, note=notes.append)
+
+    assert notes == ["this model writes by itself: the repetition penalty is not used"]
 
 
 @EVERY_EXPERIMENT
