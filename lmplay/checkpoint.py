@@ -345,7 +345,7 @@ def _pieces(head: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]:
     yield head
     for tensor in tensors:
         if tensor.numel():
-            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg()
             octets = memoryview(plain.reshape(-1).view(torch.uint8).numpy())
             for start in range(0, len(octets), _CHUNK):
                 yield octets[start : start + _CHUNK]
