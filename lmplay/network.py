@@ -30,20 +30,21 @@ def bounded(call: Callable[[], Result], seconds: float, problem: str, hint: str)
         UserError: code NO_DATA, when the time is spent or another attempt cannot help.
         Exception: as `call` raised it, where it is no failure of the network.
     """
-    deadline, pause = clock() + seconds, 1.0
+    deadline, pause, reason = clock() + seconds, 1.0, ""
     while True:
         outcome = _Attempt(call)
         outcome.join(max(0.0, deadline - clock()))
         if outcome.is_alive():
-            raise UserError(f"{problem}: no answer within {seconds:g} s", hint, NO_DATA)
+            reason = reason and f" ({reason})"
+            raise UserError(f"{problem}: no answer within {seconds:g} s{reason}", hint, NO_DATA)
         error = outcome.error
         if error is None:
             return outcome.result
         if not _is_network_failure(error):
             raise error
+        reason = " ".join(str(error).split()) or type(error).__name__
         wait = pause * _jitter.uniform(0.5, 1.0)
         if not _may_pass(error) or clock() + wait >= deadline:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{problem}: {reason}", hint, NO_DATA) from error
         sleep(wait)
         pause *= 2

@@ -56,6 +56,23 @@ def test_a_call_that_never_recovers_is_given_up_within_the_limit(monkeypatch):
     assert call.attempts > 3 and clock.now <= 60
 
 
+def test_the_reason_of_an_earlier_failure_is_not_lost(monkeypatch):
+    monkeypatch.setattr(network, "sleep", lambda seconds: None)
+    monkeypatch.setattr(network, "_jitter", type("Soon", (), {"uniform": lambda *_: 0.0})())
+    release = threading.Event()
+    attempts = []
+
+    def call():
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise ConnectionError("name not known")
+        release.wait()
+
+    with pytest.raises(UserError, match=r"no answer within 0\.1 s \(name not known\)"):
+        bounded(call, seconds=0.1)
+    release.set()
+
+
 def test_a_call_that_hangs_is_left_behind():
     release = threading.Event()
 

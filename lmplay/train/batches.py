@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache as cache_calls
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,14 @@ from lmplay.plan import Plan, Stage
 from lmplay.tokens import BPE_BYTES, Tokenizer, open_tokenizer
 from lmplay.train import cache
 from lmplay.train.order import Mixture, Rows
-from lmplay.train.shards import Note, Progress, Shards, prepare
-from lmplay.train.text import columns_of, documents, held_out_fraction, source_fingerprint
+from lmplay.train.shards import Note, Progress, Shards, note_download, prepare
+from lmplay.train.text import (
+    columns_of,
+    documents,
+    held_out_fraction,
+    is_fraction_known,
+    source_fingerprint,
+)
 
 # B rows, T positions
 
@@ -87,6 +94,7 @@ class Data:
         note: Note = lambda text: None,
     ):
         self._plan, self._seed, self._end = plan, seed, tokenizer.end
+        note = cache_calls(note)  # each sentence once
         share = max(1, plan.validation.tokens // len(plan.datasets))
         validation = plan.validation.model_copy(update={"tokens": share})
         self._held_out: list[Shards] = []
@@ -233,6 +241,7 @@ def open_data(
         UserError: the tokenizer or a source is missing or damaged; code NO_DATA where it cannot
             be reached.
     """
+    note = cache_calls(note)
     file = None
     if plan.tokenizer.startswith("bpe:"):
         file = _bpe_file(plan, note)
@@ -279,6 +288,9 @@ class _Stage:
 
 def _bpe_file(plan: Plan, note: Note) -> Path:
     """The tokenizer.json of the plan's bpe:N in the cache, trained now where there is none."""
+    for name, dataset in plan.datasets.items():
+        if dataset.shards is None and not is_fraction_known(dataset, plan.validation.fraction):
+            note_download(dataset, name, note)
     sources = [
         (dataset, held_out_fraction(dataset, plan.validation.fraction))
         for dataset in plan.datasets.values()

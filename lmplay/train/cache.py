@@ -97,6 +97,11 @@ def remembered(key: str, compute: Callable[[], object]) -> object:
     return value
 
 
+def remembers(key: str) -> bool:
+    """Whether `remembered` need not compute."""
+    return key in read_json(cache_root() / "remembered.json")
+
+
 def content_hash(path: Path) -> str:
     """The SHA-256 of a file; it is read again only when its size or time has changed."""
     state = path.stat()

@@ -27,6 +27,7 @@ from lmplay.train.text import (
     expected_bytes,
     has_own_validation,
     held_out_fraction,
+    is_fraction_known,
     source_fingerprint,
 )
 from lmplay.train.writer import Shard, Writer, digest, mask_path, read_index
@@ -193,7 +194,7 @@ def prepare(
         tokenizer: whose tokens these are.
         validation: what is held out; a validation split ends after its `tokens` targets.
         on_progress: called now and then, from another thread for a hub dataset.
-        note: gets a sentence the user should see.
+        note: gets a sentence the user should see, the same one perhaps more than once.
         split: "train", or "validation".
         shard_tokens: size of a shard; another size is another order of training.
     Raises:
@@ -203,6 +204,8 @@ def prepare(
     if dataset.shards is not None:
         return _foreign(dataset, name, tokenizer, validation, split)
     own = has_own_validation(dataset)
+    if not is_fraction_known(dataset, validation.fraction):
+        note_download(dataset, name, note)
     fraction = held_out_fraction(dataset, validation.fraction)
     limit = validation.tokens if split == "validation" else None
     settings = {
@@ -223,6 +226,7 @@ def prepare(
     shards.publish(*read_index(folder))
     if shards.num_tokens is not None:
         return shards
+    note_download(dataset, name, note)
     cache.make_folder(folder)
     is_training = split == "train"
     expected = expected_bytes(dataset) if is_training else None
@@ -249,12 +253,17 @@ def prepare(
         writer.finish()
 
     if dataset.hub is not None and is_training:
-        size = f" ({dataset.download})" if dataset.download else ""
-        note(f"{name}: streaming {dataset.hub}{size} from the hub; --plan quick downloads nothing")
         shards.run_in_background(lambda stop: _write_or_follow(shards, folder, write, note, stop))
     else:
         _write_or_follow(shards, folder, write, note, threading.Event())
     return shards
+
+
+def note_download(dataset: Dataset, name: str, note: Note) -> None:
+    """Say that a hub dataset is about to be read, and how large it is."""
+    if dataset.hub is not None:
+        size = f" ({dataset.download})" if dataset.download else ""
+        note(f"{name}: streaming {dataset.hub}{size} from the hub; --plan quick downloads nothing")
 
 
 def _write_or_follow(

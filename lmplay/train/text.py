@@ -13,7 +13,7 @@ from lmplay.errors import NO_DATA, UserError, nearest
 from lmplay.network import bounded
 from lmplay.plan import Dataset
 from lmplay.tokens import valid
-from lmplay.train.cache import content_hash, remembered
+from lmplay.train.cache import content_hash, remembered, remembers
 from lmplay.train.cache import fingerprint as fingerprint_of
 from lmplay.train.files import SourceFile, file_rows, of_split, source_files
 
@@ -106,8 +106,12 @@ def held_out_fraction(dataset: Dataset, fraction: float) -> float:
                 return fraction
         return lowest + 2.0**-53
 
-    key = fingerprint_of("held out", source_fingerprint(dataset), columns_of(dataset), fraction)
-    return float(remembered(key, lowest))
+    return float(remembered(_held_out_key(dataset, fraction), lowest))
+
+
+def is_fraction_known(dataset: Dataset, fraction: float) -> bool:
+    """Whether `held_out_fraction` can tell without reading the source."""
+    return has_own_validation(dataset) or remembers(_held_out_key(dataset, fraction))
 
 
 def has_own_validation(dataset: Dataset) -> bool:
@@ -161,6 +165,10 @@ def open_hub(dataset: Dataset, split: str, skip: int) -> Iterator[dict]:
         dataset.hub, dataset.config, split=split, revision=dataset.revision, streaming=True
     )
     return iter(rows.skip(skip) if skip else rows)
+
+
+def _held_out_key(dataset: Dataset, fraction: float) -> str:
+    return fingerprint_of("held out", source_fingerprint(dataset), columns_of(dataset), fraction)
 
 
 def _records(dataset: Dataset, split: Split, skip: int = 0) -> Iterator[Document]:

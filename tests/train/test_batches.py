@@ -205,6 +205,18 @@ def test_what_was_streamed_once_needs_neither_network_nor_thread(folder, hub, mo
     assert len(notes) == 1 and "about 9 GB" in notes[0] and "--plan quick" in notes[0]
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_a_download_is_announced_before_it_begins(folder, hub, tokenizer):
+    dataset = {"hub": "x/a", "download": "about 9 GB"}
+    plan = make_plan({"a": dataset}, tokenizer=tokenizer)
+    notes = []
+
+    with pytest.raises(KeyError):  # there is no such table
+        open_data(plan, 0, notes.append)
+
+    assert len(notes) == 1 and "about 9 GB" in notes[0]
+
+
 def test_what_stops_a_stream_stops_the_batch_that_needs_it(folder, hub, monkeypatch):
     hub.tables["x/a"] = records("a", 200)
     plan = make_plan({"a": {"hub": "x/a"}}, tokens=10_000)
