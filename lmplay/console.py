@@ -1,8 +1,8 @@
 """What a terminal shows: results on stdout, notes on stderr, a UserError as its exit code."""
 
 import json
-import os
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import typer
@@ -20,14 +20,27 @@ def note(text: str) -> None:
     err.print(text, markup=False)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], right: set[str] = frozenset()):
-    """A rich table; the columns named in `right` are aligned to the right."""
+def table(
+    title: str, columns: list[str], rows: list[list[str]], right: Iterable[str] = ()
+) -> Table:
+    """A rich table; the columns named in `right` hold numbers: to the right and never wrapped."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left")
+        is_number = column in right
+        made.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def show(made: Table) -> None:
+    """Print a table on stdout: words wrap at the terminal's width, numbers are never cut.
+
+    Off a terminal every row is one line.
+    """
+    asked = Console(width=10_000).measure(made)
+    width = max(out.width, asked.minimum) if out.is_terminal else asked.maximum
+    Console(width=width, highlight=False).print(made)
 
 
 def print_json(value: object) -> None:
@@ -43,9 +56,10 @@ def show_version(wanted: bool) -> None:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command as a console script does: exit code from UserError, Ctrl-C is 130.
+    """Run a command as a console script does: the exit code of a UserError is its own.
 
-    Long options may be written with underscores, as in the original lmplay.
+    Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. Long
+    options may be written with underscores, as in the original lmplay.
     """
     try:
         app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
@@ -54,11 +68,6 @@ def run_app(app: typer.Typer) -> None:
         if error.hint:
             err.print(f"[dim]{_plain(error.hint)}[/dim]")
         sys.exit(error.code)
-    except BrokenPipeError:  # the reader of our pipe has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _hyphenated(arg: str) -> str:

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer import Argument, Option
 
-from lmplay.console import note, print_json, run_app, show_version, table
+from lmplay.console import note, print_json, run_app, show, show_version, table
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, RunFolder, find_runs, resolve_run
 
 app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 _POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_NO_LIMIT = 10_000  # columns of text
 _CSV_COLUMNS = (
     "plan", "experiment", "seed", "status", "tokens", "validated_tokens", "loss", "difference",
     "bits_per_byte", "accuracy", "tokens_per_second", "trained", "matmul", "lookup", "run",
@@ -232,8 +230,7 @@ def _print_table(rows: list[dict]) -> None:
         cells,
         right=set(columns) - {"plan", "experiment", ""},
     )
-    page = Console(width=_NO_LIMIT, highlight=False)
-    Console(width=page.measure(made).maximum, highlight=False).print(made)  # no number is cut
+    show(made)
 
 
 def _short(count: int) -> str:

@@ -1,5 +1,6 @@
 """train.csv and validation.csv: one row for each step, written as it happens."""
 
+import os
 from pathlib import Path
 
 from lmplay.errors import UserError
@@ -63,6 +64,10 @@ class Record:
         cells = [_cell(row.get(column)) for column in self.columns]
         self._file.write(",".join(cells) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until every row is on the disk: a checkpoint after them relies on them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

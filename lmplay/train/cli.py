@@ -12,7 +12,7 @@ from typer import Option
 
 from lmplay import catalog
 from lmplay.catalog import Entry
-from lmplay.console import note, out, print_json, run_app, show_version, table
+from lmplay.console import note, out, print_json, run_app, show, show_version, table
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
 
@@ -175,7 +175,7 @@ def _check(entry: Entry, as_json: bool) -> None:
     else:
         words = {True: "[green]passed[/green]", False: "[red]failed[/red]", None: "exempt"}
         rows = [[words[p.passed], p.name, p.detail.replace("[", r"\[")] for p in proofs]
-        out.print(table(f"{entry.name}", ["", "proof", "what was found"], rows))
+        show(table(f"{entry.name}", ["", "proof", "what was found"], rows))
     if failed:
         raise UserError(f"{entry.name} fails {len(failed)} of {len(proofs)} proofs")
 
@@ -225,7 +225,7 @@ def _describe(
         )
     rows = [[name, f"{value:,}"] for name, value in counts.items()]
     rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
-    out.print(table(f"\nParameters on plan {plan.name}", ["", " "], rows, right={" "}))
+    show(table(f"\nParameters on plan {plan.name}", ["", " "], rows, right={" "}))
     if not is_cached:
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
     if show_plan:
@@ -265,7 +265,7 @@ def _list_experiments(as_json: bool) -> None:
     for entry in heads.values():
         if entry.parent not in heads:
             add(entry, 0)
-    out.print(table("Experiments", ["name", "what it is", "file"], rows))
+    show(table("Experiments", ["name", "what it is", "file"], rows))
     note(
         "--describe shows one with its diff, --check proves it; your own file in experiments/ "
         "joins the list"
@@ -289,7 +289,7 @@ def _list_plans(as_json: bool) -> None:
         [f"[bold]{name}[/bold]", f"{p.tokens:,}" if p.tokens else "epochs", p.description]
         for name, p in plans.items()
     ]
-    out.print(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))
+    show(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))
     note("--plan NAME --describe prints one; --plan schema the rules")
 
 

@@ -135,6 +135,9 @@ def finish_step(session: Session) -> None:
     due = is_last or asked or (run.step > 0 and _due(run, plan.checkpoints.every_tokens))
     if due and session.saved < run.step:
         show_rows(session, now=True)
+        for record in (session.curves.record, session.validations):
+            if record is not None:
+                record.sync()
         save(run, session.update)
         session.saved = run.step
         session.show("checkpoint", {"step": run.step})
