@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +27,7 @@ from lmplay import catalog
 from lmplay.errors import UserError
 from lmplay.experiment import Experiment, load_experiment
 from lmplay.objective import IGNORE, Objective
+from lmplay.roots import cache_root
 
 # B rows, T positions, N positions in a line, C model width, V vocabulary
 
@@ -660,5 +660,4 @@ def _memory(experiment: Experiment) -> Path:
         torch.__version__,
     ]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    root = os.environ.get("LMP_DATASETS") or platformdirs.user_cache_dir("lmplay")
-    return Path(root) / "checks" / f"{name}.json"
+    return cache_root() / "checks" / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Where experiments and plans live: the working directory, LMPLAY_PATH, then the bundled root."""
+"""Where experiments and plans live, and where what can be made again is kept."""
 
 import os
 from pathlib import Path
@@ -30,6 +30,13 @@ def files(kind: str, suffix: str) -> dict[str, Path]:
             if not path.name.startswith("_"):
                 found.setdefault(path.stem, path.resolve())
     return found
+
+
+def cache_root() -> Path:
+    """Where prepared text and remembered checks lie: $LMP_DATASETS, else the user's cache."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("LMP_DATASETS") or user_cache_dir("lmplay"))
 
 
 def looks_like_path(name: str, suffix: str) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
+from lmplay import roots
 from lmplay.errors import NO_DATA, UserError
 
 TEMPORARY = ".tmp-"
@@ -21,8 +21,8 @@ _REMEMBERED_BYTES = 1 << 20  # smaller files are hashed by each process
 
 
 def cache_root() -> Path:
-    """$LMP_DATASETS, else the user's cache folder; made where it is missing."""
-    root = Path(os.environ.get("LMP_DATASETS") or user_cache_dir("lmplay"))
+    """The folder of everything that is prepared, made where it is missing."""
+    root = roots.cache_root()
     make_folder(root)
     return root
 

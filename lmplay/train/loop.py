@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
 from lmplay.objective import IGNORE, Sums
@@ -131,8 +132,8 @@ def finish_step(session: Session) -> None:
             session.validated = run.step
             session.show("validation", row)
         session.curves.restart_clock()
-    asked = signals.save or signals.code is not None
-    due = is_last or asked or (run.step > 0 and _due(run, plan.checkpoints.every_tokens))
+    code, asked = agreed(session)
+    due = is_last or asked or code or (run.step > 0 and _due(run, plan.checkpoints.every_tokens))
     if due and session.saved < run.step:
         show_rows(session, now=True)
         for record in (session.curves.record, session.validations):
@@ -142,9 +143,25 @@ def finish_step(session: Session) -> None:
         session.saved = run.step
         session.show("checkpoint", {"step": run.step})
         session.curves.restart_clock()
+    if code:
+        raise Stopped(code)
+
+
+def agreed(session: Session) -> tuple[int, bool]:
+    """The exit code that a signal asked for (0 for none) and whether one asked for a checkpoint.
+
+    Several processes decide together, when they look at the device anyway, or they would wait for
+    each other at different steps.
+    """
+    run, signals = session.run, session.signals
+    asked = [signals.code or 0, int(signals.save)]
+    if run.world_size > 1:
+        if run.step % session.curves.cadence:
+            return 0, False
+        asked_R2 = run.accelerator.gather(torch.tensor([asked], device=run.device))
+        asked = asked_R2.amax(0).tolist()
     signals.save = False
-    if signals.code is not None:
-        raise Stopped(signals.code)
+    return asked[0], bool(asked[1])
 
 
 def show_rows(session: Session, now: bool = False) -> None:
@@ -201,16 +218,38 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
 
 def save(run: Run, update: Update) -> None:
     """Write a checkpoint of everything that the next step depends on."""
+    rng = gathered_rng(run)
     if run.accelerator.is_main_process:
         checkpoint = Checkpoint(
             step=run.step,
             model=run.model.state_dict(),
             optimizer=update.optimizer.state_dict(),
-            rng=rng_state(),
+            rng=rng,
             state={"tokens": run.tokens, "seconds": run.seconds, "scaler": update.state()},
         )
         save_checkpoint(run.folder, checkpoint, run.plan.checkpoints.keep)
     run.accelerator.wait_for_everyone()
+
+
+def gathered_rng(run: Run) -> dict[str, Tensor]:
+    """The generators of every process: the first one's by name, the others' as rank1/..."""
+    mine = rng_state()
+    if run.world_size == 1:
+        return mine
+    everyone: dict[str, Tensor] = {}
+    for name in sorted(mine):
+        states = run.accelerator.gather(mine[name][None].to(run.device)).cpu()
+        for rank, state in enumerate(states):
+            everyone[f"rank{rank}/{name}" if rank else name] = state.clone()
+    return everyone
+
+
+def scattered_rng(run: Run, everyone: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's generators among those of a checkpoint; empty if it had fewer processes."""
+    rank = run.accelerator.process_index
+    prefix = f"rank{rank}/" if rank else ""
+    mine = {name.removeprefix(prefix): t for name, t in everyone.items() if name.startswith(prefix)}
+    return {name: state for name, state in mine.items() if not name.startswith("rank")}
 
 
 def _due(run: Run, every_tokens: int) -> bool:

@@ -26,12 +26,13 @@ from lmplay.runner import (
     open_run,
     resolve_device,
     resolve_precision,
+    stream_seed,
 )
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.train.batches import Data, open_data
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
-from lmplay.train.loop import Session, Signals, Stopped, train
+from lmplay.train.loop import Session, Signals, Stopped, scattered_rng, train
 from lmplay.train.optim import make_optimizer
 from lmplay.train.update import Update
 
@@ -279,13 +280,18 @@ def _continued(now: dict, facts: dict | None, display: Display) -> dict:
 def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> Session:
     """Take up the newest checkpoint, and cut the curves back to it."""
     update = Update(run, make_optimizer(run.plan.optimizer, run.model), run.plan.clip)
-    folder = run.folder
-    checkpoint = newest_checkpoint(folder, display.note)
+    folder, rank = run.folder, run.accelerator.process_index
+    with run.accelerator.main_process_first():  # which holds the lock, and sets aside
+        checkpoint = newest_checkpoint(folder, display.note)
     if checkpoint is not None:
         load_weights(run.model, checkpoint.model, str(folder.path))
         update.optimizer.load_state_dict(checkpoint.optimizer)
         update.load_state(checkpoint.state["scaler"])
-        restore_rng(checkpoint.rng)
+        rng = scattered_rng(run, checkpoint.rng)
+        if rng:
+            restore_rng(rng)
+        else:  # it was saved by fewer processes
+            torch.manual_seed(stream_seed(run.seed, f"dropout/{rank}/{checkpoint.step}"))
         run.step = checkpoint.step
         run.tokens = checkpoint.state["tokens"]
         run.seconds = checkpoint.state["seconds"]

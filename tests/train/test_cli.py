@@ -1,7 +1,6 @@
 """lmp-trainer as it is typed: exit codes, streams, listings, signals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -161,10 +160,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
     assert f"step-{len(read_rows(curve))}" in steps
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(place):
-    plain = ["--set", "embed_dropout=0", "--set", "ff_dropout=0", "--plan", "words.json"]
-    one = lmp_trainer(*plain, "--out-dir", "one")
+def torchrun(*args):
     launch = [
         sys.executable,
         "-m",
@@ -173,12 +169,38 @@ def test_two_processes_train_as_one(place):
         "--nproc-per-node",
         "2",
     ]
+    return [*launch, "-m", "lmplay.train", *args, "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_bit_for_bit(place):
+    args = ["--plan", "words.json", "--tokens", str(300 * 128)]
+    for out in ("whole", "cut"):
+        process = subprocess.Popen(torchrun(*args, "--out-dir", out), stderr=subprocess.PIPE)
+        curve = place / out / "words/gpt2ish,tokens=38400/seed-0/train.csv"
+        while out == "cut" and process.poll() is None:
+            if curve.exists() and len(read_rows(curve)) > 3:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.02)
+        process.communicate(timeout=100)
+    cut = read_rows(curve)
+    assert 3 < len(cut) < 300
+    subprocess.run(torchrun(*args, "--out-dir", "cut"), check=True, timeout=100)
+    losses = [
+        [row["loss"] for row in read_rows(next(Path(out).rglob("train.csv")))]
+        for out in ("whole", "cut")
+    ]
+
+    assert losses[0] == losses[1]  # dropout is on: each process has its own generator back
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place):
+    plain = ["--set", "embed_dropout=0", "--set", "ff_dropout=0", "--plan", "words.json"]
+    one = lmp_trainer(*plain, "--out-dir", "one")
     two = subprocess.run(
-        [*launch, "-m", "lmplay.train", *plain, "--out-dir", "two", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env=os.environ,
+        torchrun(*plain, "--out-dir", "two"), capture_output=True, text=True, timeout=110
     )
     assert one.returncode == two.returncode == 0, two.stderr
     rows = [read_rows(next(Path(name).rglob("train.csv"))) for name in ("one", "two")]
