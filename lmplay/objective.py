@@ -113,17 +113,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_NC = torch.empty_like(x_NC) if needs_x else None
         dweight_VC = torch.zeros_like(weight_VC, dtype=wide) if needs_weight else None
         dbias_V = torch.zeros_like(bias_V, dtype=wide) if needs_bias else None
-        weight, x_all = weight_VC.to(low), x_NC.to(low)
+        weight_CV, x_all = weight_VC.to(low).T, x_NC.to(low)
         bias = None if bias_V is None else bias_V.to(low)
+        num_rows, V = min(CHUNK, len(x_NC)), len(weight_VC)
+        # made once, filled by every chunk: on a CPU, fresh pages cost as much as the arithmetic
+        low_buffer = x_all.new_empty(num_rows, V)
+        wide_buffer, logp_buffer = (x_all.new_empty(num_rows, V, dtype=wide) for _ in range(2))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x_NC), CHUNK):
                 rows = slice(start, start + CHUNK)
                 x, targets = x_all[rows], targets_N[rows]
                 scored = targets != IGNORE
                 index = torch.where(scored, targets, 0)[:, None]
-                logits = F.linear(x, weight, bias)
+                buffers = low_buffer, wide_buffer, logp_buffer
+                logits, wide_logits, logp = (buffer[: len(x)] for buffer in buffers)
+                if bias is None:
+                    torch.mm(x, weight_CV, out=logits)
+                else:
+                    torch.addmm(bias, x, weight_CV, out=logits)
                 hits += (logits.argmax(-1) == targets).sum()
-                logp = F.log_softmax(logits, -1, dtype=wide)
+                torch.log_softmax(wide_logits.copy_(logits), -1, out=logp)
                 nats -= torch.where(scored, logp.gather(1, index)[:, 0], 0.0).sum()
                 if not (needs_x or needs_weight or needs_bias):
                     continue
@@ -131,9 +140,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits *= scored[:, None]
                 if needs_bias:
                     dbias_V += dlogits.sum(0)
-                dlogits = dlogits.to(low)
+                dlogits = logits.copy_(dlogits)
                 if needs_x:
-                    dx_NC[rows] = dlogits @ weight
+                    dx_NC[rows] = dlogits @ weight_CV.T
                 if needs_weight:
                     dweight_VC += dlogits.T @ x
         ctx.save_for_backward(dx_NC, dweight_VC, dbias_V)
