@@ -32,7 +32,7 @@ def datasets_of(name):
 
 def test_the_plans_of_the_original_are_all_here():
     named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
-    named += "l_instruction_ft full_v1 full all quick shakespeare fineweb_edu"
+    named += "l_instruction_ft full_v1 full all quick small shakespeare fineweb_edu"
 
     assert set(NAMES) == {*named.split(), *SEVEN}
 
@@ -129,7 +129,9 @@ def test_default_is_the_published_recipe_of_the_original():
     assert datasets_of("default") == [(["wiki_en", "wiki_es"], "first_exhausted")]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"quick", "shakespeare", "fineweb_edu"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - {"quick", "small", "shakespeare", "fineweb_edu"})
+)
 def test_the_plans_of_the_original_differ_in_their_data_only(name):
     data = {"name", "description", "datasets", "stages", "tokens"}
     recipe = set(Plan.model_fields) - data
