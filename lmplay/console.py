@@ -1,18 +1,64 @@
 """What a terminal shows: results on stdout, notes on stderr, a UserError as its exit code."""
 
+import atexit
 import json
+import re
+import signal
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typer import Option
 
 from lmplay.errors import UserError
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_TEXT_COLUMN = 8  # characters, where the terminal is narrow
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+_PRECISIONS = ("fp32", "bf16", "fp16", "amp")
+# a terminal obeys control characters, and a model may write any
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def _known_device(name: str) -> str:
+    if name not in _DEVICES and not re.fullmatch("cuda:[0-9]+", name):
+        raise UserError(f"--device {name}: no such device", "auto, cpu, cuda, cuda:N and mps exist")
+    return name
+
+
+def _known_precision(name: str | None) -> str | None:
+    if name is not None and name not in _PRECISIONS:
+        raise UserError(f"--precision {name}: no such precision", "fp32, bf16, fp16 and amp exist")
+    return name
+
+
+Device = Annotated[
+    str,
+    Option(
+        help="auto, cpu, cuda, cuda:N or mps.",
+        metavar="NAME",
+        callback=_known_device,
+        autocompletion=lambda: list(_DEVICES),
+    ),
+]
+
+
+def precision_option(without: str) -> object:
+    """The option --precision; `without` says what holds where it is not given."""
+    return Option(
+        help=f"fp32, bf16, fp16 or amp; without it, {without}.",
+        metavar="NAME",
+        callback=_known_precision,
+        autocompletion=lambda: list(_PRECISIONS),
+    )
 
 
 def note(text: str) -> None:
@@ -27,20 +73,35 @@ def table(
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
         is_number = column in right
-        made.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
+        justify = "right" if is_number else "left"
+        made.add_column(column, justify=justify, no_wrap=is_number, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
 
 
+def fits(made: Table) -> bool:
+    """Whether `show` can print the table with nothing wrapped."""
+    return not out.is_terminal or _most(made) <= out.width
+
+
 def show(made: Table) -> None:
-    """Print a table on stdout: words wrap at the terminal's width, numbers are never cut.
+    """Print a table on stdout: text wraps at the terminal's width, numbers are never cut.
 
     Off a terminal every row is one line.
     """
-    asked = Console(width=10_000).measure(made)
-    width = max(out.width, asked.minimum) if out.is_terminal else asked.maximum
-    Console(width=width, highlight=False).print(made)
+    if out.is_terminal:
+        return Console(width=max(out.width, _least(made)), highlight=False).print(made)
+    plain = Console(width=_most(made), highlight=False)
+    with plain.capture() as captured:
+        plain.print(made)
+    for line in captured.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def harmless(text: str) -> str:
+    """The text without control characters but for tabs and newlines, safe for a terminal."""
+    return text.translate(_HARMLESS)
 
 
 def print_json(value: object) -> None:
@@ -64,16 +125,30 @@ def run_app(app: typer.Typer) -> None:
     try:
         app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
     except UserError as error:
-        err.print(f"[red]error:[/red] {_plain(error.problem)}")
+        err.print(Text.assemble(("error:", "red"), f" {error.problem}"))
         if error.hint:
-            err.print(f"[dim]{_plain(error.hint)}[/dim]")
+            err.print(Text(error.hint, style="dim"))
         sys.exit(error.code)
+    finally:
+        # what is left to do is no work: a Ctrl-C ends it, without a traceback
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+def _most(made: Table) -> int:
+    return Console(width=10_000).measure(made).maximum
+
+
+def _least(made: Table) -> int:
+    """The width of the numbers with a little text beside them."""
+    widths = [
+        max(cell_len(str(cell)) for cell in [column.header, *column.cells])
+        if column.no_wrap
+        else _TEXT_COLUMN
+        for column in made.columns
+    ]
+    return sum(widths) + 2 * len(widths)
 
 
 def _hyphenated(arg: str) -> str:
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else arg
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -2,14 +2,15 @@
 
 import time
 
-from rich.console import Console, Group
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from lmplay.console import err
+from lmplay.console import err, harmless
 
 LINE_SECONDS = 10  # between two plain lines
 
@@ -19,7 +20,7 @@ class Display:
 
     Args:
         title: what is trained on what.
-        console: where to; a live panel is drawn only if it is a terminal.
+        console: where to; a live panel is drawn only on a terminal.
     """
 
     def __init__(self, title: str, console: Console = err):
@@ -40,9 +41,6 @@ class Display:
         self._began: dict | None = None  # the first row: before it there is no speed to speak of
 
     def __enter__(self):
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=4, transient=False)
-            self.live.start()
         return self
 
     def __exit__(self, *_):
@@ -57,8 +55,8 @@ class Display:
         """Text is being turned into tokens: `done` of `total` bytes, so far `tokens` of them."""
         share = f" ({done / total:.0%})" if total else ""
         text = f"preparing {name}: {done / 1e6:,.1f} MB{share}, {tokens:,} tokens"
-        if self.live is not None:
-            self.live.update(Panel(escape(text), title=escape(self.title), title_align="left"))
+        if self.console.is_terminal:
+            self._draw(escape(text))
         elif self._is_time():
             self.note(text)
 
@@ -73,18 +71,18 @@ class Display:
             self._train = row
             self._began = self._began or row
             self._bar.update(self._task, completed=row["step"])
-            if self.live is None and self._is_time():
+            if not self.console.is_terminal and self._is_time():
                 self._print(escape(self._line()))
         elif kind == "validation":
             self._validation = row
-            self._print(f"[bold]step {row['step']:,}[/bold]: {_scores(row)}")
-        if self.live is not None:
-            self.live.update(self._panel())
+            self._print(f"[bold]step {row['step']:,}[/bold]: validation {_scores(row)}")
+        if self.console.is_terminal:
+            self._draw(self._state())
 
     def example(self, prompt: str, truth: str, said: str) -> None:
         """What the model says after a stretch of the validation text."""
         for name, text in (("prompt", prompt), ("truth", truth), ("model", said)):
-            self._print(f"  [dim]{name:>6}[/dim] {escape(_one_line(text))}")
+            self._print(f"  [dim]{name:>6}[/dim] {escape(self._one_line(text))}")
 
     def _is_time(self) -> bool:
         if time.monotonic() - self._printed < LINE_SECONDS:
@@ -93,8 +91,21 @@ class Display:
         return True
 
     def _print(self, markup: str) -> None:
-        stamp = "" if self.live is not None else time.strftime("%H:%M:%S ")
+        stamp = "" if self.console.is_terminal else time.strftime("%H:%M:%S ")
         self.console.print(f"{stamp}{markup}", soft_wrap=True)
+
+    def _draw(self, inside: RenderableType) -> None:
+        """Show the panel; before there is something to show, it takes no line."""
+        if self.live is None:
+            self.live = Live(console=self.console, refresh_per_second=4)
+            self.live.start()
+        self.live.update(Panel(inside, title=escape(self.title), title_align="left"))
+
+    def _one_line(self, text: str) -> str:
+        """A text as one line of the terminal, or of a log."""
+        shown = harmless(text.replace("\n", "⏎").replace("\t", " "))
+        room = self.console.width - len("  prompt ") if self.console.is_terminal else 160
+        return shown if cell_len(shown) <= room else f"{set_cell_size(shown, room - 1)}…"
 
     def _speed(self) -> tuple[float, str]:
         """Tokens per second and the time left, both from the mean since the first row."""
@@ -115,26 +126,29 @@ class Display:
             f"{speed:,.0f} tokens/s  {row['memory'] / 2**30:.2f} GiB  {left} left"
         )
 
-    def _panel(self) -> Panel:
-        grid = Table.grid(padding=(0, 3))
+    def _state(self) -> RenderableType:
+        lines: list[RenderableType] = [self._bar]
         if self._train:
             row = self._train
             speed, left = self._speed()
+            accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+            grid = Table.grid(padding=(0, 2))  # fits into 80 columns
             grid.add_row(
                 f"tokens [bold]{row['tokens']:,}[/bold]",
                 f"[bold]{speed:,.0f}[/bold] tokens/s",
                 f"time left [bold]{left}[/bold]",
                 f"memory [bold]{row['memory'] / 2**30:.2f}[/bold] GiB",
             )
-            accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
             grid.add_row(
                 f"train [bold]{_loss(row)}[/bold]",
                 f"accuracy [bold]{accuracy}[/bold]",
-                f"learning rate [bold]{row['learning_rate']:.2e}[/bold]",
+                f"lr [bold]{row['learning_rate']:.2e}[/bold]",
                 f"gradient norm [bold]{row['grad_norm']:.2f}[/bold]",
             )
-        held_out = _scores(self._validation) if self._validation else "validation: not yet"
-        return Panel(Group(self._bar, grid, held_out), title=escape(self.title), title_align="left")
+            lines.append(grid)
+        if self._validation:
+            lines.append(f"validation {_scores(self._validation)}")
+        return Group(*lines)
 
 
 def _loss(row: dict) -> str:
@@ -146,7 +160,7 @@ def _loss(row: dict) -> str:
 def _scores(row: dict) -> str:
     accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.1%}"
     return (
-        f"validation loss [bold]{row['loss']:.4f}[/bold] nats per token, "
+        f"[bold]{row['loss']:.4f}[/bold] nats per token, "
         f"{row['bits_per_byte']:.4f} bits per byte{accuracy}"
     )
 
@@ -155,8 +169,3 @@ def _clock(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
-
-
-def _one_line(text: str) -> str:
-    shown = text.replace("\n", "⏎")
-    return shown if len(shown) <= 160 else f"{shown[:159]}…"

@@ -1,0 +1,70 @@
+"""What training shows, on a terminal and in a log."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from lmplay.train.display import Display
+
+TRAIN = {
+    "step": 40, "tokens": 512_000_000, "loss": 1.5, "objective": 1.5, "accuracy": 0.484,
+    "learning_rate": 4.17e-5, "grad_norm": 0.66, "tokens_per_second": 147_040.0,
+    "memory": 12 * 2**30, "seconds": 9000.0,
+}  # fmt: skip
+VALIDATION = {"step": 40, "loss": 1.4221, "bits_per_byte": 2.0517, "accuracy": 0.522}
+
+
+@pytest.fixture
+def shown():
+    """Lets a display show something, and gives back the lines that a terminal or a log got."""
+
+    def show(act, width=80, terminal=True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
+        with Display("ue on quick, seed 0", console) as display:
+            act(display)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+
+    return show
+
+
+def rows(display):
+    display.start(80, 0)
+    first = {"step": 1, "tokens": 12_800_000, "seconds": 10.0}
+    for kind, row in (("train", TRAIN | first), ("train", TRAIN), ("validation", VALIDATION)):
+        display.row(kind, row)
+
+
+def test_the_panel_and_the_scores_fit_into_80_columns_without_a_wrap(shown):
+    lines = shown(rows)
+
+    assert max(map(len, lines)) <= 80
+    for words in ("tokens 512,000,000", "time left", "lr 4.17e-05", "gradient norm 0.66"):
+        assert any(words in line for line in lines), words
+    assert any(line.startswith("step 40: validation 1.4221 nats") for line in lines)
+
+
+def test_no_panel_is_drawn_before_there_is_something_to_show(shown):
+    assert shown(lambda display: None) == []
+    assert shown(lambda display: display.note("going on")) == ["going on"]
+
+
+def test_a_log_has_the_time_and_no_panel(shown):
+    lines = shown(rows, terminal=False)
+
+    assert len(lines) == 2
+    assert re.match(r"\d\d:\d\d:\d\d step 1/80 ", lines[0])
+    assert re.match(r"\d\d:\d\d:\d\d step 40: validation 1.4221 nats per token", lines[1])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_says_is_one_line_that_no_terminal_obeys(shown, terminal):
+    said = "a\x1b[2Jb\rc\x07d\ne\x85f\tg [bold] " + "日本" * 200
+
+    def act(display):
+        display.example("the prompt", "the truth", said)
+
+    *_, line = shown(act, terminal=terminal)
+    assert "a\ufffd[2Jb\ufffdc\ufffdd⏎e\ufffdf g [bold] 日本" in line and line.endswith("…")
+    assert len(shown(act, terminal=terminal)) == 3
