@@ -24,7 +24,7 @@ class Entry:
     tiny: dict[str, object] = field(repr=False)  # Config values for checks and tests
     parent: str | None  # the file it was copied from
     changed: tuple[str, ...]  # what its docstring says differs from the parent
-    fields: tuple[str, ...] = field(repr=False)  # of Config
+    fields: dict[str, str] = field(repr=False)  # of Config, each with its annotation
 
     @property
     def file(self) -> str:
@@ -158,14 +158,14 @@ def definitions(source: str) -> dict[str, str]:
     return found
 
 
-def _config_fields(tree: ast.Module) -> tuple[str, ...]:
+def _config_fields(tree: ast.Module) -> dict[str, str]:
     configs = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
     body = configs[0].body if configs else []
-    return tuple(
-        node.target.id
+    return {
+        node.target.id: ast.unparse(node.annotation)
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    )
+    }
 
 
 def _literal(tree: ast.Module, name: str, path: Path) -> dict:

@@ -48,7 +48,7 @@ def test_a_file_in_the_working_directory_joins_the_list_without_being_run(root):
     assert entries["idea_wide"].path == path.resolve()
     assert entries["idea_wide"].variant == {"width": 8}
     assert entries["idea"].parent == "gpt2ish" and entries["idea"].changed == ("Config", "Model")
-    assert entries["idea"].fields == ("vocab_size", "width")
+    assert entries["idea"].fields == {"vocab_size": "int", "width": "int"}
     assert entries["idea"].summary == "Idea: one line."
 
 

@@ -12,9 +12,20 @@ from typer import Option
 
 from lmplay import catalog
 from lmplay.catalog import Entry
-from lmplay.console import note, out, print_json, run_app, show, show_version, table
+from lmplay.console import (
+    Device,
+    note,
+    out,
+    precision_option,
+    print_json,
+    run_app,
+    show,
+    show_version,
+    table,
+)
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
+from lmplay.train.files import existing
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -29,6 +40,12 @@ def _plan_names() -> list[str]:
     return ["list", "schema", *plan_paths()]
 
 
+def _whole_tokens(tokens: float | None) -> int | None:
+    if tokens is not None and not 1 <= tokens < 2**53:
+        raise UserError(f"--tokens {tokens:g}: no budget", hint="1 or more, such as 2e6")
+    return None if tokens is None else round(tokens)
+
+
 @app.command()
 def main(
     exp: Annotated[
@@ -36,6 +53,7 @@ def main(
         Option(
             help="Experiment: a name, a variant, or a .py file; 'list' shows them all. "
             "Without it, gpt2ish.",
+            metavar="NAME|FILE",
             autocompletion=_experiment_names,
         ),
     ] = None,
@@ -44,61 +62,90 @@ def main(
         Option(
             help="Training plan: a name or a .json file; 'list' shows them all, 'schema' prints "
             "the JSON Schema. Without it, default, which downloads; quick needs no download.",
+            metavar="NAME|FILE",
             autocompletion=_plan_names,
         ),
     ] = None,
     describe: Annotated[
-        bool, Option("--describe", help="Show the experiment (or the plan) instead of training.")
+        bool,
+        Option(
+            "--describe", metavar="", help="Show the experiment (or the plan) instead of training."
+        ),
     ] = False,
     check: Annotated[
-        bool, Option("--check", help="Prove what can be proved of the experiment in seconds.")
+        bool,
+        Option(
+            "--check", metavar="", help="Prove what can be proved of the experiment in seconds."
+        ),
     ] = False,
     data: Annotated[
         list[str] | None,
         Option(
             help="Your own text instead of the plan's datasets: a text, JSONL, Parquet or Arrow "
-            "file, or a folder of them; may be repeated."
+            "file, or a folder of them; may be repeated.",
+            metavar="PATH",
         ),
     ] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     amp: Annotated[
-        bool, Option("--amp", help="Mixed precision: bf16 where it works, else fp16.")
+        bool, Option("--amp", metavar="", help="Mixed precision: bf16 where it works, else fp16.")
     ] = False,
-    precision: Annotated[
-        str | None, Option(help="fp32, bf16, fp16 or amp; without it, what the plan says.")
-    ] = None,
+    precision: Annotated[str | None, precision_option("what the plan says")] = None,
     mini_batch_size: Annotated[
-        str, Option(help="Rows that go through the model at once, or 'auto'; results stay equal.")
+        str,
+        Option(
+            help="Rows that go through the model at once, or 'auto'; results stay equal.",
+            metavar="N",
+        ),
     ] = "auto",
     compile: Annotated[
-        bool, Option("--compile", help="Compile the model; the first step then takes long.")
+        bool,
+        Option("--compile", metavar="", help="Compile the model; the first step then takes long."),
     ] = False,
-    seed: Annotated[int, Option(help="Fixes weights, data order and dropout.", min=0)] = 0,
+    seed: Annotated[
+        int, Option(help="Fixes weights, data order and dropout.", min=0, metavar="N")
+    ] = 0,
     set_: Annotated[
         list[str] | None,
         Option(
             "--set",
             help="Change one value, such as width=512 (Config) or optimizer.lr=1e-3 "
             "(plan); may be repeated.",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     tokens: Annotated[
         float | None,
-        Option(help="Budget in tokens, rounded up to whole steps; 2e6 is fine.", min=1),
+        Option(
+            help="Budget in tokens, rounded up to whole steps; 2e6 is fine.",
+            metavar="N",
+            callback=_whole_tokens,
+        ),
     ] = None,
     resume: Annotated[
         str,
         Option(
-            help="auto goes on where the run stopped; none starts anew and keeps the old run aside."
+            help="auto goes on where the run stopped; none starts anew and keeps the old run "
+            "aside.",
+            metavar="auto|none",
+            autocompletion=lambda: ["auto", "none"],
         ),
     ] = "auto",
-    out_dir: Annotated[Path, Option(help="Folder that runs are written to.")] = Path("runs"),
+    out_dir: Annotated[
+        Path, Option(help="Folder that runs are written to.", metavar="PATH")
+    ] = Path("runs"),
     as_json: Annotated[
-        bool, Option("--json", help="Print the result as one JSON document.")
+        bool, Option("--json", metavar="", help="Print the result as one JSON document.")
     ] = False,
     version: Annotated[
         bool | None,
-        Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+        Option(
+            "--version",
+            metavar="",
+            help="Print the version.",
+            callback=show_version,
+            is_eager=True,
+        ),
     ] = None,
 ) -> None:
     """Train one experiment on one plan; the same command again goes on where it stopped.
@@ -114,17 +161,21 @@ def main(
     entry = catalog.resolve(exp or "gpt2ish")
     changes = dict(_parsed(text) for text in set_ or [])
     if tokens is not None:
-        changes["tokens"] = round(tokens)
+        changes["tokens"] = tokens
     of_plan = {key: value for key, value in changes.items() if has_key(key)}
     of_config = {key: value for key, value in changes.items() if key not in of_plan}
     _know_config_keys(entry, of_config)
     resolved = read_plan(plan or "default", of_plan, data)
+    _know_config_values(entry, resolved, of_config)
     if describe:
         return _describe(
             entry if exp or not plan else None, resolved, of_config, bool(plan), as_json
         )
     if check:
         return _check(entry, as_json)
+    for dataset in resolved.datasets.values():
+        for path in dataset.files or []:
+            existing(path)
     _train(
         entry, resolved, changes, of_config, seed, device, _precision(amp, precision),
         _mini_batch_size(mini_batch_size), compile, _resume(resume), out_dir, as_json,
@@ -184,7 +235,8 @@ def _describe(
     entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_json: bool
 ) -> None:
     if entry is None:
-        return print_json(plan.model_dump())
+        whole = plan.model_dump()
+        return print_json({"schema_version": 1, "plan": whole} if as_json else whole)
     diff = catalog.diff(entry)
     if not as_json:
         out.print(entry.docstring, markup=False)
@@ -223,9 +275,11 @@ def _describe(
                 "uses_cache": is_cached,
             }
         )
+    values = ", ".join(f"{key}={value!r}" for key, value in asdict(made.config).items())
+    out.print(f"\nConfig on plan {plan.name}: {values}", markup=False)
     rows = [[name, f"{value:,}"] for name, value in counts.items()]
     rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
-    show(table(f"\nParameters on plan {plan.name}", ["", " "], rows, right={" "}))
+    show(table("\nParameters", ["", " "], rows, right={" "}))
     if not is_cached:
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
     if show_plan:
@@ -266,10 +320,8 @@ def _list_experiments(as_json: bool) -> None:
         if entry.parent not in heads:
             add(entry, 0)
     show(table("Experiments", ["name", "what it is", "file"], rows))
-    note(
-        "--describe shows one with its diff, --check proves it; your own file in experiments/ "
-        "joins the list"
-    )
+    note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
+    note("join the list")
 
 
 def _list_plans(as_json: bool) -> None:
@@ -317,6 +369,37 @@ def _know_config_keys(entry: Entry, changes: dict[str, object]) -> None:
             known = [*entry.fields, *Plan.model_fields, "optimizer.lr", "schedule.name"]
             hint = nearest(key, known) + f"{entry.name} has {', '.join(entry.fields)}"
             raise UserError(f"--set {key}: neither in Config nor in the plan", hint=hint)
+
+
+def _know_config_values(entry: Entry, plan: Plan, changes: dict[str, object]) -> None:
+    """Refuse what Config would take and the model could not use."""
+    if "vocab_size" in changes:
+        raise UserError(
+            "--set vocab_size: it is always the tokenizer's own",
+            hint="change the tokenizer, such as --set tokenizer=bpe:8192",
+        )
+    for key, value in (plan.model | changes).items():
+        if not _is_of(value, entry.fields.get(key, "")):
+            where = f"--set {key}" if key in changes else f"plan {plan.name}: model.{key}"
+            problem = f"{where} should be {entry.fields[key]}, not {json.dumps(value)}"
+            raise UserError(problem, hint="--describe shows the fields")
+    if changes.get("max_len", plan.sequence_length) < plan.sequence_length:
+        raise UserError(
+            f"--set max_len={changes['max_len']}: the plan's rows have {plan.sequence_length} "
+            "tokens",
+            hint="--set sequence_length=N changes both",
+        )
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a JSON value is of this type; true where the annotation is none of JSON's."""
+    known = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+    words = annotation.split(" | ")
+    if not set(words) <= known.keys():
+        return True
+    if isinstance(value, bool):
+        return "bool" in words
+    return any(isinstance(value, known[word]) for word in words)
 
 
 def _precision(amp: bool, precision: str | None) -> str | None:

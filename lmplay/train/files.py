@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from lmplay.errors import UserError
+from lmplay.errors import UserError, nearest
 
 PASSAGE = 16 * 1024  # characters
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
@@ -49,7 +49,7 @@ def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFi
     """
     found: list[SourceFile] = []
     for text in paths:
-        path = Path(text).expanduser()
+        path = existing(text)
         if path.is_dir():
             inside = [
                 f for f in _walk(path, held_out) if f.kind != "text" or _looks_like_text(f.path)
@@ -57,13 +57,24 @@ def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFi
             if not inside:
                 raise UserError(f"the folder {text} holds no text")
             found += inside
-        elif path.is_file():
-            found.append(SourceFile(path, _split_name(path.name, held_out)))
         else:
-            raise UserError(f"there is no file {text}", hint="a path is relative to this folder")
+            found.append(SourceFile(path, _split_name(path.name, held_out)))
     if not of_split(found, "train") and not any(Path(p).expanduser().is_dir() for p in paths):
         return [SourceFile(file.path, None) for file in found]
     return found
+
+
+def existing(text: str) -> Path:
+    """The file or folder that a user means.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(text).expanduser()
+    if not text or not (path.is_file() or path.is_dir()):
+        hint = f"a path is relative to {Path.cwd()}; {_beside(path)}"
+        raise UserError(f"there is no file {text!r}", hint=hint.removesuffix("; "))
+    return path
 
 
 def of_split(files: list[SourceFile], split: str) -> list[SourceFile]:
@@ -122,6 +133,15 @@ def passages(file: TextIO) -> Iterator[str]:
             rest = rest[cut:]
     if rest:
         yield rest
+
+
+def _beside(path: Path) -> str:
+    """Which name in the same folder may have been meant."""
+    try:
+        names = [found.name for found in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return nearest(path.name, names).strip()
 
 
 def _cut(text: str) -> int:

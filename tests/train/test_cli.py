@@ -35,6 +35,8 @@ def place(tmp_path, monkeypatch):
     text = "\n\n".join(f"Line {i} of a text, and again line {i}." for i in range(4000))
     (tmp_path / "words.txt").write_text(text)
     (tmp_path / "words.json").write_text(json.dumps(PLAN))
+    wide = {"extends": "words.json", "model": {"width": "wide"}}
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
     return tmp_path
 
 
@@ -56,7 +58,17 @@ def lmp_trainer(*args, **options):
         (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
         (["--set", "width"], ["no key=value"]),
         (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),
-        (["--plan", "quick", "--data", "nowhere.txt"], ["nowhere.txt"]),
+        (["--plan", "quick", "--set", "width=wide"], ['--set width should be int, not "wide"']),
+        (["--plan", "quick", "--set", "width=1.5"], ["--set width should be int, not 1.5"]),
+        (["--plan", "quick", "--set", "width=true"], ["--set width should be int, not true"]),
+        (["--plan", "quick", "--set", "vocab_size=9"], ["--set vocab_size", "the tokenizer's own"]),
+        (["--plan", "quick", "--set", "max_len=9"], ["--set max_len=9", "256 tokens"]),
+        (["--plan", "wide.json"], ['plan wide: model.width should be int, not "wide"']),
+        (["--plan", "quick", "--data", "nowhere.txt"], ["'nowhere.txt'", "is relative to"]),
+        (["--plan", "quick", "--data", "word.txt"], ["'word.txt'", "did you mean 'words.txt'?"]),
+        (["--plan", "quick", "--data", ""], ["there is no file ''"]),
+        (["--tokens", "inf"], ["--tokens inf"]),
+        (["--tokens", "0"], ["--tokens 0"]),
         (["--plan", "quick", "--device", "gpu"], ["--device gpu"]),
         (["--plan", "quick", "--precision", "fp8"], ["fp8"]),
         (["--plan", "quick", "--precision", "fp16", "--device", "cpu"], ["fp16", "bf16"]),
@@ -74,6 +86,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(place, args, told):
     assert "Traceback" not in done.stderr and done.stdout == ""
     for words in told:
         assert words in " ".join(done.stderr.split())
+    assert "loading torch" not in done.stderr or "fp16" in args  # which some GPU might know
 
 
 def test_an_experiment_that_does_not_import_is_named_with_its_line(place):
@@ -112,12 +125,21 @@ def test_listings_have_json(place, listing):
     assert done.returncode == 0 and json.loads(done.stdout)
 
 
-def test_describe_shows_docstring_diff_and_counts(place):
+def test_describe_shows_docstring_diff_values_and_counts(place):
     done = lmp_trainer("--exp", "value_norm", "--plan", "words.json", "--describe")
 
     assert done.returncode == 0, done.stderr
-    for words in ("Value norm:", "+++ value_norm.py", "trained", "FLOPs per token"):
+    for words in ("Value norm:", "+++ value_norm.py", "num_blocks=1", "trained", "FLOPs per token"):
         assert words in done.stdout
+
+
+def test_a_described_plan_is_a_plan_file_and_its_json_a_document(place):
+    file = json.loads(lmp_trainer("--plan", "words.json", "--describe").stdout)
+    document = json.loads(lmp_trainer("--plan", "words.json", "--describe", "--json").stdout)
+
+    assert document == {"schema_version": 1, "plan": file}
+    (place / "again.json").write_text(json.dumps(file))
+    assert json.loads(lmp_trainer("--plan", "again.json", "--describe").stdout)["tokens"] == 5120
 
 
 def test_check_prints_every_proof(place):
