@@ -25,6 +25,7 @@ from lmplay.train.text import (
     columns_of,
     documents,
     expected_bytes,
+    fair_sample,
     has_own_validation,
     held_out_fraction,
     is_fraction_known,
@@ -32,10 +33,11 @@ from lmplay.train.text import (
 )
 from lmplay.train.writer import Shard, Writer, digest, mask_path, read_index
 
-VERSION = 1  # of what a prepared folder holds
+VERSION = 2  # of what a prepared folder holds
 SHARD_TOKENS = 1 << 24
 _BATCH_CHARACTERS = 4 << 20  # tokenised at once
 _BATCH_RECORDS = 4096
+_MOST_BYTES = 16  # of text for a held-out token: several times the usual
 _POLL_SECONDS = 1.0  # while another process prepares
 
 Progress = Callable[[str, int, int, int | None], object]
@@ -192,7 +194,7 @@ def prepare(
         dataset: where the text comes from.
         name: of the dataset, the start of its folder's name in the cache.
         tokenizer: whose tokens these are.
-        validation: what is held out; a validation split ends after its `tokens` targets.
+        validation: what is held out; of a validation split, a fair sample of `tokens` targets.
         on_progress: called now and then, from another thread for a hub dataset.
         note: gets a sentence the user should see, the same one perhaps more than once.
         split: "train", or "validation".
@@ -239,10 +241,13 @@ def prepare(
             shard_tokens=shard_tokens,
             limit=limit,
             about={"dataset": name, "split": split, "settings": settings},
-            done=done,
+            done=done if is_training else [],  # a sample is written in one go
             publish=shards.publish,
         )
-        for batch in _batches(documents(dataset, split, fraction, writer.row)):
+        source: Iterable[Document] = documents(dataset, split, fraction, writer.row)
+        if limit is not None:
+            source = fair_sample(source, limit * _MOST_BYTES)
+        for batch in _batches(source):
             if stop.is_set():
                 return
             writer.add(batch)

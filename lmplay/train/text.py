@@ -1,6 +1,7 @@
 """Sources to documents: what a row says, what of it is learned, and which rows are held out."""
 
 import hashlib
+import heapq
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -79,15 +80,29 @@ def documents(dataset: Dataset, split: Split, fraction: float, skip: int = 0) ->
         UserError: a missing file, column or split; damaged rows; code NO_DATA where the source
             cannot be reached.
     """
-    if has_own_validation(dataset):
-        yield from _records(dataset, split, skip)
-        return
-    source = _records(dataset, "train", skip)
+    own = has_own_validation(dataset)
+    source = _records(dataset, split if own else "train", skip)
     if split == "validation":
         source = _span(dataset, source)
     for document in source:
-        if (document.place < fraction) == (split == "validation"):
+        if own or (document.place < fraction) == (split == "validation"):
             yield document
+
+
+def fair_sample(source: Iterable[Document], num_bytes: int) -> list[Document]:
+    """Documents from all over a source: those lowest in the order of `place`, in that order.
+
+    The first ones in the source's own order would be its first book or topic only. What is kept
+    is no more than it takes to reach `num_bytes` of text, so memory is bounded.
+    """
+    kept: list[tuple[float, int, Document]] = []  # a heap, the highest place on top
+    size = 0
+    for number, document in enumerate(source):
+        heapq.heappush(kept, (-document.place, -number, document))
+        size += document.num_bytes
+        while size - kept[0][2].num_bytes >= num_bytes:
+            size -= heapq.heappop(kept)[2].num_bytes
+    return [document for _, _, document in sorted(kept, key=lambda one: one[:2], reverse=True)]
 
 
 def held_out_fraction(dataset: Dataset, fraction: float) -> float:

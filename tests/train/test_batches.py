@@ -361,7 +361,8 @@ def test_every_held_out_target_is_scored_once(folder, size):
     expected, num_bytes = Counter(), 0
     for dataset in plan.datasets.values():
         stream = []
-        for document in text.documents(dataset, "validation", 0.1):
+        held_out = text.documents(dataset, "validation", 0.1)
+        for document in sorted(held_out, key=lambda document: document.place):
             stream += [*document.text.encode(), BYTE.end]
         stream = stream[:150]  # of the 300, each dataset has half
         expected.update(stream)

@@ -344,3 +344,16 @@ def test_the_datasets_library_is_called_as_it_wants_to_be(tmp_path):
 
     assert rows == numbered(7, 10)
     assert asked == {"name": "a/b", "config": "c", "revision": "r"}
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), num_bytes=st.integers(1, 300))
+def test_a_fair_sample_does_not_depend_on_the_order_of_the_source(sizes, num_bytes):
+    found = [Document(f"{i:03}" + "x" * size, None, row=i) for i, size in enumerate(sizes)]
+    sample = text.fair_sample(found, num_bytes)
+    places = sorted(document.place for document in found)
+
+    assert sample == text.fair_sample(reversed(found), num_bytes)
+    assert [document.place for document in sample] == places[: len(sample)]
+    if len(sample) < len(found):
+        assert sum(document.num_bytes for document in sample) >= num_bytes
+    assert sum(document.num_bytes for document in sample[:-1]) < num_bytes
