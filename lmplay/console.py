@@ -67,7 +67,7 @@ def note(text: str) -> None:
 
 
 def table(
-    title: str, columns: list[str], rows: list[list[str]], right: Iterable[str] = ()
+    title: str | None, columns: list[str], rows: list[list[str]], right: Iterable[str] = ()
 ) -> Table:
     """A rich table; the columns named in `right` hold numbers: to the right and never wrapped."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)

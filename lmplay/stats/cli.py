@@ -8,19 +8,33 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 from typer import Argument, Option
 
-from lmplay.console import note, print_json, run_app, show, show_version, table
+from lmplay.console import fits, note, print_json, run_app, show, show_version, table
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, RunFolder, find_runs, resolve_run
 
-app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 _POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _CSV_COLUMNS = (
     "plan", "experiment", "seed", "status", "tokens", "validated_tokens", "loss", "difference",
     "bits_per_byte", "accuracy", "tokens_per_second", "trained", "matmul", "lookup", "run",
     "baseline", "marks",
+)  # fmt: skip
+
+_TITLES = {
+    "bits_per_byte": "bits/byte",
+    "tokens_per_second": "tokens/s",
+    "lookup": "look-up",
+    "marks": "",
+}
+_LEAVE_FIRST = (
+    "lookup", "matmul", "trained", "tokens_per_second", "accuracy", "bits_per_byte",
 )  # fmt: skip
 
 
@@ -48,6 +62,7 @@ def main(
     run: Annotated[
         list[str] | None,
         Argument(
+            metavar="RUN",
             help="Runs: folders, folders above them, or plan/experiment/seed-n under --runs. "
             "Without one, every run under --runs.",
             show_default=False,
@@ -65,15 +80,18 @@ def main(
     x: Annotated[
         X,
         Option(
-            help="The axis along which runs are drawn and subtracted; seconds are of training "
-            "alone, flops are tokens times the model's FLOPs per token."
+            help="tokens, steps, seconds or flops: the axis along which runs are drawn and "
+            "subtracted. Seconds are of training alone, flops are tokens times the model's FLOPs "
+            "per token.",
+            metavar="AXIS",
         ),
     ] = X.TOKENS,
     split: Annotated[
         Split,
         Option(
-            help="What the figures show. both: training as lines, since it is dense, and "
-            "validation as markers, since the table compares that."
+            help="train, validation or both: training as lines, since it is dense, and "
+            "validation as markers, since the table compares that.",
+            metavar="NAME",
         ),
     ] = Split.BOTH,
     smooth: Annotated[
@@ -87,18 +105,30 @@ def main(
     ] = "2%",
     log: Annotated[
         bool,
-        Option("--log/--linear", help="Logarithmic axes: x, and y where it is a loss."),
+        Option("--log/--linear", metavar="", help="Logarithmic axes: x, and y where it is a loss."),
     ] = False,
-    format: Annotated[Format, Option(help="File format of the figures.")] = Format.PNG,
-    out_dir: Annotated[Path, Option(help="Folder that the figures go to.")] = Path("plots"),
-    runs: Annotated[Path, Option(help="Folder of all runs.")] = Path(RUNS),
+    format: Annotated[
+        Format, Option(help="png, svg or pdf: the format of the figures.", metavar="NAME")
+    ] = Format.PNG,
+    out_dir: Annotated[Path, Option(help="Folder that the figures go to.", metavar="PATH")] = Path(
+        "plots"
+    ),
+    runs: Annotated[Path, Option(help="Folder of all runs.", metavar="PATH")] = Path(RUNS),
     as_json: Annotated[
-        bool, Option("--json", help="Print one JSON document instead of the table.")
+        bool, Option("--json", metavar="", help="Print one JSON document instead of the table.")
     ] = False,
-    as_csv: Annotated[bool, Option("--csv", help="Print CSV instead of the table.")] = False,
+    as_csv: Annotated[
+        bool, Option("--csv", metavar="", help="Print CSV instead of the table.")
+    ] = False,
     version: Annotated[
         bool | None,
-        Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+        Option(
+            "--version",
+            metavar="",
+            help="Print the version.",
+            callback=show_version,
+            is_eager=True,
+        ),
     ] = None,
 ) -> None:
     """Draw the loss and the accuracy of runs, and how far each is from a baseline's.
@@ -198,7 +228,7 @@ def _print_csv(rows: list[dict]) -> None:
 
 
 def _print_table(rows: list[dict]) -> None:
-    shown = {
+    forms = {
         "plan": str,
         "experiment": str,
         "seed": str,
@@ -211,26 +241,41 @@ def _print_table(rows: list[dict]) -> None:
         "trained": _short,
         "matmul": _short,
         "lookup": _short,
-        "marks": "; ".join,
     }
-    titles = {
-        "bits_per_byte": "bits/byte",
-        "tokens_per_second": "tokens/s",
-        "lookup": "look-up",
-        "marks": "",
+    cells = {
+        key: ["" if row[key] is None else escape(form(row[key])) for row in rows]
+        for key, form in forms.items()
     }
-    cells = [
-        ["" if row[key] is None else _plain(form(row[key])) for key, form in shown.items()]
-        for row in rows
-    ]
-    columns = [titles.get(key, key) for key in shown]
-    made = table(
-        "validation loss in nats per token; difference to the baseline, below 0 is better",
-        columns,
-        cells,
-        right=set(columns) - {"plan", "experiment", ""},
+    others = [[mark for mark in row["marks"] if mark != "baseline"] for row in rows]
+    for i, row in enumerate(rows):
+        if "baseline" in row["marks"]:
+            cells["difference"][i] = "baseline"
+    cells["marks"] = [escape("; ".join(marks)) for marks in others]
+    notes, left_out = [], []
+    if not fits(_table(cells)):  # the marks become notes below it
+        notes = list(dict.fromkeys(mark for marks in others for mark in marks))
+        cells["marks"] = [" ".join(str(notes.index(m) + 1) for m in marks) for marks in others]
+        only_plan = ["plan"] if len(set(cells["plan"])) == 1 else []
+        for key in [*only_plan, *_LEAVE_FIRST]:
+            if not fits(_table(cells)):
+                del cells[key]
+                left_out.append(_TITLES.get(key, key))
+    show(_table(cells))
+    if notes:
+        numbered = [[str(i), escape(text)] for i, text in enumerate(notes, start=1)]
+        show(table(None, ["", ""], numbered))
+    if left_out:
+        note(f"no room for {', '.join(left_out)}; --csv has every column")
+
+
+def _table(cells: dict[str, list[str]]) -> Table:
+    columns = {_TITLES.get(key, key): column for key, column in cells.items()}
+    return table(
+        "validation loss in nats per token; a difference below 0 is better",
+        list(columns),
+        [list(row) for row in zip(*columns.values(), strict=True)],
+        right=columns.keys() - {"plan", "experiment", ""},
     )
-    show(made)
 
 
 def _short(count: int) -> str:
@@ -239,10 +284,6 @@ def _short(count: int) -> str:
         if count >= power:
             return f"{count / power:.3g} {letter}"
     return str(count)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def run() -> None:

@@ -6,7 +6,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from lmplay import console
 from lmplay.stats.cli import run
 
 FIGURES = ["accuracy.png", "accuracy_difference.png", "loss.png", "loss_difference.png"]
@@ -39,10 +41,31 @@ def test_without_a_word_it_draws_every_run_and_prints_their_numbers(make_run, pl
 
     done = plotstats()
 
+    assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+
     assert done.returncode == 0, done.stderr
     assert drawn(tmp_path) == FIGURES
     line = next(line for line in done.stdout.splitlines() if " ue " in line)
     assert "3.0000" in line and "-1.0000" in line and "one seed: no evidence" in line
+
+
+def test_a_narrow_terminal_gets_whole_lines_and_is_told_what_has_no_room(
+    make_run, plotstats, monkeypatch
+):
+    name = "value_norm,lr=0.002"
+    make_run(), make_run("ue"), make_run(name), make_run("odd", data={"fingerprint": "z"})
+    monkeypatch.setattr(console, "out", Console(force_terminal=True, width=80))
+
+    done = plotstats()
+
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith(("gpt2ish ", "ue ", f"{name} ", "odd ")) for line in lines) == 4
+    notes = [line.strip().split(maxsplit=1) for line in lines if line[:1].isdigit()]
+    number = next(n for n, text in notes if text == "not compared: other training data")
+    assert next(line for line in lines if line.startswith("odd")).endswith(f" {number}")
+    assert sum(text == "one seed: no evidence" for _, text in notes) == 1
+    assert "no room for plan, look-up, matmul" in done.stderr and "--csv" in done.stderr
 
 
 def test_json_is_one_document_and_the_figures_are_drawn_too(make_run, plotstats, tmp_path):
