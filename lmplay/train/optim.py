@@ -17,10 +17,10 @@ def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer
 
     Weight decay falls on matrices (two dimensions or more) and never on vectors. A model's
     `parameter_groups()` may claim parameters first, each group with `lr_scale` and `weight_decay`
-    of its own. Fused kernels are used where torch has them.
+    of its own. Fused kernels are used where torch has them for the parameters' device.
 
     Raises:
-        UserError: torch.optim has no such class, or the class no such option.
+        UserError: torch.optim has no such class, the class no such option, or it refuses a value.
     """
     known = {
         name: value
@@ -41,13 +41,22 @@ def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer
             hint = nearest(option, accepted) + f"{wanted.name} takes {', '.join(sorted(accepted))}"
             raise UserError(f"optimizer.options: {wanted.name} has no {option!r}", hint=hint)
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.options.items()}
-    if "fused" in accepted:
-        options.setdefault("fused", True)
     groups = _groups(model, wanted)
+    if not options.get("foreach") and has_fused_kernel(kind, groups[0]["params"][0].device):
+        options.setdefault("fused", True)
     try:
         return kind(groups, lr=wanted.lr, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: torch.optim.{wanted.name} refuses: {error}") from None
+
+
+def has_fused_kernel(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """True where torch updates all weights of a device in one kernel; Adagrad on MPS has none."""
+    try:
+        name = f"aten::_fused_{kind.__name__.lower()}_"
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.type.upper())
+    except RuntimeError:  # no such operator on any device
+        return False
 
 
 def is_maskable(optimizer: torch.optim.Optimizer) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lmplay.errors import UserError
 from lmplay.plan import Optimizer, Schedule
-from lmplay.train.optim import learning_rate, make_optimizer, set_learning_rate
+from lmplay.train.optim import has_fused_kernel, learning_rate, make_optimizer, set_learning_rate
 
 
 class Model(nn.Module):
@@ -57,6 +57,7 @@ def test_a_model_may_claim_parameters_with_a_scale_and_a_decay_of_their_own():
         (Optimizer(name="LBFGS", lr=1e-3), "LBFGS"),
         (Optimizer(name="AdamW", lr=1e-3, options={"beta": [0.9, 0.95]}), "betas"),
         (Optimizer(name="AdamW", lr=1e-3, options={"betas": [0.9, 1.5]}), "beta"),
+        (Optimizer(name="AdamW", lr=1e-3, options={"fused": True, "foreach": True}), "fused"),
     ],
 )
 def test_an_unknown_optimizer_or_option_is_named(wanted, told):
@@ -64,6 +65,22 @@ def test_an_unknown_optimizer_or_option_is_named(wanted, told):
         make_optimizer(wanted, Model())
 
     assert told in raised.value.problem + raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_the_update_is_one_kernel_where_torch_has_it_and_nobody_chose_another(name):
+    fused, chosen = (
+        make_optimizer(Optimizer(name=name, lr=0.1, options=options), Model())
+        for options in ({}, {"foreach": True})
+    )
+
+    assert fused.defaults["fused"] and not chosen.defaults["fused"]
+
+
+def test_a_kernel_that_a_device_lacks_is_not_asked_for():
+    assert has_fused_kernel(torch.optim.Adagrad, torch.device("cpu"))
+    assert not has_fused_kernel(torch.optim.Adagrad, torch.device("mps"))
+    assert not has_fused_kernel(torch.optim.RMSprop, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
