@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import nn
 
 from lmplay.checkpoint import read_checkpoint
@@ -60,8 +61,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
         UserError: no such word, or fp16 on the CPU.
     """
     if name == "amp":
-        no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
-        return "fp16" if no_bf16 else "bf16"
+        has_bf16 = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0),
+            "cpu": lambda: True,
+        }
+        return "bf16" if has_bf16[device.type]() else "fp16"
     if name not in ("fp32", "bf16", "fp16"):
         raise UserError(f"--precision {name}: no such precision", "fp32, bf16, fp16 and amp exist")
     if name == "fp16" and device.type == "cpu":
@@ -87,12 +92,13 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} would scale gradients twice",
             hint="unset it; --mini-batch-size sets the rows that go through the model at once",
         )
-    if device.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    AcceleratorState._reset_state()  # else a second run of this process keeps the first's precision
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
-    )
+    wanted = {} if device.index is None else {"ACCELERATE_TORCH_DEVICE": str(device)}
+    # else a second run of this process keeps the first's device and precision
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with patch_environment(**wanted):
+        return Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
+        )
 
 
 @dataclass

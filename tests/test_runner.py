@@ -1,0 +1,53 @@
+"""Opening a run: the device and the precision that words stand for."""
+
+import os
+
+import pytest
+import torch
+
+from lmplay.errors import UserError
+from lmplay.runner import make_accelerator, resolve_device, resolve_precision, stream_seed
+
+CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+def test_a_second_run_of_a_process_gets_its_own_device_and_precision(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    made = [
+        (accelerator.device, accelerator.mixed_precision)
+        for accelerator in (
+            make_accelerator(device, precision)
+            for device, precision in ((CPU, "fp32"), (SECOND_GPU, "bf16"), (CPU, "fp32"))
+        )
+    ]
+
+    assert made == [(CPU, "no"), (SECOND_GPU, "bf16"), (CPU, "no")]
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:97", "meta", "CPU"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match="--device"):
+        resolve_device(name)
+
+
+def test_automatic_precision_is_bf16_where_it_works_else_fp16(monkeypatch):
+    assert resolve_precision("amp", CPU) == "bf16"
+    for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, has=has_bf16, **__: has)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_, has=has_bf16: has)
+
+        assert resolve_precision("amp", SECOND_GPU) == expected
+        assert resolve_precision("amp", torch.device("mps")) == expected
+
+
+def test_precision_is_a_known_word_and_fp16_needs_a_gpu():
+    for name in ("fp8", "fp16"):
+        with pytest.raises(UserError, match=name):
+            resolve_precision(name, CPU)
+
+
+def test_streams_of_randomness_differ_by_seed_and_purpose():
+    seeds = {stream_seed(seed, purpose) for seed in range(9) for purpose in ("weights", "dropout")}
+
+    assert len(seeds) == 18
