@@ -225,7 +225,8 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q_BHTD, k_BHSD, v_BHSD = args[:3]
+        named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
+        q_BHTD, k_BHSD, v_BHSD = [*args[:3], *named]
         T, S = q_BHTD.shape[-2], k_BHSD.shape[-2]
         attended = (S + 1) / 2 if T > 1 else S  # a mask has no numbers here: taken as causal
         widths = q_BHTD.shape[-1] + v_BHSD.shape[-1]

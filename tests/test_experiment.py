@@ -115,6 +115,17 @@ def test_flops_and_parameters_of_the_baseline_equal_the_formula():
     assert matrices <= counts.matmul <= matrices + T * C
 
 
+def test_attention_counts_the_same_however_its_arguments_are_given(tmp_path):
+    source = resolve("gpt2ish").source
+    call = "scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD"
+    named = source.replace(call, "scaled_dot_product_attention(q_BHTD, value=v_BHSD, key=k_BHSD")
+    assert named != source
+    experiments = [load_experiment(read_source(s, tmp_path / "a.py")[0]) for s in (source, named)]
+    one, other = (count(e, e.config(**e.tiny)) for e in experiments)
+
+    assert one == other
+
+
 def test_a_tied_table_counts_as_a_matrix(tmp_path):
     tied = GOOD.replace(
         "return self.table(tokens_BT)", "return self.table(tokens_BT) @ self.table.weight.T"
