@@ -1,11 +1,13 @@
 """The rows of train.csv: sums stay on the device until it is time to look at them."""
 
+import math
 import resource
 import sys
 import time
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lmplay.errors import NUMERIC, UserError
 from lmplay.objective import Sums
@@ -50,13 +52,19 @@ class Curves:
         """This process's sum of the objective over the step under way."""
         return torch.stack([objective for objective, _, _ in self._parts]).sum()
 
-    def close_step(self, num_targets: int, lr: float, norm: Tensor) -> None:
-        """The step is done: count it, keep its numbers on the device."""
+    def close_step(self, num_targets: int, lr: float, norm: Tensor, healthy: Tensor) -> None:
+        """The step is done: count it, keep its numbers on the device.
+
+        Args:
+            norm: of the gradient, as `Update` gave it.
+            healthy: false once a loss or gradient was not finite.
+        """
         self.run.step += 1
         self.run.tokens += num_targets
         sums = torch.stack([value.float() for part in self._parts for value in part])
         row = {"step": self.run.step, "tokens": self.run.tokens, "learning_rate": lr}
-        self._steps.append({"row": row, "targets": num_targets, "norm": norm, "sums": sums})
+        health = torch.stack([norm.float(), healthy.float()])
+        self._steps.append({"row": row, "targets": num_targets, "health": health, "sums": sums})
         self._parts = []
 
     def drop_step(self) -> None:
@@ -64,27 +72,35 @@ class Curves:
         self._parts = []
 
     def look(self, now: bool = False) -> list[dict]:
-        """Write the rows that are due and give them back; empty between two looks.
+        """Write the rows that are due and give back those that scored something.
 
         Raises:
             NotFinite: a step's loss or gradient was not finite; the rows before it are written.
         """
         if not self._steps or not (now or len(self._steps) >= self.cadence):
             return []
-        sums_SN3 = torch.stack([step["sums"] for step in self._steps])
+        # steps taken before the parts became smaller have fewer of them: zeros stand for the rest
+        sums_SN = pad_sequence([step["sums"] for step in self._steps], batch_first=True)
         if self.run.world_size > 1:
-            sums_SN3 = torch.cat(self.run.accelerator.gather(sums_SN3[None]).unbind(), dim=1)
-        norms_S = torch.stack([step["norm"].float() for step in self._steps]).cpu().double()
-        totals_S3 = sums_SN3.cpu().double().unflatten(1, (-1, 3)).sum(1)  # fp64 only on the CPU
+            sums_SN = torch.cat(self.run.accelerator.gather(sums_SN[None]).unbind(), dim=1)
+        health_S2 = torch.stack([step["health"] for step in self._steps]).tolist()
+        totals_S3 = sums_SN.cpu().double().unflatten(1, (-1, 3)).sum(1)  # fp64 only on the CPU
         seconds = time.perf_counter() - self._mark
         self.restart_clock()
         speed = sum(step["targets"] for step in self._steps) / max(seconds, 1e-9)
         rows = []
-        for index, (step, totals) in enumerate(zip(self._steps, totals_S3.tolist(), strict=True)):
-            norm = norms_S[index].item()
-            self._refuse_non_finite(step["row"]["step"], totals[0], norm)
+        for step, totals, (norm, healthy) in zip(
+            self._steps, totals_S3.tolist(), health_S2, strict=True
+        ):
+            if not healthy:
+                what = "gradient" if math.isfinite(totals[0]) else "loss"
+                raise NotFinite(step["row"]["step"], what)
             self.run.seconds += seconds / len(self._steps)
-            rows.append(self._row(step, totals, norm, speed))
+            row = self._row(step, totals, norm, speed)
+            if self.record is not None:
+                self.record.write(row)
+            if step["targets"]:
+                rows.append(row)
         self._steps = []
         return rows
 
@@ -92,28 +108,24 @@ class Curves:
         """Leave out the time since the last look: it went into validation or saving."""
         self._mark = time.perf_counter()
 
-    def _refuse_non_finite(self, step: int, objective: float, norm: float) -> None:
-        scaled = self.run.accelerator.scaler is not None  # then an overflow is only skipped
-        for what, value in (("loss", objective), ("gradient", 0.0 if scaled else norm)):
-            if not abs(value) < float("inf"):
-                raise NotFinite(step, what)
-
     def _row(self, step: dict, totals: list[float], norm: float, speed: float) -> dict:
-        objective, loss, hits = (total / step["targets"] for total in totals)
+        objective, loss, hits = (_mean(total, step["targets"]) for total in totals)
         has_own_objective = hasattr(self.run.model, "training_loss")
-        row = {
+        return {
             **step["row"],
-            "loss": None if has_own_objective else loss,
+            "loss": loss,
             "objective": objective if has_own_objective else None,
-            "accuracy": None if hits != hits else hits,
+            "accuracy": hits,
             "grad_norm": norm,
             "tokens_per_second": speed,
             "memory": peak_memory(self.run.device),
             "seconds": self.run.seconds,
         }
-        if self.record is not None:
-            self.record.write(row)
-        return row
+
+
+def _mean(total: float, num_targets: int) -> float | None:
+    """None where nothing was scored or measured."""
+    return total / num_targets if num_targets and not math.isnan(total) else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -109,7 +109,7 @@ def take_step(session: Session, batch: Batch) -> None:
             raise
         return drop_step(session, before)
     norm = session.update(session.curves.objective, lr)
-    session.curves.close_step(batch.num_targets, lr, norm)
+    session.curves.close_step(batch.num_targets, lr, norm, session.update.healthy)
 
 
 def drop_step(session: Session, rng: dict) -> None:

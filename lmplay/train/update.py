@@ -6,6 +6,8 @@ from torch import Tensor
 from lmplay.runner import Run
 from lmplay.train.optim import is_maskable, set_learning_rate
 
+MOST_OVERFLOWS = 20  # in a row: by then the scaler has divided its scale of 65,536 by a million
+
 
 class Update:
     """The optimizer's step, which a loss or gradient that is not finite turns off for good.
@@ -13,7 +15,8 @@ class Update:
     From the first such step on no weight and no moment changes, and with torch's fused optimizers
     the device decides that alone: the host learns of it when it next reads `healthy`. Optimizers
     without a fused kernel make the host wait for the flag at every step. Under fp16 a gradient that
-    overflows is ordinary: the scaler skips that step and lowers its scale.
+    overflows is ordinary: that step alone changes nothing, and the scaler lowers its scale;
+    MOST_OVERFLOWS in a row are as bad as one elsewhere.
 
     Args:
         run: whose gradients are used; they are already summed over its processes.
@@ -27,6 +30,7 @@ class Update:
         self.scaler = run.accelerator.scaler
         self.clip = float("inf") if clip is None else clip
         self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
+        self.overflows = torch.zeros((), dtype=torch.int32, device=run.device)  # in a row
 
     def __call__(self, objective: Tensor, lr: float) -> Tensor:
         """Take one step and clear the gradients.
@@ -44,25 +48,25 @@ class Update:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.run.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        finite = torch.isfinite(objective)
-        if self.scaler is None:
-            finite &= torch.isfinite(norm)
-        self.healthy &= finite
-        self._step()
+        most = 1 if self.scaler is None else MOST_OVERFLOWS
+        self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
+        self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)
+        self._step(self.healthy & (self.overflows == 0))
+        if self.scaler is not None:
+            self.scaler.update()
         if hasattr(self.run.model, "after_step"):
             with torch.no_grad():
                 self.run.model.after_step()
         self.run.model.zero_grad(set_to_none=True)
         return norm
 
-    def _step(self) -> None:
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif is_maskable(self.optimizer):
-            self.optimizer.found_inf = (~self.healthy).float()  # read by the fused kernels
+    def _step(self, wanted: Tensor) -> None:
+        # fused SGD leaves its momentum unset where the first step is masked, as fp16 may have it
+        is_unset = self.scaler is not None and self.optimizer.defaults.get("momentum")
+        if is_maskable(self.optimizer) and not is_unset:
+            self.optimizer.found_inf = (~wanted).float()  # read by the fused kernels
             self.optimizer.step()
-        elif self.healthy:
+        elif wanted:
             self.optimizer.step()
 
     def state(self) -> dict:

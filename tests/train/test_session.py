@@ -4,18 +4,27 @@ import csv
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmplay.catalog import resolve
 from lmplay.checkpoint import newest_checkpoint
 from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
+from lmplay.experiment import load_experiment
+from lmplay.objective import IGNORE
 from lmplay.plan import read_plan
 from lmplay.run_folder import RunFolder
+from lmplay.runner import stream_seed
 from lmplay.stats.record import read_rows
-from lmplay.train import curves, loop
+from lmplay.train import curves, loop, session
+from lmplay.train.batches import Batch, Data, open_data
 from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
 
@@ -214,6 +223,21 @@ def test_the_micro_batch_does_not_change_the_curve(place, size):
         assert row["accuracy"] == pytest.approx(expected["accuracy"], abs=0.01)
 
 
+def test_the_gradient_is_that_of_the_mean_loss_over_the_whole_batch(place):
+    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
+    made = request(config=plain, changes={"clip": None})
+    folder = folder_of(run_experiment(made, Silent()))
+    experiment = load_experiment(made.entry)
+    config = experiment.config(**folder.read()["config"])
+    model = experiment.model(config, stream_seed(0, "weights"))
+    batch = open_data(made.plan, 0, print)[1].batch(0)
+    logits_BTV = model(batch.tokens_BT)
+    F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+    assert read_rows(folder.train_csv)[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_validating_and_saving_more_often_changes_no_weight(place):
     seldom = folder_of(run("a"))
     often = folder_of(
@@ -390,6 +414,93 @@ def test_a_device_without_enough_memory_gets_smaller_parts(place, monkeypatch):
     assert folder.read()["mini_batch_size"] == 2
     for row, expected in zip(read_rows(folder.train_csv), reference, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_memory_may_run_short_between_two_looks_at_the_device(place, monkeypatch):
+    real_score, real_init = loop.score, curves.Curves.__init__
+
+    def score(a_run, part):
+        if a_run.step >= 4 and len(part.tokens_BT) > 2:
+            raise torch.OutOfMemoryError
+        return real_score(a_run, part)
+
+    def init(self, a_run, record):
+        real_init(self, a_run, record)
+        self.cadence = 10  # as on a GPU
+
+    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
+    changes = {"validation.every_tokens": 10**9, "checkpoints.every_tokens": 10**9}
+    reference = read_rows(folder_of(run("a", config=plain, changes=changes)).train_csv)
+    monkeypatch.setattr(loop, "score", score)
+    monkeypatch.setattr(curves.Curves, "__init__", init)
+    rows = read_rows(
+        folder_of(run("b", config=plain, changes=changes, mini_batch_size=None)).train_csv
+    )
+
+    assert [row["loss"] for row in rows] == pytest.approx([r["loss"] for r in reference], rel=1e-5)
+
+
+def test_a_step_without_a_target_has_an_empty_row_and_changes_nothing_else(place, monkeypatch):
+    real = Data.batch
+
+    def batch(self, step):
+        made = real(self, step)
+        if step == 3:
+            made = Batch(made.tokens_BT, torch.full_like(made.targets_BT, IGNORE), 0)
+        return made
+
+    monkeypatch.setattr(Data, "batch", batch)
+    rows = read_rows(folder_of(run()).train_csv)
+
+    assert len(rows) == NUM_STEPS
+    assert (rows[3]["loss"], rows[3]["accuracy"], rows[3]["grad_norm"]) == (None, None, 0.0)
+    assert rows[3]["tokens"] == rows[2]["tokens"] and rows[4]["loss"] > 0
+
+
+RANDOM = """
+    def log_likelihood(self, tokens_BT, targets_BT):
+        logits_BTV = self(tokens_BT) + torch.rand(1)
+        return F.cross_entropy(logits_BTV.mT, targets_BT, reduction="none") * torch.rand(1)
+
+    def generate(self, tokens_BT, num_tokens, choose):
+        torch.rand(1)
+        return tokens_BT[:, :1].expand(-1, num_tokens)
+
+    def hidden("""
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_operation_of_a_step_uses_double_precision(place, monkeypatch, precision, optimizer):
+    real, seen = loop.take_step, Dtypes()
+
+    def take_step(*args):
+        with seen:
+            real(*args)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(loop, "rng_state", dict)  # it never leaves the host
+    run(changes={"optimizer.name": optimizer, "tokens": 320, "precision": precision})
+
+    assert torch.float32 in seen.dtypes and f"_fused_{optimizer.lower()}_" in seen.names
+    assert (torch.bfloat16 in seen.dtypes) == (precision == "bf16")
+    assert not seen.dtypes & {torch.float64, torch.complex128}
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of what operations take and make."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+        self.dtypes |= {t.dtype for t in tensors}
+        self.names.add(func.overloadpacket.__name__)
+        return made
 
 
 def test_accumulation_by_accelerate_is_refused(place, monkeypatch):
