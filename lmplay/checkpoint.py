@@ -203,6 +203,16 @@ def rng_state() -> dict[str, Tensor]:
     return state
 
 
+@contextmanager
+def unchanged_rng() -> Iterator[None]:
+    """Whatever is drawn inside, the generators go on from where they were before."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(before)
+
+
 def restore_rng(state: dict[str, Tensor]) -> None:
     """Put back what `rng_state` gave; devices that this machine lacks are left out.
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
-from lmplay.objective import IGNORE, Sums
+from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, unchanged_rng
+from lmplay.objective import Sums
 from lmplay.runner import Run
 from lmplay.stats.record import Record
 from lmplay.train.batches import Batch, Data
@@ -184,34 +184,37 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
     Returns:
         A row of validation.csv; None if `stopping` became true before the end.
     """
-    before = rng_state()
-    totals_3 = torch.zeros(3, dtype=torch.float64)
+    sums: list[Tensor] | None = []
+    num_targets = 0
+    rank, size = run.accelerator.process_index, run.mini_batch_size
     run.objective.eval()
     try:
-        for batch in data.validation_batches(run.mini_batch_size * run.world_size):
-            if run.world_size == 1 and stopping():
-                return None
-            rank, size = run.accelerator.process_index, run.mini_batch_size
-            for part in batch.of_rank(rank, run.world_size, size):
-                scored = score(run, part)
-                hits = scored.loss * float("nan") if scored.hits is None else scored.hits
-                targets = scored.loss.new_tensor(int((part.targets_BT != IGNORE).sum()))
-                sums_3 = torch.stack([scored.loss, hits, targets])
-                totals_3 += run.accelerator.gather(sums_3[None]).cpu().double().sum(0)
+        with unchanged_rng():
+            torch.manual_seed(0)  # a likelihood that draws numbers draws the same ones each time
+            for batch in data.validation_batches(size * run.world_size):
+                if run.world_size == 1 and stopping():
+                    return None
+                num_targets += batch.num_targets
+                for part in batch.of_rank(rank, run.world_size, size):
+                    scored = score(run, part)
+                    hits = scored.loss * float("nan") if scored.hits is None else scored.hits
+                    sums.append(torch.stack([scored.loss, hits]))
     except torch.OutOfMemoryError:
         if not run.shrink():
             raise
-        return validate(run, data, stopping)
+        sums = None
     finally:
         run.objective.train()
-        restore_rng(before)
-    nats, hits, targets = totals_3.tolist()
+    if sums is None:  # out here nothing holds on to what filled the memory
+        return validate(run, data, stopping)
+    sums_N2 = run.accelerator.gather(torch.stack(sums))
+    nats, hits = sums_N2.cpu().double().sum(0).tolist()
     return {
         "step": run.step,
         "tokens": run.tokens,
-        "loss": nats / targets,
+        "loss": nats / num_targets,
         "bits_per_byte": nats / math.log(2) / data.validation_bytes,
-        "accuracy": None if math.isnan(hits) else hits / targets,
+        "accuracy": None if math.isnan(hits) else hits / num_targets,
         "seconds": run.seconds,
     }
 

@@ -12,7 +12,7 @@ import torch
 
 from lmplay import check
 from lmplay.catalog import Entry, canonical_name
-from lmplay.checkpoint import newest_checkpoint, restore_rng
+from lmplay.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
 from lmplay.errors import UserError
 from lmplay.experiment import Experiment, Scale, count, load_experiment, load_source, scale
 from lmplay.generate.sampling import greedy_text
@@ -164,7 +164,7 @@ def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
         display.row(kind, row)
         if kind == "validation":
             prompt, truth = session.data.example()
-            with run.accelerator.autocast():
+            with run.accelerator.autocast(), unchanged_rng():
                 said = greedy_text(run.model, prompt, len(truth), run.config.max_len)
             texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
             display.example(*texts)

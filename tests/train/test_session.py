@@ -469,6 +469,32 @@ RANDOM = """
     def hidden("""
 
 
+def test_a_model_that_draws_numbers_when_tested_is_trained_as_if_it_were_not(place, monkeypatch):
+    (place / "experiments").mkdir()
+    source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
+    (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
+    monkeypatch.setattr(session, "_refuse_unproven", lambda experiment: None)
+    seldom, often = (
+        folder_of(run(exp="mine", changes={"validation.every_tokens": every}))
+        for every in (10**9, 160)
+    )
+
+    torch.testing.assert_close(
+        trained_state(often)[1:3], trained_state(seldom)[1:3], rtol=0, atol=0
+    )
+
+
+def test_a_likelihood_is_scored_with_the_same_draws_each_time(place, monkeypatch):
+    (place / "experiments").mkdir()
+    source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
+    (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
+    monkeypatch.setattr(session, "_refuse_unproven", lambda experiment: None)
+    changes = {"optimizer.lr": 1e-30, "optimizer.weight_decay": 0}
+    rows = read_rows(folder_of(run(exp="mine", changes=changes)).validation_csv)
+
+    assert len({row["loss"] for row in rows}) == 1
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_operation_of_a_step_uses_double_precision(place, monkeypatch, precision, optimizer):
