@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,9 +70,11 @@ def run_experiment(request: Request, display: Display) -> dict:
     changes = dict(request.changes)
     if precision != resolve_precision(request.plan.precision, device):
         changes["precision"] = precision
-    accelerator = make_accelerator(device, precision)
     name = canonical_name(request.entry)
     folder = RunFolder(run_path(request.out_dir, request.plan.name, name, changes, request.seed))
+    if request.resume and folder.run_json.is_file():  # on another device too, or with another plan
+        precision = resolve_precision(folder.read()["precision"], device)
+    accelerator = make_accelerator(device, precision)
     if not request.resume and accelerator.is_main_process:
         _set_aside(folder, display)
     accelerator.wait_for_everyone()
@@ -138,6 +140,7 @@ def run_experiment(request: Request, display: Display) -> dict:
             "world_size": run.world_size,
             "mini_batch_size": run.mini_batch_size,
             "compiled": request.compiled,
+            "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
             "command": sys.argv,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": "running",
@@ -176,12 +179,13 @@ def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
     try:
         with session.signals:
             train(session)
-    except Stopped as stop:
-        write("stopped", str(stop))
-        raise
-    except NotFinite as failure:
-        now["failures"] += 1
-        write("failed", failure.problem)
+    except BaseException as error:
+        if isinstance(error, NotFinite):
+            now["failures"] += 1
+        is_stopped = isinstance(error, Stopped | SystemExit | KeyboardInterrupt)
+        reason = getattr(error, "problem", str(error)) or type(error).__name__
+        with suppress(OSError):  # a full disk is the error itself
+            write("stopped" if is_stopped else "failed", reason)
         raise
     write("finished")
     return _result(folder, now)
@@ -274,7 +278,8 @@ def _continued(now: dict, facts: dict | None, display: Display) -> dict:
     differs = [key for key in exact if facts[key] != now[key]]
     if differs:
         display.note(f"not the same bit by bit from here on: other {', '.join(differs)}")
-    return now | {"started": facts["started"], "failures": facts["failures"]}
+    changed = sorted({*facts.get("changed_midway", []), *differs})
+    return now | {k: facts[k] for k in ("started", "failures")} | {"changed_midway": changed}
 
 
 def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> Session:

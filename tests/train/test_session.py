@@ -331,6 +331,15 @@ def test_after_a_step_that_is_not_finite_no_weight_changes(
     assert [row["step"] for row in read_rows(folder.train_csv)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_that_breaks_off_does_not_say_that_it_is_running(place, monkeypatch):
+    monkeypatch.setattr(loop, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    facts = RunFolder(Path("runs/words/gpt2ish/seed-0")).read()
+
+    assert (facts["status"], facts["exit_reason"]) == ("failed", "division by zero")
+
+
 def test_a_failed_run_keeps_its_checkpoint_and_can_go_on(place, monkeypatch):
     with monkeypatch.context() as patch:
         poison(patch, 6)
@@ -455,6 +464,27 @@ def test_a_step_without_a_target_has_an_empty_row_and_changes_nothing_else(place
     assert len(rows) == NUM_STEPS
     assert (rows[3]["loss"], rows[3]["accuracy"], rows[3]["grad_norm"]) == (None, None, 0.0)
     assert rows[3]["tokens"] == rows[2]["tokens"] and rows[4]["loss"] > 0
+
+
+def test_a_run_goes_on_in_its_own_precision(place, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run()
+    plan = place / "plans" / "words.json"
+    plan.write_text(plan.read_text().replace('"fp32"', '"bf16"'))
+
+    assert folder_of(run()).read()["precision"] == "fp32"
+
+
+def test_what_changed_midway_stays_on_record(place, monkeypatch):
+    for size in (2, 1, 1):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, 1)
+            run(mini_batch_size=size)
+    display = Silent()
+    result = run(mini_batch_size=1, display=display)
+
+    assert folder_of(result).read()["changed_midway"] == ["mini_batch_size"]
 
 
 RANDOM = """
