@@ -32,7 +32,14 @@ from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_
 from lmplay.train.batches import Data, open_data
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
-from lmplay.train.loop import Session, Signals, Stopped, scattered_rng, train
+from lmplay.train.loop import (
+    Session,
+    Signals,
+    Stopped,
+    first_bad_place,
+    scattered_rng,
+    train,
+)
 from lmplay.train.optim import make_optimizer
 from lmplay.train.update import Update
 
@@ -182,6 +189,8 @@ def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
     except BaseException as error:
         if isinstance(error, NotFinite):
             now["failures"] += 1
+            if name := first_bad_place(run, session.data.batch(error.step - 1)):
+                error.problem += f"; run again, it begins in {name}"
         is_stopped = isinstance(error, Stopped | SystemExit | KeyboardInterrupt)
         reason = getattr(error, "problem", str(error)) or type(error).__name__
         with suppress(OSError):  # a full disk is the error itself

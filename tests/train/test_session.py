@@ -331,6 +331,25 @@ def test_after_a_step_that_is_not_finite_no_weight_changes(
     assert [row["step"] for row in read_rows(folder.train_csv)] == [1, 2, 3, 4, 5]
 
 
+def test_the_module_in_which_a_failure_begins_is_named(place, monkeypatch):
+    real = session.open_run
+
+    def open_run(*args):
+        a_run = real(*args)
+        up = a_run.model.blocks[0].mlp.up
+        up.register_forward_hook(lambda m, x, y: y * float("nan") if a_run.step >= 5 else None)
+        return a_run
+
+    monkeypatch.setattr(session, "open_run", open_run)
+    with pytest.raises(UserError) as raised:
+        run(changes={"validation.every_tokens": 10**9})
+
+    assert raised.value.code == NUMERIC and "step 6" in raised.value.problem
+    assert raised.value.problem.endswith("it begins in blocks.0.mlp.up")
+    facts = RunFolder(next(Path("runs/words").glob("*/seed-0"))).read()
+    assert facts["exit_reason"] == raised.value.problem
+
+
 def test_a_run_that_breaks_off_does_not_say_that_it_is_running(place, monkeypatch):
     monkeypatch.setattr(loop, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
