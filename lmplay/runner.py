@@ -158,7 +158,8 @@ def open_run(
     objective = accelerator.prepare_model(Objective(model))
     if compiled:
         torch.use_deterministic_algorithms(accelerator.device.type == "cpu")
-        objective.compile()
+        torch._dynamo.config.recompile_limit = 64  # past it the rest would silently run eagerly
+        objective.compile(dynamic=False)  # else the kernels depend on the order of shapes seen
     return Run(
         folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size
     )

@@ -195,6 +195,9 @@ def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
         reason = getattr(error, "problem", str(error)) or type(error).__name__
         with suppress(OSError):  # a full disk is the error itself
             write("stopped" if is_stopped else "failed", reason)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = f"the model does not compile: {str(error).strip().splitlines()[0]}"
+            raise UserError(problem, hint="it trains without --compile") from error
         raise
     write("finished")
     return _result(folder, now)

@@ -578,6 +578,35 @@ class Dtypes(TorchDispatchMode):
         return made
 
 
+def test_a_compiled_run_has_the_same_names_and_no_graph_break(place, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: real(self, backend="aot_eager", fullgraph=True, **options),
+    )
+    plain, compiled = (folder_of(run(out, compiled=out == "b")) for out in "ab")
+
+    assert compiled.read()["compiled"] and not plain.read()["compiled"]
+    assert trained_state(compiled)[1].keys() == trained_state(plain)[1].keys()
+    losses = [[row["loss"] for row in read_rows(f.validation_csv)] for f in (compiled, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # dropout draws other numbers
+
+
+def test_a_model_that_does_not_compile_is_told_to_train_without(place, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: real(self, backend=broken, **options)
+    )
+    with pytest.raises(UserError, match="does not compile") as raised:
+        run(compiled=True)
+
+    assert "--compile" in raised.value.hint
+
+
 def test_accumulation_by_accelerate_is_refused(place, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(UserError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
