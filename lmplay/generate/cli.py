@@ -2,14 +2,22 @@
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from lmplay.console import note, print_json, run_app, show_version
+from lmplay.console import (
+    Device,
+    harmless,
+    note,
+    precision_option,
+    print_json,
+    run_app,
+    show_version,
+)
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, resolve_run
 
@@ -17,13 +25,14 @@ if TYPE_CHECKING:
     from lmplay.generate.sampling import Sample
     from lmplay.runner import Trained
 
-app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 _ROWS = 32  # samples that are written at once
 _SEPARATOR = "---"
 _HELP = "/help shows this, Ctrl-C stops the text, Ctrl-D ends; anything else is a prompt"
-# a terminal obeys control characters, and a model may write any
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_NEEDED = ("label", "plan_name", "seed", "precision", "file", "config", "plan")  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,22 @@ class Settings:
     precision: str
 
 
+def _refuse_nonsense(settings: Settings) -> None:
+    """What sampling would refuse, told before torch is loaded and the prompt is shown."""
+    if not 0 <= settings.temperature < float("inf"):
+        hint = "0 is greedy, 1 is the model's own spread"
+        raise UserError(f"--temperature {settings.temperature} is not a number from 0 up", hint)
+    if settings.top_k < 0:
+        raise UserError(f"--top-k {settings.top_k} is below 0", hint="0 draws from all tokens")
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"--top-p {settings.top_p} is not in (0, 1]", "1 draws from all tokens")
+    if not 0 < settings.repetition_penalty < float("inf"):
+        problem = f"--repetition-penalty {settings.repetition_penalty} is not a number above 0"
+        raise UserError(problem, hint="1 is none")
+    if "" in settings.stop:
+        raise UserError("a --stop string is empty", hint="leave --stop out to stop at none")
+
+
 @app.command()
 def main(
     run: Annotated[
@@ -56,52 +81,73 @@ def main(
         Argument(metavar="PROMPT", help="Text to go on from; '' starts a new document."),
     ] = None,
     prompt: Annotated[
-        str | None, Option(help="The prompt, where no run is named before it.")
+        str | None, Option(help="The prompt, where no run is named before it.", metavar="TEXT")
     ] = None,
     prompt_file: Annotated[
-        Path | None, Option(help="File with the prompt; a newline at its end is dropped.")
+        Path | None,
+        Option(help="File with the prompt; a newline at its end is dropped.", metavar="PATH"),
     ] = None,
-    max_tokens: Annotated[int, Option(help="New tokens, at most.", min=1)] = 200,
+    max_tokens: Annotated[int, Option(help="New tokens, at most.", min=1, metavar="N")] = 200,
     temperature: Annotated[
-        float, Option(help="Divides the logits: 1 is the model's own spread, 0 is greedy.")
+        float,
+        Option(
+            help="Divides the logits: 1 is the model's own spread, 0 is greedy.",
+            metavar="X",
+        ),
     ] = 0.8,
     top_k: Annotated[
-        int, Option(help="Draw from this many likeliest tokens; 0 draws from all.")
+        int,
+        Option(help="Draw from this many likeliest tokens; 0 draws from all.", metavar="N"),
     ] = 0,
     top_p: Annotated[
         float,
-        Option(help="Draw from the likeliest tokens that hold this share of the probability."),
+        Option(
+            help="Draw from the likeliest tokens that hold this share of the probability.",
+            metavar="X",
+        ),
     ] = 1.0,
     repetition_penalty: Annotated[
-        float, Option(help="Makes tokens of the text so far less likely; 1 is none.")
+        float,
+        Option(
+            help="Makes tokens of the text so far less likely; 1 is none.",
+            metavar="X",
+        ),
     ] = 1.0,
     greedy: Annotated[
-        bool, Option("--greedy", help="Always the likeliest token, as --temperature 0.")
+        bool, Option("--greedy", metavar="", help="Always the likeliest token, as --temperature 0.")
     ] = False,
-    num_samples: Annotated[int, Option(help="Texts to write from the prompt.", min=1)] = 1,
-    seed: Annotated[int, Option(help="Fixes the texts.", min=0)] = 0,
+    num_samples: Annotated[
+        int, Option(help="Texts to write from the prompt.", min=1, metavar="N")
+    ] = 1,
+    seed: Annotated[int, Option(help="Fixes the texts.", min=0, metavar="N")] = 0,
     stop: Annotated[
         list[str] | None,
-        Option(help="A text ends before this string; may be repeated. A newline is $'\\n'."),
-    ] = None,
-    step: Annotated[
-        int | None, Option(help="Step of the checkpoint; without it, the newest.", min=0)
-    ] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[
-        str | None,
         Option(
-            help="fp32, bf16, fp16 or amp; without it, fp32 on the CPU, else what the run was "
-            "trained in."
+            help="A text ends before this string; may be repeated. A newline is $'\\n'.",
+            metavar="TEXT",
         ),
     ] = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.")] = Path(RUNS),
+    step: Annotated[
+        int | None,
+        Option(help="Step of the checkpoint; without it, the newest.", min=0, metavar="N"),
+    ] = None,
+    device: Device = "auto",
+    precision: Annotated[
+        str | None, precision_option("fp32 on the CPU, else what the run was trained in")
+    ] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", metavar="PATH")] = Path(RUNS),
     as_json: Annotated[
-        bool, Option("--json", help="Print settings and texts as one JSON document.")
+        bool, Option("--json", metavar="", help="Print settings and texts as one JSON document.")
     ] = False,
     version: Annotated[
         bool | None,
-        Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+        Option(
+            "--version",
+            metavar="",
+            help="Print the version.",
+            callback=show_version,
+            is_eager=True,
+        ),
     ] = None,
 ) -> None:
     """Write text with a trained run: prompt and continuation on stdout.
@@ -112,17 +158,6 @@ def main(
     Example: lmp-generator --prompt "def main(" --max-tokens 100 --num-samples 3
     """
     sys.stdout.reconfigure(errors="replace")  # a model may write what stdout cannot encode
-    asked = _prompt(text, prompt, prompt_file)
-    if asked is None and as_json:
-        raise UserError("--json needs a prompt", hint="such as --prompt TEXT")
-    folder, named_step = _resolve(run, runs)
-    facts = folder.read()
-    note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
-    from lmplay.generate.sampling import Sampler
-    from lmplay.runner import open_trained, resolve_device, resolve_precision
-
-    place = resolve_device(device)
-    wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])
     settings = Settings(
         max_tokens=max_tokens,
         temperature=0.0 if greedy else temperature,
@@ -131,9 +166,24 @@ def main(
         repetition_penalty=repetition_penalty,
         num_samples=num_samples,
         stop=stop or [],
-        device=str(place),
-        precision=resolve_precision(wanted, place),
+        device=device,
+        precision=precision or "",
     )
+    _refuse_nonsense(settings)
+    asked = _prompt(text, prompt, prompt_file)
+    if asked is None and as_json:
+        raise UserError("--json needs a prompt", hint="such as --prompt TEXT")
+    folder, named_step = _resolve(run, runs)
+    facts = folder.read()
+    if missing := [key for key in _NEEDED if key not in facts]:
+        raise UserError(f"{folder.run_json} is damaged: it lacks {', '.join(missing)}")
+    note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
+    from lmplay.generate.sampling import Sampler
+    from lmplay.runner import open_trained, resolve_device, resolve_precision
+
+    place = resolve_device(device)
+    wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])
+    settings = replace(settings, device=str(place), precision=resolve_precision(wanted, place))
     choose = Sampler(seed, settings.temperature, top_k, top_p)
     trained = open_trained(
         folder, named_step if step is None else step, settings.device, settings.precision
@@ -219,17 +269,20 @@ def _write(
                 for row, piece in pieces:
                     if show and start + row == 0:
                         _print(piece)
-    finally:
         if show:
             _print("\n")
+            for sample in samples[1:]:
+                _print(f"{_SEPARATOR}\n{sample.prompt}{sample.text}\n")
+    except BaseException:
+        if show:
+            _print("\n")
+        raise
+    finally:
         seconds = time.perf_counter() - begin
         num_tokens = sum(len(sample.tokens) for sample in samples)
         for text in notes:
             note(text)
         note(f"{num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s)")
-    if show:
-        for sample in samples[1:]:
-            _print(f"{_SEPARATOR}\n{sample.prompt}{sample.text}\n")
     return samples
 
 
@@ -260,7 +313,7 @@ def _talk(trained: "Trained", settings: Settings, choose) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -183,6 +183,15 @@ def test_several_samples_stand_apart(generator):
     assert shown.out == "---\n".join(f"a{text}\n" for text in texts)
 
 
+def test_how_fast_it_was_is_told_after_the_last_sample(generator, monkeypatch):
+    both = io.StringIO()
+    monkeypatch.setattr(sys.stdout, "write", both.write)
+    monkeypatch.setattr("lmplay.generate.cli.note", lambda text: both.write(f"{text}\n"))
+    generator("--prompt", "a", "--num-samples", 3, "--max-tokens", 6)
+
+    assert "18 tokens in" in both.getvalue().rpartition("---\n")[2].splitlines()[1]
+
+
 def test_greedy_is_temperature_zero(generator):
     greedy = generator("--prompt", "a", "--json", "--greedy", "--seed", 3)
     cold = generator("--prompt", "a", "--json", "--temperature", 0, "--seed", 3)
@@ -250,12 +259,14 @@ def test_control_characters_do_not_reach_a_terminal(generator, monkeypatch):
         (["quick/gpt2ich/seed-0", "a"], "no run", "gpt2ish/seed-0"),
         (["Once upon a time"], "no run", "--prompt"),
         (["quick", "a"], "holds 2 runs", "name one"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature -1.0", "greedy"),
-        (["--prompt", "a", "--top-p", "0"], "top-p 0.0", ""),
-        (["--prompt", "a", "--top-p", "1.5"], "top-p 1.5", ""),
-        (["--prompt", "a", "--top-k", "-3"], "top-k -3", ""),
-        (["--prompt", "a", "--repetition-penalty", "0"], "repetition penalty 0.0", ""),
-        (["--prompt", "a", "--stop", ""], "stop string is empty", ""),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0", "greedy"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0", ""),
+        (["--prompt", "a", "--top-p", "1.5"], "--top-p 1.5", ""),
+        (["--prompt", "a", "--top-k", "-3"], "--top-k -3", ""),
+        (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0", ""),
+        (["--prompt", "a", "--repetition-penalty", "inf"], "--repetition-penalty inf", ""),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan", ""),
+        (["--prompt", "a", "--stop", ""], "--stop string is empty", ""),
         (["--prompt", "a", "--precision", "int3"], "int3", "fp32"),
         (["--prompt", "a", "--step", "11"], "11", ""),
         (["--prompt", "a", "--prompt-file", "b"], "2 prompts", "give one"),
@@ -263,12 +274,21 @@ def test_control_characters_do_not_reach_a_terminal(generator, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_done_is_said(generator, args, problem, hint):
+def test_what_cannot_be_done_is_said(generator, capsys, args, problem, hint):
     with pytest.raises(UserError) as caught:
         generator(*args)
 
+    shown = capsys.readouterr()
     assert problem in caught.value.problem
     assert hint in caught.value.hint
+    assert shown.out == "" and ("loading torch" not in shown.err or "--step" in args)
+
+
+def test_a_damaged_run_is_named_with_what_it_lacks(generator, tmp_path):
+    make_run(tmp_path / "run").write({"label": "gpt2ish", "seed": 0})
+
+    with pytest.raises(UserError, match=r"run.json is damaged: it lacks plan_name, precision"):
+        generator(tmp_path / "run", "a")
 
 
 def test_an_empty_folder_of_runs_says_how_to_train_one(generator, tmp_path):
