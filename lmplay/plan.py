@@ -211,11 +211,15 @@ def read_plan(
     if data:
         raw["datasets"] = {"data": {"files": data}}
         raw["stages"] = [{"datasets": ["data"]}]
-    for key, value in changes.items():
-        _set(raw, key, value)
+    of_datasets = [key for key in changes if key.startswith("datasets.")]
+    for key in changes.keys() - set(of_datasets):
+        _set(raw, key, changes[key])
     stem = path.stem if looks_like_path(name, ".json") else name
-    raw["name"] = "+".join([stem, *(Path(text).name.partition(".")[0] for text in data or [])])
+    raw["name"] = "+".join([stem, *map(_stem, data or [])])
     _add_shared_datasets(raw, path, folders)
+    for key in of_datasets:
+        _know_dataset(raw, key)
+        _set(raw, key, changes[key])
     try:
         return Plan.model_validate(raw)
     except ValidationError as error:
@@ -236,6 +240,9 @@ def has_key(dotted: str) -> bool:
     """True where a plan can have this dotted path, so that `--set` knows what is meant."""
     if dotted == "name":
         return False
+    start, _, rest = dotted.partition(".")
+    if start == "datasets" and rest:
+        return rest.rpartition(".")[2] in Dataset.model_fields and rest.count(".") == 1
     model: type[BaseModel] | None = Plan
     for part in dotted.split("."):
         if model is None or part not in model.model_fields:
@@ -334,6 +341,20 @@ def _set(raw: dict, dotted: str, value: object) -> None:
         if not isinstance(raw, dict):
             raise UserError(f"{dotted}: {part} is not an object", hint=_SCHEMA)
     raw[last] = value
+
+
+def _stem(text: str) -> str:
+    """What a plan's name says of a file or folder of --data: its name up to the first dot."""
+    name = Path(os.path.abspath(Path(text).expanduser())).name
+    return name.lstrip(".").partition(".")[0] or "data"
+
+
+def _know_dataset(raw: dict, dotted: str) -> None:
+    """Refuse to change a dataset that no stage names."""
+    name, known = dotted.split(".")[1], raw.get("datasets")
+    if isinstance(known, dict) and name not in known:
+        hint = nearest(name, known) + f"the plan has {', '.join(known)}"
+        raise UserError(f"{dotted}: no stage has a dataset called {name!r}", hint=hint)
 
 
 def _add_shared_datasets(raw: dict, path: Path, folders: list[Path]) -> None:

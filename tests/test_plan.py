@@ -266,6 +266,40 @@ def test_data_takes_the_place_of_datasets_and_stages(plans):
     assert [stage.datasets for stage in plan.stages] == [["data"]]
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (".", "here"),
+        ("../here/", "here"),
+        ("b/c.tar.gz", "c"),
+        (".hidden.txt", "hidden"),
+        ("/", "data"),
+    ],
+)
+def test_a_plans_name_says_what_data_it_was_given(plans, tmp_path, monkeypatch, path, name):
+    write(plans, "mine", LEAST)
+    plan = plans / "mine.json"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert read_plan(str(plan), data=[path]).name == f"mine+{name}"
+
+
+def test_a_change_may_name_a_key_of_a_dataset_also_of_a_shared_one(plans):
+    write(plans, "_datasets", {"shared": {"hub": "a/b", "split": "all"}})
+    write(plans, "mine", {**LEAST, "stages": [{"datasets": ["shared"]}]})
+    columns = {"datasets.data.text": ["content"]}
+
+    shared = read_plan("mine", {"datasets.shared.revision": "v1"}).datasets["shared"]
+    own = read_plan("mine", columns, ["a.jsonl"]).datasets["data"]
+
+    assert (shared.hub, shared.split, shared.revision) == ("a/b", "all", "v1")
+    assert (own.files, own.text) == (["a.jsonl"], ["content"])
+    assert "did you mean 'shared'?" in error_of("mine", changes={"datasets.shred.split": "a"}).hint
+    wrong = error_of("mine", changes={"datasets.shared.split": 3})
+    assert wrong.problem.startswith("datasets.shared.split should be")
+
+
 def test_datasets_come_from_the_plan_then_beside_it_then_from_the_roots(plans, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -416,6 +450,10 @@ def test_the_schema_takes_resolved_plans_and_files_and_no_unknown_key():
 def test_has_key_tells_what_a_dotted_path_can_mean():
     for key in ["tokens", "optimizer.lr", "optimizer.options.eps", "model.width", "stages"]:
         assert has_key(key), key
+    for key in ["datasets", "datasets.mine.text", "datasets.wiki_en.revision"]:
+        assert has_key(key), key
+    for key in ["datasets.mine", "datasets.mine.txt", "datasets.mine.text.x", "datasets."]:
+        assert not has_key(key), key
     for key in ["width", "", "name", "optimizer.lrr", "tokens.x", "stages.0", "lr", "extends"]:
         assert not has_key(key), key
 
