@@ -124,8 +124,8 @@ def pair_runs(runs: list[Run], baseline: str | Run | None) -> list[Pair]:
 
     Args:
         baseline: a label, looked for on each plan; or one run, against which every run of its
-            seed is held, whatever the plan; or None: gpt2ish if the plan has it, else the label
-            of the plan's longest run.
+            seed is held, whatever the plan; or None: gpt2ish if the plan has it, else gpt2ish with
+            changes, else the label of the plan's longest run.
     Raises:
         UserError: no run has this label.
     """
@@ -138,8 +138,9 @@ def pair_runs(runs: list[Run], baseline: str | Run | None) -> list[Pair]:
 
 def default_baseline(runs: list[Run]) -> str:
     """The label that the runs of one plan are held against when nobody names one."""
-    own = [run for run in runs if run.label == DEFAULT_BASELINE]
-    return max(own or runs, key=lambda run: run.tokens).label
+    plain = [run for run in runs if run.label == DEFAULT_BASELINE]
+    changed = [run for run in runs if run.label.startswith(f"{DEFAULT_BASELINE},")]
+    return max(plain or changed or runs, key=lambda run: run.tokens).label
 
 
 def why_not_comparable(run: Run, baseline: Run) -> str:

@@ -256,9 +256,12 @@ def test_the_baseline_is_gpt2ish_else_the_longest_run_of_each_plan(make_run):
         make_run(),
         make_run("a", plan="other", done=5),
         make_run("b", plan="other", done=10),
+        make_run("gpt2ish,tokens=900", plan="third", done=5),
+        make_run("a,tokens=900", plan="third"),
     )
 
-    assert [pair.baseline.label for pair in pair_runs(runs, None)] == ["gpt2ish"] * 2 + ["b"] * 2
+    found = [pair.baseline.label for pair in pair_runs(runs, None)]
+    assert found == ["gpt2ish"] * 2 + ["b"] * 2 + ["gpt2ish,tokens=900"] * 2
 
 
 def test_a_run_as_baseline_is_held_against_its_seed_on_any_plan(make_run):
