@@ -1,5 +1,6 @@
 """Local files to rows: which file belongs to which split, and what a row of it is."""
 
+import codecs
 import gzip
 import json
 import re
@@ -112,7 +113,7 @@ def file_rows(file: SourceFile, choose: Callable[[list[str]], list[str]]) -> Ite
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file.path} is not UTF-8: {error.reason}",
-            hint="convert it first: iconv -f latin1 -t utf-8",
+            hint=f"convert it first: iconv -f latin1 -t utf-8 '{file.path}' > '{file.path}.txt'",
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {file.path}: {error}") from None
@@ -185,6 +186,11 @@ def _open_binary(path: Path):
 
 def _open(path: Path) -> TextIO:
     if not _looks_like_text(path):
+        with _open_binary(path) as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if is_utf16:
+            hint = f"convert it first: iconv -f utf-16 -t utf-8 '{path}' > '{path}.txt'"
+            raise UserError(f"{path} is UTF-16, not UTF-8", hint)
         raise UserError(f"{path} holds no text", hint="text, JSONL, Parquet and Arrow can be read")
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")

@@ -240,7 +240,12 @@ def prepare(
             learn_prompt=dataset.learn_prompt,
             shard_tokens=shard_tokens,
             limit=limit,
-            about={"dataset": name, "split": split, "settings": settings},
+            about={
+                "dataset": name,
+                "files": dataset.files,
+                "split": split,
+                "settings": settings,
+            },
             done=done if is_training else [],  # a sample is written in one go
             publish=shards.publish,
         )

@@ -29,6 +29,15 @@ _HUB_HINT = (
     "HF_HUB_OFFLINE=1 to use only what was downloaded; or use --data PATH, or --plan quick, "
     "which needs no network"
 )
+_OFFLINE_HINT = (
+    "{variable} is set: unset it to download; or use --data PATH, or --plan quick, which needs no "
+    "network"
+)
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_NAME_COLUMNS = (
+    "name its columns in the plan, or with --data: --set 'datasets.data.text=[\"NAME\"]'; "
+    "prompt and truth, or messages, can be set likewise"
+)
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -250,9 +259,11 @@ def _hub_rows(dataset: Dataset, split: str, skip: int) -> Iterator[dict]:
         return batch
 
     problem = f"cannot read {dataset.hub} ({split}) from the Hugging Face hub"
+    offline = next((name for name in _OFFLINE if os.environ.get(name, "0") not in ("", "0")), None)
+    hint = _OFFLINE_HINT.format(variable=offline) if offline else _HUB_HINT
     while True:
         try:
-            batch = bounded(read, _HUB_SECONDS, problem, _HUB_HINT)
+            batch = bounded(read, _HUB_SECONDS, problem, hint)
         except ValueError as error:  # an unknown configuration or split, with the known ones
             raise UserError(f"{problem}: {error}", "mend the dataset in the plan") from error
         if not batch:
@@ -298,6 +309,7 @@ class _Renderer:
         self._dataset, self._where = dataset, where
         self._text, self._prompt, self._truth, self._messages = columns_of(dataset)
         self._known = False
+        self._learned: list[str] = []  # columns without which a row says nothing
 
     def needed(self, names: list[str]) -> list[str]:
         """The columns to read of those that there are."""
@@ -311,17 +323,24 @@ class _Renderer:
             needed = [*self._prompt, self._truth]
         else:
             needed = self._text
+        self._learned = [self._truth] if self._truth else needed
         for name in needed:
             if name not in names:
                 raise UserError(
                     f"{self._where} has no column {name!r}; it has {', '.join(names)}",
-                    hint=nearest(name, names) + "name columns by text, prompt and truth, messages",
+                    hint=nearest(name, names) + _NAME_COLUMNS,
                 )
         return needed
 
     def __call__(self, row: dict, number: int) -> Document | None:
         if not self._known:
             self.needed(list(row))
+        if row.keys().isdisjoint(self._learned):
+            raise UserError(
+                f"a row of {self._where} has no column {self._learned[0]!r}; it has "
+                f"{', '.join(row)}",
+                hint="leave such rows out of the file, or give them the column",
+            )
         if self._messages:
             prompt, truth = self._chat(row)
         elif self._prompt:
@@ -345,7 +364,7 @@ class _Renderer:
             raise UserError(
                 f"{self._where} has none of the columns messages, prompt and truth, text; "
                 f"it has {', '.join(names)}",
-                hint="name its columns in the plan: text, or prompt and truth, or messages",
+                hint=_NAME_COLUMNS,
             )
 
     def _joined(self, row: dict, columns: list[str]) -> str:
@@ -359,7 +378,7 @@ class _Renderer:
         if not isinstance(value, str):
             raise UserError(
                 f"column {column!r} of {self._where} holds {type(value).__name__}, not text",
-                hint="name columns of text in the plan",
+                hint="a column of text is needed; " + _NAME_COLUMNS,
             )
         return value
 

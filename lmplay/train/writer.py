@@ -142,9 +142,11 @@ class Writer:
             UserError: code NO_DATA, there was no document.
         """
         if self.num_tokens < 2:
+            where = ", ".join(self._about.get("files") or [self._about.get("dataset", "")])
             raise UserError(
-                f"no text is left in {self._about.get('dataset')} for {self._about.get('split')}",
-                hint="at least two records are needed: one to train on, one held out",
+                f"no text is left in {where} for {self._about.get('split')}",
+                hint="two records are needed, one to train on and one to hold out: rows, or "
+                "passages of 16,384 characters of plain text",
                 code=NO_DATA,
             )
         self._flush(complete=True)

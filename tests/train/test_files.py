@@ -194,6 +194,7 @@ def test_a_file_named_alone_is_trained_on_whatever_its_name(tmp_path):
         ("a.json", b'[\n{"text": "a"}]\n', "line 1 is not JSON"),
         ("a.txt", b"caf\xe9 au lait", "is not UTF-8"),
         ("a.txt", b"a\0b", "holds no text"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16"),
         ("a.parquet", b"PAR1 not really", "no whole Parquet"),
         ("a.arrow", b"ARROW1 not really", "no whole Arrow"),
         ("a.txt.gz", b"not packed", "cannot read"),
@@ -212,6 +213,14 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*nowhere\.txt"):
         source_files([str(tmp_path / "nowhere.txt")])
+
+
+def test_no_name_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+
+    with pytest.raises(UserError, match="no file ''"):
+        source_files([""])
 
 
 def test_a_folder_without_text_is_named(tmp_path):

@@ -136,6 +136,30 @@ def test_a_wrong_column_is_explained(tmp_path, row, columns, message):
         texts(dataset)
 
 
+@pytest.mark.parametrize(
+    ("first", "row", "message"),
+    [
+        ({"text": "a"}, {"txt": "b"}, "has no column 'text'; it has txt"),
+        ({"title": "a", "text": "a"}, {"tag": "b"}, "has no column 'title'; it has tag"),
+        ({"prompt": "a", "truth": "a"}, {"prompt": "b"}, "has no column 'truth'; it has prompt"),
+        ({"messages": []}, {"text": "b"}, "has no column 'messages'; it has text"),
+    ],
+)
+def test_a_later_row_without_what_is_learned_is_no_silent_loss(tmp_path, first, row, message):
+    dataset = Dataset(files=[jsonl(tmp_path / "a.jsonl", [first, row])])
+
+    with pytest.raises(UserError, match=message):
+        texts(dataset)
+
+
+def test_a_row_may_lack_a_title_or_a_prompt(tmp_path):
+    titled = [{"title": "a", "text": "b"}, {"text": "c"}]
+    asked = [{"prompt": "a", "truth": "b"}, {"truth": "c"}]
+
+    assert texts(Dataset(files=[jsonl(tmp_path / "a.jsonl", titled)]), fraction=0.0)[1] == "c"
+    assert texts(Dataset(files=[jsonl(tmp_path / "b.jsonl", asked)]), fraction=0.0)[1] == "c"
+
+
 def test_a_lone_surrogate_in_json_becomes_the_replacement_character(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
 
@@ -306,6 +330,7 @@ def test_a_hub_that_is_gone_says_what_to_set(monkeypatch):
     monkeypatch.setattr(network, "sleep", sleep)
     monkeypatch.setattr(network, "clock", lambda: now[0])
     monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     with pytest.raises(UserError, match="someone/records") as caught:
         texts(Dataset(hub="someone/records"))
@@ -314,6 +339,21 @@ def test_a_hub_that_is_gone_says_what_to_set(monkeypatch):
     assert caught.value.code == NO_DATA
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "--data PATH", "--plan quick"):
         assert name in caught.value.hint
+
+
+def test_who_asked_to_stay_offline_is_not_told_to_check_the_network(monkeypatch):
+    def open_hub(dataset, split, skip):
+        raise ConnectionError("Couldn't reach someone/records (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    with pytest.raises(UserError, match="someone/records") as caught:
+        texts(Dataset(hub="someone/records"))
+
+    assert caught.value.code == NO_DATA
+    assert caught.value.hint.startswith("HF_HUB_OFFLINE is set: unset it to download")
+    assert "--plan quick" in caught.value.hint
 
 
 def test_a_hub_dataset_without_such_a_split_is_explained(monkeypatch):
