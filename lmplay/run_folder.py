@@ -114,7 +114,7 @@ class RunFolder:
         except OSError as error:
             lock.release()
             hint = "choose another place with --out-dir"
-            raise UserError(f"cannot write to {self.path}: {error}", hint=hint) from None
+            raise UserError(f"cannot write to {self.path}: {error.strerror}", hint) from None
         try:
             yield
         finally:

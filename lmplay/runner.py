@@ -192,6 +192,8 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     where = resolve_device(device)
     low = _AUTOCAST.get(resolve_precision(precision, where))
     path = Path(f"{facts['file']}.py")
+    if not folder.experiment_py.is_file():
+        raise UserError(f"{folder.path} lacks its experiment.py", hint="it is no whole run")
     experiment = load_source(folder.experiment_py.read_text(encoding="utf-8"), path, {})
     config = experiment.config(**facts["config"])
     model = experiment.model(config)

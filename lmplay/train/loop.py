@@ -29,9 +29,9 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM set `code`, SIGUSR1 asks for a checkpoint.
+    """While entered, SIGINT, SIGTERM and SIGHUP set `code`, SIGUSR1 asks for a checkpoint.
 
-    A second SIGINT or SIGTERM leaves at once.
+    A second one leaves at once. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self):
@@ -39,7 +39,9 @@ class Signals:
         self.save = False
 
     def __enter__(self):
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 

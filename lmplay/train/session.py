@@ -228,16 +228,30 @@ def _own_copies(
 
 
 def _note_edits(request: Request, facts: dict, folder: RunFolder, display: Display) -> None:
+    """Say where the run's own copies and the files of today differ; refuse other data."""
+    plan = request.plan.model_dump()
+    if facts["plan"]["datasets"] != plan["datasets"]:
+        mine, theirs = (_sources(p["datasets"]) for p in (plan, facts["plan"]))
+        raise UserError(
+            f"{folder.path} was trained on {theirs}, not on {mine}",
+            hint="--out-dir gives this run a place of its own; --resume none keeps the old aside",
+        )
     edited = []
     if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
         edited.append(str(request.entry.path))
-    if facts["plan"] != request.plan.model_dump():
+    if facts["plan"] != plan:
         edited.append(f"plan {request.plan.name}")
     if edited:
         display.note(
             f"edited since this run began: {', '.join(edited)}. The run keeps its own copy; "
             "--resume none trains the edited one and keeps this run aside"
         )
+
+
+def _sources(datasets: dict[str, dict]) -> str:
+    kinds = ("hub", "files", "shards", "builtin")
+    named = [dataset[kind] for dataset in datasets.values() for kind in kinds if dataset[kind]]
+    return ", ".join(" ".join(name) if isinstance(name, list) else name for name in named)
 
 
 def _scale(request: Request, plan: Plan, experiment: Experiment, vocab_size: int, display) -> Scale:

@@ -163,7 +163,9 @@ def test_a_reader_that_leaves_causes_no_traceback(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
     args = ["--plan", "words.json", "--tokens", str(4000 * 128)]
     curve = place / "runs/words/gpt2ish,tokens=512000/seed-0/train.csv"

@@ -27,6 +27,7 @@ from lmplay.train import curves, loop, session
 from lmplay.train.batches import Batch, Data, open_data
 from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.update import Update
 
 NUM_STEPS = 9
 CLOCKS = {"tokens_per_second", "memory", "seconds"}
@@ -183,6 +184,19 @@ def test_three_stops_in_one_run_change_nothing(place, monkeypatch):
             run("b")
 
     assert_equal_runs(folder_of(run("b")), uninterrupted)
+
+
+def test_the_clock_and_the_scaler_go_on_where_the_run_stopped(place, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(Update, "state", lambda self: {"scale": 8.0})
+    monkeypatch.setattr(Update, "load_state", lambda self, state: loaded.append(state))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 5)
+        run()
+    seconds = [row["seconds"] for row in read_rows(folder_of(run()).train_csv)]
+
+    assert loaded == [{"scale": 8.0}]
+    assert len(seconds) == NUM_STEPS and seconds == sorted(seconds)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(place, monkeypatch):
@@ -401,6 +415,20 @@ def test_a_run_goes_on_with_its_own_copy_of_an_edited_experiment(place, monkeypa
 
     assert any("mine.py" in note and "--resume none" in note for note in display.notes)
     assert "F.gelu" in folder_of(result).experiment_py.read_text()
+
+
+def test_a_finished_run_does_not_answer_for_other_data(place):
+    run()
+    other = place / "other.jsonl"
+    other.write_text((place / "text.jsonl").read_text().replace("five", "nine"))
+    plan = json.loads((place / "plans" / "words.json").read_text())
+    plan["datasets"]["words"]["files"] = [str(other)]
+    (place / "plans" / "words.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError) as raised:
+        run()
+
+    assert raised.value.code == BAD_INPUT
+    assert "text.jsonl, not on" in raised.value.problem and "--out-dir" in raised.value.hint
 
 
 def test_other_data_under_a_run_that_began_is_refused(place, monkeypatch):
