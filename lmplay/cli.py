@@ -2,7 +2,7 @@
 
 import typer
 
-from lmplay.console import run_app, show_version
+from lmplay.console import Version, run_app
 from lmplay.generate.cli import main as generate
 from lmplay.stats.cli import main as plot
 from lmplay.train.cli import main as train
@@ -14,11 +14,7 @@ for _name, _command in {"train": train, "generate": generate, "plot": plot}.item
 
 
 @app.callback()
-def main(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version.", callback=show_version, is_eager=True
-    ),
-) -> None:
+def main(version: Version = None) -> None:
     """A bench for language-model ideas.
 
     Example: lmplay train --exp ue --plan quick

@@ -116,6 +116,14 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[
+    bool | None,
+    typer.Option(
+        "--version", metavar="", help="Print the version.", callback=show_version, is_eager=True
+    ),
+]
+
+
 def run_app(app: typer.Typer) -> None:
     """Run a command as a console script does: the exit code of a UserError is its own.
 

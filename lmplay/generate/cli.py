@@ -11,12 +11,12 @@ from typer import Argument, Option
 
 from lmplay.console import (
     Device,
+    Version,
     harmless,
     note,
     precision_option,
     print_json,
     run_app,
-    show_version,
 )
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, resolve_run
@@ -139,16 +139,7 @@ def main(
     as_json: Annotated[
         bool, Option("--json", metavar="", help="Print settings and texts as one JSON document.")
     ] = False,
-    version: Annotated[
-        bool | None,
-        Option(
-            "--version",
-            metavar="",
-            help="Print the version.",
-            callback=show_version,
-            is_eager=True,
-        ),
-    ] = None,
+    version: Version = None,
 ) -> None:
     """Write text with a trained run: prompt and continuation on stdout.
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from lmplay.console import fits, note, print_json, run_app, show, show_version, table
+from lmplay.console import Version, fits, note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, RunFolder, find_runs, resolve_run
 
@@ -120,16 +120,7 @@ def main(
     as_csv: Annotated[
         bool, Option("--csv", metavar="", help="Print CSV instead of the table.")
     ] = False,
-    version: Annotated[
-        bool | None,
-        Option(
-            "--version",
-            metavar="",
-            help="Print the version.",
-            callback=show_version,
-            is_eager=True,
-        ),
-    ] = None,
+    version: Version = None,
 ) -> None:
     """Draw the loss and the accuracy of runs, and how far each is from a baseline's.
 

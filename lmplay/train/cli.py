@@ -14,13 +14,13 @@ from lmplay import catalog
 from lmplay.catalog import Entry
 from lmplay.console import (
     Device,
+    Version,
     note,
     out,
     precision_option,
     print_json,
     run_app,
     show,
-    show_version,
     table,
 )
 from lmplay.errors import UserError, nearest
@@ -137,16 +137,7 @@ def main(
     as_json: Annotated[
         bool, Option("--json", metavar="", help="Print the result as one JSON document.")
     ] = False,
-    version: Annotated[
-        bool | None,
-        Option(
-            "--version",
-            metavar="",
-            help="Print the version.",
-            callback=show_version,
-            is_eager=True,
-        ),
-    ] = None,
+    version: Version = None,
 ) -> None:
     """Train one experiment on one plan; the same command again goes on where it stopped.
 
