@@ -29,6 +29,7 @@ from lmplay.runner import (
     stream_seed,
 )
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.tokens import Tokenizer
 from lmplay.train.batches import Data, open_data
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
@@ -118,48 +119,62 @@ def run_experiment(request: Request, display: Display) -> dict:
             request.compiled,
         )
         run.may_shrink = request.mini_batch_size is None
-        now = {
-            "schema_version": 1,
-            "experiment": name,
-            "file": experiment.entry.file,
-            "docstring_summary": experiment.summary,
-            "plan_name": plan.name,
-            "seed": request.seed,
-            "changes": changes,
-            "label": _label(name, changes),
-            "plan": plan.model_dump(),
-            "config": dataclasses.asdict(made.config),
-            "scale_differs": made.differs,
-            "bound": hasattr(run.model, "log_likelihood"),
-            "data": {
-                "fingerprint": data.fingerprint,
-                "validation_fingerprint": data.validation_fingerprint,
-                "tokenizer": plan.tokenizer,
-                "vocab_size": tokenizer.vocab_size,
-                "validation_tokens": data.validation_tokens,
-                "validation_bytes": data.validation_bytes,
-            },
-            **_sizes(experiment, made.config),
-            "num_steps": data.num_steps,
-            "tokens_per_step": plan.tokens_per_step,
-            **machine_facts(run.device),
-            "precision": precision,
-            "world_size": run.world_size,
-            "mini_batch_size": run.mini_batch_size,
-            "compiled": request.compiled,
-            "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
-            "command": sys.argv,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "status": "running",
-            "exit_reason": None,
-            "failures": 0,
-        }
+        now = _facts(request, run, data, tokenizer, made, precision, changes)
         now = _continued(now, facts, display)
         session = _open_session(run, data, stack, display)
         return _train(session, now, tokenizer, display)
 
 
-def _train(session: Session, now: dict, tokenizer, display: Display) -> dict:
+def _facts(
+    request: Request,
+    run: Run,
+    data: Data,
+    tokenizer: Tokenizer,
+    made: Scale,
+    precision: str,
+    changes: dict[str, object],
+) -> dict:
+    """What run.json says of a run that begins now."""
+    plan, experiment, name = run.plan, run.experiment, canonical_name(request.entry)
+    return {
+        "schema_version": 1,
+        "experiment": name,
+        "file": experiment.entry.file,
+        "docstring_summary": experiment.summary,
+        "plan_name": plan.name,
+        "seed": request.seed,
+        "changes": changes,
+        "label": _label(name, changes),
+        "plan": plan.model_dump(),
+        "config": dataclasses.asdict(made.config),
+        "scale_differs": made.differs,
+        "bound": hasattr(run.model, "log_likelihood"),
+        "data": {
+            "fingerprint": data.fingerprint,
+            "validation_fingerprint": data.validation_fingerprint,
+            "tokenizer": plan.tokenizer,
+            "vocab_size": tokenizer.vocab_size,
+            "validation_tokens": data.validation_tokens,
+            "validation_bytes": data.validation_bytes,
+        },
+        **_sizes(experiment, made.config),
+        "num_steps": data.num_steps,
+        "tokens_per_step": plan.tokens_per_step,
+        **machine_facts(run.device),
+        "precision": precision,
+        "world_size": run.world_size,
+        "mini_batch_size": run.mini_batch_size,
+        "compiled": request.compiled,
+        "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "running",
+        "exit_reason": None,
+        "failures": 0,
+    }
+
+
+def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) -> dict:
     run, folder = session.run, session.run.folder
     is_main = run.accelerator.is_main_process
 
