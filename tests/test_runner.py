@@ -1,12 +1,22 @@
 """Opening a run: the device and the precision that words stand for."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from lmplay.catalog import resolve
 from lmplay.errors import UserError
-from lmplay.runner import make_accelerator, resolve_device, resolve_precision, stream_seed
+from lmplay.experiment import load_experiment
+from lmplay.runner import (
+    make_accelerator,
+    open_run,
+    resolve_device,
+    resolve_precision,
+    stream_seed,
+)
 
 CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -51,3 +61,17 @@ def test_streams_of_randomness_differ_by_seed_and_purpose():
     seeds = {stream_seed(seed, purpose) for seed in range(9) for purpose in ("weights", "dropout")}
 
     assert len(seeds) == 18
+
+
+def test_processes_begin_with_the_same_weights_and_drop_out_different_ones():
+    experiment = load_experiment(resolve("gpt2ish"))
+    config = experiment.config(**experiment.tiny)
+    weights, draws = [], []
+    for rank in (0, 1):
+        accelerator = SimpleNamespace(device=CPU, process_index=rank, prepare_model=lambda m: m)
+        run = open_run(None, None, experiment, 0, config, accelerator, 1)
+        weights.append(run.model.state_dict())
+        draws.append(torch.rand(3).tolist())
+
+    assert_close(*weights, rtol=0, atol=0)
+    assert draws[0] != draws[1]
