@@ -101,6 +101,12 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
         )
 
 
+def leave_processes() -> None:
+    """Leave the process group before Python ends: threads that it still runs then abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @dataclass
 class Run:
     """An opened run: all that a step needs, and how far it has come."""

@@ -179,6 +179,7 @@ def _train(
 ):  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{entry.name} on {plan.name}: loading torch")
+    from lmplay.runner import leave_processes
     from lmplay.train.display import Display
     from lmplay.train.loop import Stopped
     from lmplay.train.session import Request, run_experiment
@@ -193,6 +194,8 @@ def _train(
     except Stopped as stop:
         note(f"{stop}; saved. The same command goes on from here.")
         raise typer.Exit(stop.code) from None
+    finally:
+        leave_processes()
     if as_json:
         return print_json(result)
     row = result["validation"]

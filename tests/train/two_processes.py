@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lmplay.catalog import resolve
 from lmplay.plan import read_plan
+from lmplay.runner import leave_processes
 from lmplay.train.session import Request, run_experiment
 
 
@@ -27,3 +28,4 @@ run_experiment(
     ),
     Silent(),
 )
+leave_processes()
