@@ -169,7 +169,12 @@ def test_a_reader_that_leaves_causes_no_traceback(place):
 def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
     args = ["--plan", "words.json", "--tokens", str(4000 * 128)]
     curve = place / "runs/words/gpt2ish,tokens=512000/seed-0/train.csv"
-    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*args),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores SIGHUP
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
         time.sleep(0.05)  # until it trains
