@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmplay import catalog
 from lmplay.errors import UserError
-from lmplay.experiment import Experiment, load_experiment
+from lmplay.experiment import Experiment, folded, load_experiment
 from lmplay.objective import IGNORE, Objective
 from lmplay.roots import cache_root
 
@@ -97,31 +97,6 @@ def check(experiment: Experiment) -> list[Proof]:
             except Exception as error:
                 proofs.append(Proof(name, False, _where(error, experiment.entry.path)))
     return proofs
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy without the parameters that only training needs.
-
-    Each module with a `fold` makes room for the module that `fold` gives, the inner ones first;
-    those that give None are removed at the end, when nothing folds with their help any more.
-    """
-    model = copy.deepcopy(model).eval()
-    plain: dict[nn.Module, nn.Module | None] = {}
-    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
-        if not hasattr(module, "fold"):
-            continue
-        if module not in plain:
-            plain[module] = module.fold()
-        if plain[module] is not None and name:
-            model.set_submodule(name, plain[module])
-        elif plain[module] is not None:
-            model = plain[module]
-    gone = {module for module, replacement in plain.items() if replacement is None}
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child in gone:
-                delattr(module, name)
-    return model
 
 
 class _Bench:

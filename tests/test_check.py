@@ -10,9 +10,9 @@ from torch import nn
 
 from lmplay import check as check_module
 from lmplay.catalog import read_file
-from lmplay.check import Proof, check, checked, folded
+from lmplay.check import Proof, check, checked
 from lmplay.errors import UserError
-from lmplay.experiment import Experiment, load_experiment
+from lmplay.experiment import Experiment, folded, load_experiment
 
 GPT2ISH = Path(__file__).parent.parent / "experiments" / "gpt2ish.py"
 VALUE_NORM = GPT2ISH.with_name("value_norm.py")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmplay.catalog import Entry, parent_of, read_file
-from lmplay.check import check, folded
-from lmplay.experiment import Experiment, load_experiment
+from lmplay.check import check
+from lmplay.experiment import Experiment, folded, load_experiment
 from lmplay.objective import Objective
 
 FOLDER = Path(__file__).parent.parent / "experiments"
