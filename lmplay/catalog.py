@@ -25,6 +25,7 @@ class Entry:
     parent: str | None  # the file it was copied from
     changed: tuple[str, ...]  # what its docstring says differs from the parent
     fields: dict[str, str] = field(repr=False)  # of Config, each with its annotation
+    ideas: tuple["Entry", ...] = ()  # of a stack, the experiments that it joins
 
     @property
     def file(self) -> str:

@@ -1,31 +1,25 @@
-"""lmp-trainer: train, list, describe and check experiments."""
+"""lmp-trainer: train one experiment or many, list, describe and check them."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.syntax import Syntax
 from typer import Option
 
 from lmplay import catalog
 from lmplay.catalog import Entry
-from lmplay.console import (
-    Device,
-    Version,
-    note,
-    out,
-    precision_option,
-    print_json,
-    run_app,
-    show,
-    table,
-)
-from lmplay.errors import UserError, nearest
+from lmplay.console import Device, Version, note, out, precision_option, print_json, run_app
+from lmplay.errors import NUMERIC, UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
 from lmplay.train.files import existing
+from lmplay.train.listing import describe, list_experiments, list_plans, print_check
+
+if TYPE_CHECKING:
+    from lmplay.train.session import Request
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -51,8 +45,8 @@ def main(
     exp: Annotated[
         str | None,
         Option(
-            help="Experiment: a name, a variant, or a .py file; 'list' shows them all. "
-            "Without it, gpt2ish.",
+            help="Experiment: a name, a variant, a .py file, or a stack such as value_norm+ue; "
+            "several with commas; 'list' shows them all. Without it, gpt2ish.",
             metavar="NAME|FILE",
             autocompletion=_experiment_names,
         ),
@@ -66,7 +60,7 @@ def main(
             autocompletion=_plan_names,
         ),
     ] = None,
-    describe: Annotated[
+    is_described: Annotated[
         bool,
         Option(
             "--describe", metavar="", help="Show the experiment (or the plan) instead of training."
@@ -78,6 +72,14 @@ def main(
             "--check", metavar="", help="Prove what can be proved of the experiment in seconds."
         ),
     ] = False,
+    write: Annotated[
+        Path | None,
+        Option(
+            help="Write a stack as one experiment file instead of training, with conflict markers "
+            "where its ideas collide.",
+            metavar="FILE",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         Option(
@@ -105,6 +107,40 @@ def main(
     seed: Annotated[
         int, Option(help="Fixes weights, data order and dropout.", min=0, metavar="N")
     ] = 0,
+    seeds: Annotated[
+        int | None,
+        Option(
+            help="Train every experiment with this many seeds, from --seed on, and give the "
+            "verdicts; runs that are finished are not trained again.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        Option(
+            help="Experiment that the others are held against. Without it, gpt2ish if it is among "
+            "them, else the first.",
+            metavar="NAME",
+            autocompletion=_experiment_names,
+        ),
+    ] = None,
+    budget: Annotated[
+        Literal["tokens", "seconds", "flops"],
+        Option(
+            help="What every experiment gets as much of as the baseline: tokens, seconds of "
+            "training here, or training FLOPs.",
+            metavar="tokens|seconds|flops",
+        ),
+    ] = "tokens",
+    greedy: Annotated[
+        str | None,
+        Option(
+            help="Ideas, with commas, to stack on --exp one by one, as long as the verdict over "
+            "--seeds is better, twice.",
+            metavar="NAMES",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         Option(
@@ -139,57 +175,123 @@ def main(
     ] = False,
     version: Version = None,
 ) -> None:
-    """Train one experiment on one plan; the same command again goes on where it stopped.
+    """Train an experiment on a plan, or many over seeds; the same command goes on where it stopped.
 
-    Example: lmp-trainer --exp value_norm --plan quick
+    Example: lmp-trainer --exp gpt2ish,value_norm --seeds 3 --plan quick
     """
     if exp == "list":
-        return _list_experiments(as_json)
+        return list_experiments(as_json)
     if plan == "list":
-        return _list_plans(as_json)
+        return list_plans(as_json)
     if plan == "schema":
         return print_json(plan_schema())
-    entry = catalog.resolve(exp or "gpt2ish")
+    names = (exp or "gpt2ish").split(",")
+    if write is not None:
+        return _write(_one(names, "--write"), write)
+    entries = [catalog.resolve(name) for name in names]
+    ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
     changes = dict(_parsed(text) for text in set_ or [])
     if tokens is not None:
         changes["tokens"] = tokens
     of_plan = {key: value for key, value in changes.items() if has_key(key)}
     of_config = {key: value for key, value in changes.items() if key not in of_plan}
-    _know_config_keys(entry, of_config)
     resolved = read_plan(plan or "default", of_plan, data)
-    _know_config_values(entry, resolved, of_config)
-    if describe:
-        return _describe(
-            entry if exp or not plan else None, resolved, of_config, bool(plan), as_json
+    is_grid = len(entries) > 1 or seeds is not None or bool(ideas)
+    rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
+    for entry in [*entries, *ideas, *([rival] if rival else [])]:
+        _know_config_keys(entry, of_config)
+        _know_config_values(entry, resolved, of_config)
+    if is_described:
+        _one(names, "--describe")
+        return describe(
+            entries[0] if exp or not plan else None, resolved, of_config, bool(plan), as_json
         )
     if check:
-        return _check(entry, as_json)
+        _one(names, "--check")
+        return print_check(entries[0], as_json)
     for dataset in resolved.datasets.values():
         for path in dataset.files or []:
             existing(path)
-    _train(
-        entry, resolved, changes, of_config, seed, device, _precision(amp, precision),
-        _mini_batch_size(mini_batch_size), compile, _resume(resume), out_dir, as_json,
-    )  # fmt: skip
-
-
-def _train(
-    entry, plan, changes, config, seed, device, precision, mini_batch_size, compiled, resume,
-    out_dir, as_json,
-):  # fmt: skip
+    resumes = _resume(resume)
+    if is_grid:
+        _refuse_for_many(resumes)
+    rows, precision = _mini_batch_size(mini_batch_size), _precision(amp, precision)
+    what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
-    note(f"{entry.name} on {plan.name}: loading torch")
-    from lmplay.runner import leave_processes
-    from lmplay.train.display import Display
-    from lmplay.train.loop import Stopped
-    from lmplay.train.session import Request, run_experiment
+    note(f"{what} on {resolved.name}: loading torch")
+    from lmplay.train.session import Request
 
     request = Request(
-        entry, plan, changes, config, seed, device, precision, mini_batch_size, compiled, resume,
+        entries[0], resolved, changes, of_config, seed, device, precision, rows, compile, resumes,
         out_dir,
     )  # fmt: skip
+    if ideas:
+        _search(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
+    elif is_grid:
+        if rival.name not in [entry.name for entry in entries]:
+            entries.insert(0, rival)
+        _train_all(request, entries, rival, range(seed, seed + (seeds or 1)), budget, as_json)
+    else:
+        _train(request, rival, budget, as_json)
+
+
+def _one(names: list[str], option: str) -> str:
+    if len(names) > 1:
+        raise UserError(f"{option} takes one experiment, not {len(names)}", hint="name one")
+    return names[0]
+
+
+def _write(name: str, path: Path) -> None:
+    """The file of a stack, also of one with conflicts, which the exit code then says."""
+    if path.exists():
+        raise UserError(f"{path} is there already", hint="choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Display(f"{entry.name} on {plan.name}, seed {seed}") as display:
+        path.write_text(catalog.resolve(name).source, encoding="utf-8")
+    except Conflict as conflict:
+        path.write_text(conflict.merged, encoding="utf-8")
+        hint = f"settle the places between <<<<<<< and >>>>>>> in {path}"
+        raise UserError(conflict.problem, hint=hint) from None
+    note(f"wrote {path}; lmp-trainer --exp {path} --check proves it")
+
+
+def _baseline(entries: list[Entry], name: str | None) -> Entry:
+    if name is not None:
+        return catalog.resolve(name)
+    by_name = {catalog.canonical_name(entry): entry for entry in entries}
+    if len(by_name) < len(entries):
+        raise UserError("--exp names one experiment twice", hint="more runs of one: --seeds N")
+    if len(entries) == 1:
+        return catalog.resolve("gpt2ish")
+    return by_name.get("gpt2ish", entries[0])
+
+
+def _refuse_for_many(resumes: bool) -> None:
+    if not resumes:
+        hint = "--out-dir gives them a place of their own"
+        raise UserError("--resume none is for one run, not for many", hint=hint)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "many runs are not trained by one group of processes",
+            hint="start the command once for each device (CUDA_VISIBLE_DEVICES=0, 1, ...) on one "
+            "--out-dir: they share the runs",
+        )
+
+
+def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from lmplay.runner import leave_processes
+    from lmplay.train.budget import sized
+    from lmplay.train.display import Display
+    from lmplay.train.loop import Stopped
+    from lmplay.train.session import run_experiment
+
+    name, plan = request.entry.name, request.plan.name
+    try:
+        with Display(f"{name} on {plan}, seed {request.seed}") as display:
+            if rival is not None:
+                request = sized(request, replace(request, entry=rival), budget, display)
             result = run_experiment(request, display)
     except Stopped as stop:
         note(f"{stop}; saved. The same command goes on from here.")
@@ -207,144 +309,76 @@ def _train(
     note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
 
 
-def _check(entry: Entry, as_json: bool) -> None:
-    note(f"checking {entry.name}: loading torch")
-    from lmplay.check import check
-    from lmplay.experiment import load_experiment
-
-    proofs = check(load_experiment(entry))
-    failed = [proof for proof in proofs if proof.passed is False]
-    if as_json:
-        rows = [{"name": p.name, "passed": p.passed, "detail": p.detail} for p in proofs]
-        print_json({"schema_version": 1, "experiment": entry.name, "proofs": rows})
-    else:
-        words = {True: "[green]passed[/green]", False: "[red]failed[/red]", None: "exempt"}
-        rows = [[words[p.passed], p.name, p.detail.replace("[", r"\[")] for p in proofs]
-        show(table(f"{entry.name}", ["", "proof", "what was found"], rows))
-    if failed:
-        raise UserError(f"{entry.name} fails {len(failed)} of {len(proofs)} proofs")
-
-
-def _describe(
-    entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_json: bool
+def _train_all(
+    request: "Request", entries: list[Entry], rival: Entry, seeds: range, budget: str, as_json: bool
 ) -> None:
-    if entry is None:
-        whole = plan.model_dump()
-        return print_json({"schema_version": 1, "plan": whole} if as_json else whole)
-    diff = catalog.diff(entry)
-    if not as_json:
-        out.print(entry.docstring, markup=False)
-        out.print(f"\n{entry.name}: {entry.path}")
-        if entry.variant:
-            out.print("with " + ", ".join(f"{k}={v!r}" for k, v in entry.variant.items()))
-        if diff:
-            out.print(Syntax(diff, "diff", background_color="default"))
-        sys.stdout.flush()  # this much needs no torch
-    from dataclasses import asdict
+    from lmplay.train.grid import Bench
+    from lmplay.train.loop import Stopped
 
-    from lmplay.experiment import count, load_experiment, scale
-    from lmplay.generate.sampling import uses_cache
-    from lmplay.tokens import vocab_size_of
-
-    experiment = load_experiment(entry)
-    made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
-    counts = asdict(count(experiment, made.config))
-    flops_per_token = counts.pop("flops_per_token")
-    is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
+    try:
+        with Bench(request, rival, budget) as bench:
+            rows = bench.verdicts(entries, seeds, rival)
+    except Stopped as stop:
+        note(f"{stop}; saved. The same command goes on from here.")
+        raise typer.Exit(stop.code) from None
     if as_json:
-        return print_json(
-            {
-                "schema_version": 1,
-                "experiment": entry.name,
-                "file": str(entry.path),
-                "docstring": entry.docstring,
-                "parent": entry.parent,
-                "variant": entry.variant,
-                "diff": diff,
-                "plan": plan.model_dump() if show_plan else plan.name,
-                "config": asdict(made.config),
-                "scale_differs": made.differs,
-                "parameters": counts,
-                "flops_per_token": flops_per_token,
-                "uses_cache": is_cached,
-            }
-        )
-    values = ", ".join(f"{key}={value!r}" for key, value in asdict(made.config).items())
-    out.print(f"\nConfig on plan {plan.name}: {values}", markup=False)
-    rows = [[name, f"{value:,}"] for name, value in counts.items()]
-    rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
-    show(table("\nParameters", ["", " "], rows, right={" "}))
-    if not is_cached:
-        out.print("It ignores the cache: generating runs on the whole text again for each token.")
-    if show_plan:
-        print_json(plan.model_dump())
+        print_json({"schema_version": 1, "verdicts": rows, "failures": bench.failures})
+    else:
+        print_verdicts(rows)
+        note(f"plot it: lmp-plotstats {request.folder.path.parent.parent}")
+    _exit_by(bench.failures)
 
 
-def _list_experiments(as_json: bool) -> None:
-    entries = catalog.entries(_note_error)
-    if as_json:
-        rows = [
-            {
-                "name": e.name,
-                "summary": e.summary,
-                "parent": e.parent if e.name == e.file else e.file,
-                "variant": e.variant,
-                "file": str(e.path),
-            }
-            for e in entries.values()
-        ]
-        return print_json({"schema_version": 1, "experiments": rows})
-    heads = {name: entry for name, entry in entries.items() if name == entry.file}
-    rows: list[list[str]] = []
+def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool):
+    if len(seeds) < 2:
+        raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
+    from lmplay.stats.verdict_plots import draw_path
+    from lmplay.train.greedy import search
+    from lmplay.train.grid import Bench
+    from lmplay.train.loop import Stopped
 
-    def add(entry: Entry, depth: int) -> None:
-        rows.append(
-            [f"{'  ' * depth}[bold]{entry.name}[/bold]", entry.summary, str(_shown(entry.path))]
-        )
-        for name, values in entry.variants.items():
-            shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
-            rows.append(
-                [f"{'  ' * depth}  [dim]{name}[/dim]", f"[dim]{shown or 'the same'}[/dim]", ""]
-            )
-        for child in heads.values():
-            if child.parent == entry.name:
-                add(child, depth + 1)
+    base = request.entry
 
-    for entry in heads.values():
-        if entry.parent not in heads:
-            add(entry, 0)
-    show(table("Experiments", ["name", "what it is", "file"], rows))
-    note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
-    note("join the list")
-
-
-def _list_plans(as_json: bool) -> None:
-    plans = {}
-    for name in plan_paths():
+    def join(stack: str, idea: str) -> str | None:
+        name = idea if _adds_nothing(catalog.resolve(stack)) else f"{stack}+{idea}"
         try:
-            plans[name] = read_plan(name)
-        except UserError as error:
-            _note_error(error)
+            return catalog.resolve(name).name
+        except Conflict as conflict:
+            note(f"{name} does not stack: {conflict.problem}")
+            return None
+
+    try:
+        with Bench(request, base, budget) as bench:
+
+            def verdicts(names: list[str], seeds: range) -> list[dict]:
+                entries = [catalog.resolve(name) for name in names]
+                return bench.verdicts(entries, seeds, entries[0])
+
+            rounds = list(search(base.name, [idea.name for idea in ideas], seeds, join, verdicts))
+    except Stopped as stop:
+        note(f"{stop}; saved. The same command goes on from here.")
+        raise typer.Exit(stop.code) from None
+    picture = request.folder.path.parent.parent / "greedy.png"
+    draw_path(rounds, picture)
+    taken = [idea.name for idea in ideas if idea.name in {r["accepted"] for r in rounds}]
     if as_json:
-        rows = [
-            {"name": name, "description": p.description, "tokens": p.tokens}
-            for name, p in plans.items()
-        ]
-        return print_json({"schema_version": 1, "plans": rows})
-    rows = [
-        [f"[bold]{name}[/bold]", f"{p.tokens:,}" if p.tokens else "epochs", p.description]
-        for name, p in plans.items()
-    ]
-    show(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))
-    note("--plan NAME --describe prints one; --plan schema the rules")
+        document = {"rounds": rounds, "plot": str(picture), "failures": bench.failures}
+        print_json({"schema_version": 1, "accepted": taken, **document})
+    else:
+        print_path(rounds)
+        note(f"drew {picture}")
+    _exit_by(bench.failures)
 
 
-def _note_error(error: UserError) -> None:
-    note(f"not listed: {error.problem}")
+def _adds_nothing(entry: Entry) -> bool:
+    return entry.parent is None and not entry.variant
 
 
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _exit_by(failures: dict[str, str]) -> None:
+    for path, why in failures.items():
+        note(f"failed: {path}: {why}")
+    if failures:
+        raise typer.Exit(NUMERIC)
 
 
 def _parsed(text: str) -> tuple[str, object]:

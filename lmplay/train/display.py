@@ -1,6 +1,8 @@
 """What training shows on stderr: a live panel on a terminal, timestamped lines elsewhere."""
 
 import time
+from collections import Counter
+from typing import ClassVar
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
@@ -149,6 +151,80 @@ class Display:
         if self._validation:
             lines.append(f"validation {_scores(self._validation)}")
         return Group(*lines)
+
+
+class GridDisplay(Display):
+    """Shows many runs: a row for each label, a column for each seed, and the run under way.
+
+    Args:
+        plan: its name.
+        console: as for `Display`.
+    """
+
+    _WORDS: ClassVar = {"held": "elsewhere", "failed": "failed"}
+
+    def __init__(self, plan: str, console: Console = err):
+        super().__init__(plan, console)
+        self._plan = plan
+        self._cells: dict[tuple[str, int], str] = {}
+        self._num_done: Counter[str] = Counter()
+        self._now: tuple[str, int] | None = None
+
+    def expect(self, runs: list[tuple[str, int]]) -> None:
+        """These labels and seeds are about to come."""
+        self._cells |= {run: self._cells.get(run, "") for run in runs}
+
+    def begin(self, label: str, seed: int) -> None:
+        """What comes from now on is of this run."""
+        self._now = label, seed
+        self._train, self._validation, self._began = {}, {}, None
+        self.title = f"{label} on {self._plan}, seed {seed}"
+        self._bar.reset(self._task, total=None)
+
+    def end(self, state: str, result: dict | None = None, why: str = "") -> None:
+        """The run is over: "done" with its result, "failed" and why, or "held" elsewhere."""
+        self._cells[self._now] = self._WORDS.get(state, "")
+        if result is not None:
+            self._cells[self._now] = f"{result['validation']['loss']:.4f}"
+            self._num_done[self._now[0]] += 1
+        if self.console.is_terminal:
+            self._draw(self._state())
+        if state == "failed" or (state == "done" and self._train):
+            self.note(": ".join(part for part in (self._cells[self._now], why) if part))
+
+    def note(self, text: str) -> None:
+        run = "" if self._now is None else "{}, seed {}: ".format(*self._now)
+        super().note(run + text)
+
+    def row(self, kind: str, row: dict) -> None:
+        if kind == "train":
+            self._cells[self._now] = f"{row['step'] / max(self.num_steps, 1):.0%}"
+        super().row(kind, row)
+
+    def example(self, prompt: str, truth: str, said: str) -> None:
+        """Nothing: it is in the run's samples.md."""
+
+    def _state(self) -> RenderableType:
+        return Group(super()._state(), "", self._matrix())
+
+    def _matrix(self) -> Table:
+        seeds = sorted({seed for _, seed in self._cells})
+        labels = list(dict.fromkeys(label for label, _ in self._cells))
+        room = self.console.width - 4 - max(map(cell_len, labels))
+        made = Table(box=None, pad_edge=False, header_style="dim")
+        made.add_column("")
+        if room < len(seeds) * 11:  # too many seeds for a column each
+            made.add_column("finished", justify="right")
+            for label in labels:
+                num_runs = sum(name == label for name, _ in self._cells)
+                made.add_row(escape(label), f"{self._num_done[label]} of {num_runs}")
+            return made
+        for seed in seeds:
+            made.add_column(f"seed {seed}", justify="right", no_wrap=True)
+        for label in labels:
+            cells = [self._cells.get((label, seed), "") for seed in seeds]
+            made.add_row(escape(label), *cells)
+        return made
 
 
 def _loss(row: dict) -> str:

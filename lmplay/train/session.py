@@ -62,6 +62,30 @@ class Request:
     compiled: bool = False
     resume: bool = True
     out_dir: Path = Path("runs")
+    budget: dict | None = None  # the league that the plan's tokens were sized for
+
+    @property
+    def all_changes(self) -> dict[str, object]:
+        """The changes, and the precision where it is not what the plan's means here."""
+        if self.precision is None:
+            return self.changes
+        device = resolve_device(self.device)
+        precision = resolve_precision(self.precision, device)
+        if precision == resolve_precision(self.plan.precision, device):
+            return self.changes
+        return self.changes | {"precision": precision}
+
+    @property
+    def label(self) -> str:
+        """What tables call the run: "ue16x,lr=0.001"."""
+        changes = sorted(self.all_changes.items())
+        parts = [f"{key.rpartition('.')[2]}={value}" for key, value in changes]
+        return ",".join([canonical_name(self.entry), *parts])
+
+    @property
+    def folder(self) -> RunFolder:
+        name, plan = canonical_name(self.entry), self.plan.name
+        return RunFolder(run_path(self.out_dir, plan, name, self.all_changes, self.seed))
 
 
 def run_experiment(request: Request, display: Display) -> dict:
@@ -75,11 +99,7 @@ def run_experiment(request: Request, display: Display) -> dict:
     """
     device = resolve_device(request.device)
     precision = resolve_precision(request.precision or request.plan.precision, device)
-    changes = dict(request.changes)
-    if precision != resolve_precision(request.plan.precision, device):
-        changes["precision"] = precision
-    name = canonical_name(request.entry)
-    folder = RunFolder(run_path(request.out_dir, request.plan.name, name, changes, request.seed))
+    folder = request.folder
     if request.resume and folder.run_json.is_file():  # on another device too, or with another plan
         precision = resolve_precision(folder.read()["precision"], device)
     accelerator = make_accelerator(device, precision)
@@ -90,13 +110,12 @@ def run_experiment(request: Request, display: Display) -> dict:
         if accelerator.is_main_process:
             stack.enter_context(folder.lock())
         facts = folder.read() if folder.run_json.is_file() else None
-        if facts is not None and facts["status"] == "finished":
-            _note_edits(request, facts, folder, display)
+        if result := finished(request, display):
             display.note(f"{folder.path} is finished; --resume none trains it again")
-            return _result(folder, facts)
+            return result
         plan, experiment = _own_copies(request, facts, folder, display)
         if facts is None:
-            _refuse_unproven(experiment)
+            refuse_unproven(experiment)
         tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
         stack.callback(data.close)
         if accelerator.is_main_process and not folder.tokenizer_json.exists():
@@ -115,14 +134,28 @@ def run_experiment(request: Request, display: Display) -> dict:
             accelerator,
             request.mini_batch_size
             or (facts or {}).get("mini_batch_size")
-            or _auto_size(plan, device),
+            or rows_at_once(plan, device),
             request.compiled,
         )
         run.may_shrink = request.mini_batch_size is None
-        now = _facts(request, run, data, tokenizer, made, precision, changes)
+        now = _facts(request, run, data, tokenizer, made, precision)
         now = _continued(now, facts, display)
         session = _open_session(run, data, stack, display)
         return _train(session, now, tokenizer, display)
+
+
+def finished(request: Request, display: Display) -> dict | None:
+    """The result of a run that is finished, with a note where its files were edited since.
+
+    Raises:
+        UserError: the run was trained on other data.
+    """
+    folder = request.folder
+    facts = folder.read() if folder.run_json.is_file() else None
+    if facts is None or facts["status"] != "finished":
+        return None
+    _note_edits(request, facts, folder, display)
+    return _result(folder, facts)
 
 
 def _facts(
@@ -132,19 +165,20 @@ def _facts(
     tokenizer: Tokenizer,
     made: Scale,
     precision: str,
-    changes: dict[str, object],
 ) -> dict:
     """What run.json says of a run that begins now."""
-    plan, experiment, name = run.plan, run.experiment, canonical_name(request.entry)
+    plan, experiment = run.plan, run.experiment
     return {
         "schema_version": 1,
-        "experiment": name,
+        "experiment": canonical_name(request.entry),
         "file": experiment.entry.file,
+        "stack": [canonical_name(idea) for idea in request.entry.ideas],
         "docstring_summary": experiment.summary,
         "plan_name": plan.name,
         "seed": request.seed,
-        "changes": changes,
-        "label": _label(name, changes),
+        "changes": request.all_changes,
+        "label": request.label,
+        "budget": request.budget,
         "plan": plan.model_dump(),
         "config": dataclasses.asdict(made.config),
         "scale_differs": made.differs,
@@ -218,7 +252,8 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
     return _result(folder, now)
 
 
-def _refuse_unproven(experiment: Experiment) -> None:
+def refuse_unproven(experiment: Experiment) -> None:
+    """Raise a UserError where a proof fails."""
     failed = [proof for proof in check.checked(experiment) if proof.passed is False]
     if failed:
         raise UserError(
@@ -288,7 +323,7 @@ def _set_aside(folder: RunFolder, display: Display) -> None:
     display.note(f"the earlier run is kept in {old}")
 
 
-def _auto_size(plan: Plan, device: torch.device) -> int:
+def rows_at_once(plan: Plan, device: torch.device) -> int:
     """Rows in a micro-batch: all of them on CUDA, where a failure halves it; else a safe few."""
     if device.type == "cuda":
         return plan.batch_size
@@ -298,11 +333,6 @@ def _auto_size(plan: Plan, device: torch.device) -> int:
 def _sizes(experiment: Experiment, config) -> dict:
     counts = dataclasses.asdict(count(experiment, config))
     return {"flops_per_token": counts.pop("flops_per_token"), "parameters": counts}
-
-
-def _label(name: str, changes: dict[str, object]) -> str:
-    parts = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(changes.items())]
-    return ",".join([name, *parts])
 
 
 def _continued(now: dict, facts: dict | None, display: Display) -> dict:

@@ -1,0 +1,150 @@
+"""What lmp-trainer prints instead of training: lists, descriptions, proofs."""
+
+import sys
+from pathlib import Path
+
+from rich.syntax import Syntax
+
+from lmplay import catalog
+from lmplay.catalog import Entry
+from lmplay.console import note, out, print_json, show, table
+from lmplay.errors import UserError
+from lmplay.plan import Plan, plan_paths, read_plan
+
+
+def print_check(entry: Entry, as_json: bool) -> None:
+    note(f"checking {entry.name}: loading torch")
+    from lmplay.check import check
+    from lmplay.experiment import load_experiment
+
+    proofs = check(load_experiment(entry))
+    failed = [proof for proof in proofs if proof.passed is False]
+    if as_json:
+        rows = [{"name": p.name, "passed": p.passed, "detail": p.detail} for p in proofs]
+        print_json({"schema_version": 1, "experiment": entry.name, "proofs": rows})
+    else:
+        words = {True: "[green]passed[/green]", False: "[red]failed[/red]", None: "exempt"}
+        rows = [[words[p.passed], p.name, p.detail.replace("[", r"\[")] for p in proofs]
+        show(table(f"{entry.name}", ["", "proof", "what was found"], rows))
+    if failed:
+        raise UserError(f"{entry.name} fails {len(failed)} of {len(proofs)} proofs")
+
+
+def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_json: bool) -> None:
+    if entry is None:
+        whole = plan.model_dump()
+        return print_json({"schema_version": 1, "plan": whole} if as_json else whole)
+    diff = catalog.diff(entry)
+    if not as_json:
+        out.print(entry.docstring, markup=False)
+        out.print(f"\n{entry.name}: {entry.path}")
+        if entry.variant:
+            out.print("with " + ", ".join(f"{k}={v!r}" for k, v in entry.variant.items()))
+        if diff:
+            out.print(Syntax(diff, "diff", background_color="default"))
+        sys.stdout.flush()  # this much needs no torch
+    from dataclasses import asdict
+
+    from lmplay.experiment import count, load_experiment, scale
+    from lmplay.generate.sampling import uses_cache
+    from lmplay.tokens import vocab_size_of
+
+    experiment = load_experiment(entry)
+    made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
+    counts = asdict(count(experiment, made.config))
+    flops_per_token = counts.pop("flops_per_token")
+    is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
+    if as_json:
+        return print_json(
+            {
+                "schema_version": 1,
+                "experiment": entry.name,
+                "file": str(entry.path),
+                "docstring": entry.docstring,
+                "parent": entry.parent,
+                "variant": entry.variant,
+                "diff": diff,
+                "plan": plan.model_dump() if show_plan else plan.name,
+                "config": asdict(made.config),
+                "scale_differs": made.differs,
+                "parameters": counts,
+                "flops_per_token": flops_per_token,
+                "uses_cache": is_cached,
+            }
+        )
+    values = ", ".join(f"{key}={value!r}" for key, value in asdict(made.config).items())
+    out.print(f"\nConfig on plan {plan.name}: {values}", markup=False)
+    rows = [[name, f"{value:,}"] for name, value in counts.items()]
+    rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
+    show(table("\nParameters", ["", " "], rows, right={" "}))
+    if not is_cached:
+        out.print("It ignores the cache: generating runs on the whole text again for each token.")
+    if show_plan:
+        print_json(plan.model_dump())
+
+
+def list_experiments(as_json: bool) -> None:
+    entries = catalog.entries(_note_error)
+    if as_json:
+        rows = [
+            {
+                "name": e.name,
+                "summary": e.summary,
+                "parent": e.parent if e.name == e.file else e.file,
+                "variant": e.variant,
+                "file": str(e.path),
+            }
+            for e in entries.values()
+        ]
+        return print_json({"schema_version": 1, "experiments": rows})
+    heads = {name: entry for name, entry in entries.items() if name == entry.file}
+    rows: list[list[str]] = []
+
+    def add(entry: Entry, depth: int) -> None:
+        rows.append(
+            [f"{'  ' * depth}[bold]{entry.name}[/bold]", entry.summary, str(_shown(entry.path))]
+        )
+        for name, values in entry.variants.items():
+            shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            rows.append(
+                [f"{'  ' * depth}  [dim]{name}[/dim]", f"[dim]{shown or 'the same'}[/dim]", ""]
+            )
+        for child in heads.values():
+            if child.parent == entry.name:
+                add(child, depth + 1)
+
+    for entry in heads.values():
+        if entry.parent not in heads:
+            add(entry, 0)
+    show(table("Experiments", ["name", "what it is", "file"], rows))
+    note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
+    note("join the list")
+
+
+def list_plans(as_json: bool) -> None:
+    plans = {}
+    for name in plan_paths():
+        try:
+            plans[name] = read_plan(name)
+        except UserError as error:
+            _note_error(error)
+    if as_json:
+        rows = [
+            {"name": name, "description": p.description, "tokens": p.tokens}
+            for name, p in plans.items()
+        ]
+        return print_json({"schema_version": 1, "plans": rows})
+    rows = [
+        [f"[bold]{name}[/bold]", f"{p.tokens:,}" if p.tokens else "epochs", p.description]
+        for name, p in plans.items()
+    ]
+    show(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))
+    note("--plan NAME --describe prints one; --plan schema the rules")
+
+
+def _note_error(error: UserError) -> None:
+    note(f"not listed: {error.problem}")
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
