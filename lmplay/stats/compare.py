@@ -65,10 +65,22 @@ class Run:
     def finished(self) -> bool:
         return self.facts["status"] == "finished"
 
+    @property
+    def failed(self) -> bool:
+        return self.facts["status"] == "failed"
+
+    @cached_property
+    def final(self) -> pd.Series | None:
+        """The validation at the end of a finished run; None where its loss is not there."""
+        last = _last(self.validation)
+        if not self.finished or last is None or last["step"] < self.facts["num_steps"]:
+            return None
+        return last if np.isfinite(last["loss"]) else None
+
     @cached_property
     def train(self) -> pd.DataFrame:
         """A row for each step; only the columns that are drawn or counted."""
-        columns = ["step", "tokens", "loss", "accuracy", "seconds"]
+        columns = ["step", "tokens", "loss", "accuracy", "memory", "seconds"]
         return _read_csv(RunFolder(self.path).train_csv, columns)
 
     @cached_property
@@ -112,28 +124,36 @@ def read_run(folder: RunFolder) -> Run:
     """
     facts = folder.read()
     needed = {"label", "plan_name", "seed", "status", "num_steps", "tokens_per_step", "data"}
-    needed |= {"parameters", "flops_per_token", "scale_differs"}
+    needed |= {"parameters", "flops_per_token", "scale_differs", "plan"}
     missing = sorted(needed - facts.keys())
     if missing:
         raise damaged(folder.run_json, f"it lacks {', '.join(missing)}")
     return Run(folder.path, facts)
 
 
-def pair_runs(runs: list[Run], baseline: str | Run | None) -> list[Pair]:
+def pair_runs(
+    runs: list[Run], baseline: str | Run | None, like_for_like: bool = False
+) -> list[Pair]:
     """Each run with its baseline: same plan, same seed.
 
     Args:
         baseline: a label, looked for on each plan; or one run, against which every run of its
             seed is held, whatever the plan; or None: gpt2ish if the plan has it, else gpt2ish with
             changes, else the label of the plan's longest run.
+        like_for_like: hold each run against the baseline's experiment with the run's own changes:
+            "ue,lr=0.001" against "gpt2ish,lr=0.001".
     Raises:
-        UserError: no run has this label.
+        UserError: no run has this label, or one run is to be the baseline of other changes too.
     """
-    labels = sorted({run.label for run in runs})
+    if like_for_like and isinstance(baseline, Run):
+        hint = "--baseline NAME without its changes, such as gpt2ish"
+        raise UserError("--like-for-like needs an experiment as baseline, not one run", hint=hint)
+    labels = {run.label for run in runs} | {_experiment(run.label) for run in runs if like_for_like}
     if isinstance(baseline, str) and baseline not in labels:
-        hint = nearest(baseline, labels) + f"--baseline takes a run's folder or {_some(labels)}"
+        names = sorted(labels)
+        hint = nearest(baseline, names) + f"--baseline takes a run's folder or {_some(names)}"
         raise UserError(f"no run of {baseline!r} to hold the others against", hint=hint)
-    return [_pair(run, runs, baseline) for run in runs]
+    return [_pair(run, runs, baseline, like_for_like) for run in runs]
 
 
 def default_baseline(runs: list[Run]) -> str:
@@ -147,7 +167,8 @@ def why_not_comparable(run: Run, baseline: Run) -> str:
     """What keeps two runs from being subtracted, or nothing.
 
     Comparable is: same training data, same validation text, same tokenizer, and budgets that
-    differ by less than one step, to which they are rounded.
+    differ by less than one step, to which they are rounded: FLOP where one of the two was sized to
+    the other's FLOP, else tokens. Nothing here measures the budget of what was sized to seconds.
     """
     reasons = []
     for key, name in {
@@ -159,10 +180,25 @@ def why_not_comparable(run: Run, baseline: Run) -> str:
         if theirs != ours:
             shown = f" ({ours}, not {theirs})" if key == "tokenizer" else ""
             reasons.append(f"other {name}{shown}")
-    step = max(run.facts["tokens_per_step"], baseline.facts["tokens_per_step"])
-    if abs(run.budget - baseline.budget) >= step:
-        reasons.append(f"other budget ({run.budget:,} tokens, not {baseline.budget:,})")
+    reasons += [reason] if (reason := _other_budget(run, baseline)) else []
     return " and ".join(reasons)
+
+
+def _other_budget(run: Run, baseline: Run) -> str:
+    leagues = [one.facts.get("budget") for one in (run, baseline)]
+    kinds = {league["kind"] for league in leagues if league}
+    if len(kinds) == 2:
+        return f"other league ({leagues[0]['kind']}, not {leagues[1]['kind']})"
+    if kinds == {"seconds"}:
+        return ""
+    cost = [one.facts["flops_per_token"] if kinds else 1 for one in (run, baseline)]
+    ours, theirs = run.budget * cost[0], baseline.budget * cost[1]
+    step = max(run.facts["tokens_per_step"] * cost[0], baseline.facts["tokens_per_step"] * cost[1])
+    if abs(ours - theirs) < step:
+        return ""
+    if kinds:
+        return f"other budget ({ours:.3g} FLOP, not {theirs:.3g})"
+    return f"other budget ({run.budget:,} tokens, not {baseline.budget:,})"
 
 
 def curve(run: Run, split: str, metric: str, x: str) -> Curve:
@@ -256,7 +292,7 @@ def _final_row(pair: Pair, difference: float | None, num_seeds: int) -> dict:
         "accuracy": _number(last, "accuracy"),
         "difference": difference,
         "baseline": None if pair.baseline is None else str(pair.baseline.path),
-        "tokens_per_second": _tokens_per_second(run),
+        "tokens_per_second": tokens_per_second(run),
         **{key: run.facts["parameters"][key] for key in ("trained", "matmul", "lookup")},
         "marks": _marks(pair, difference, num_seeds),
     }
@@ -274,8 +310,15 @@ def _marks(pair: Pair, difference: float | None, num_seeds: int) -> list[str]:
     marks += _state_marks(run)
     if pair.comparable and run.finished and not pair.baseline.finished:
         marks.append("not compared: the baseline is not finished")
-    for key, (theirs, ours) in run.facts["scale_differs"].items():
-        marks.append(f"scale differs: {key}={ours}, the plan's is {theirs}")
+    return marks + nature_marks(run)
+
+
+def nature_marks(run: Run) -> list[str]:
+    """What a reader has to know of a run's size and of its likelihood, whatever its state."""
+    marks = [
+        f"scale differs: {key}={ours}, the plan's is {theirs}"
+        for key, (theirs, ours) in run.facts["scale_differs"].items()
+    ]
     if run.facts.get("bound"):
         marks.append("own log_likelihood: exact or a bound, see its docstring")
     return marks
@@ -288,17 +331,15 @@ def _state_marks(run: Run) -> list[str]:
     if run.finished:
         short = last["step"] < run.facts["num_steps"]
         return [f"validated at {int(last['tokens']):,} tokens"] if short else []
-    state = "failed" if run.facts["status"] == "failed" else "not finished"
+    state = "failed" if run.failed else "not finished"
     at = "never validated" if last is None else f"validated at {int(last['tokens']):,} tokens"
     return [f"{state}: {at}"]
 
 
 def _final_difference(pair: Pair) -> float | None:
-    if not pair.comparable or not pair.run.finished or not pair.baseline.finished:
+    if not pair.comparable or pair.run.final is None or pair.baseline.final is None:
         return None
-    ours = _number(_last(pair.run.validation), "loss")
-    theirs = _number(_last(pair.baseline.validation), "loss")
-    return None if ours is None or theirs is None else ours - theirs
+    return float(pair.run.final["loss"] - pair.baseline.final["loss"])
 
 
 def _last(frame: pd.DataFrame) -> pd.Series | None:
@@ -309,14 +350,15 @@ def _number(row: pd.Series | None, key: str) -> float | None:
     return None if row is None or not np.isfinite(row[key]) else float(row[key])
 
 
-def _tokens_per_second(run: Run) -> float | None:
+def tokens_per_second(run: Run) -> float | None:
+    """Of training alone, over all steps so far; None before the first one."""
     last = _last(run.train)
     if last is None or not last["seconds"] > 0:
         return None
     return float(last["tokens"] / last["seconds"])
 
 
-def _pair(run: Run, runs: list[Run], baseline: str | Run | None) -> Pair:
+def _pair(run: Run, runs: list[Run], baseline: str | Run | None, like_for_like: bool) -> Pair:
     if isinstance(baseline, Run):
         if run is not baseline and run.seed != baseline.seed:
             return Pair(run, None, f"the baseline has seed {baseline.seed}")
@@ -324,6 +366,7 @@ def _pair(run: Run, runs: list[Run], baseline: str | Run | None) -> Pair:
     else:
         on_plan = [other for other in runs if other.plan == run.plan]
         label = baseline or default_baseline(on_plan)
+        label = _with_changes_of(run, label) if like_for_like else label
         candidates = [other for other in on_plan if other.label == label]
         if not candidates:
             return Pair(run, None, f"no {label} on plan {run.plan}")
@@ -331,12 +374,24 @@ def _pair(run: Run, runs: list[Run], baseline: str | Run | None) -> Pair:
             return Pair(run, run)
         candidates = [other for other in candidates if other.seed == run.seed]
     if not candidates:
-        return Pair(run, None, f"{label} has no seed {run.seed}")
+        return Pair(run, None, f"{label} has no run of this seed")
     if len(candidates) > 1:
-        return Pair(run, None, f"{len(candidates)} runs of {label} with seed {run.seed}")
+        return Pair(run, None, f"{label} has several runs of this seed")
     if run is candidates[0]:
         return Pair(run, run)
     return Pair(run, candidates[0], why_not_comparable(run, candidates[0]))
+
+
+def _experiment(label: str) -> str:
+    return label.partition(",")[0]
+
+
+def _with_changes_of(run: Run, label: str) -> str:
+    """The label of the baseline's experiment with the run's changes, but for its league."""
+    _, *changes = run.label.split(",")
+    league = run.facts.get("budget")
+    kept = [change for change in changes if not league or change != f"budget={league['kind']}"]
+    return ",".join([_experiment(label), *kept])
 
 
 def _some(labels: list[str]) -> str:

@@ -23,6 +23,7 @@ def make_run(tmp_path):
                 "tokens_per_step": tokens_per_step,
                 "flops_per_token": 1e6,
                 "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
+                "plan": {"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
                 "scale_differs": {},
                 "bound": False,
                 "data": {
