@@ -124,7 +124,8 @@ def read_run(folder: RunFolder) -> Run:
     """
     facts = folder.read()
     needed = {"label", "plan_name", "seed", "status", "num_steps", "tokens_per_step", "data"}
-    needed |= {"parameters", "flops_per_token", "scale_differs", "plan"}
+    needed |= {"parameters", "flops_per_token", "scale_differs"}
+    needed |= {"plan", "config", "changes"}
     missing = sorted(needed - facts.keys())
     if missing:
         raise damaged(folder.run_json, f"it lacks {', '.join(missing)}")

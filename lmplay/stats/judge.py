@@ -193,7 +193,7 @@ def _why_it_does_not_count(pair: Pair, is_baseline: bool) -> str:
 
 
 def _with_seeds(reason: str, pairs: list[Pair], num_runs: int) -> str:
-    if len(pairs) == num_runs and reason.startswith("not compared"):
+    if len(pairs) == num_runs and reason.startswith("not compared") and "seed" not in reason:
         return reason
     seeds = sorted({pair.run.seed for pair in pairs})
     shown = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -300,16 +300,14 @@ def _edits(pairs: list[Pair]) -> list[str]:
 
 
 def _between_seeds(run: Run, other: Run) -> set[str]:
-    ours, theirs = (
-        {**_settings(one), **_flat(one.facts.get("config", {}))} for one in (run, other)
-    )
+    ours, theirs = ({**_settings(one), **_flat(one.facts["config"])} for one in (run, other))
     source = {"experiment.py"} if _source(run) != _source(other) else set()
     return source | {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
 
 
 def _unsaid(run: Run, baseline: Run) -> set[str]:
     ours, theirs = _settings(run), _settings(baseline)
-    said = [*run.facts.get("changes", {}), *baseline.facts.get("changes", {})]
+    said = [*run.facts["changes"], *baseline.facts["changes"]]
     return {
         key for key in ours.keys() | theirs
         if ours.get(key) != theirs.get(key)

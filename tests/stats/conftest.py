@@ -24,6 +24,8 @@ def make_run(tmp_path):
                 "flops_per_token": 1e6,
                 "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
                 "plan": {"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
+                "config": {"width": 32},
+                "changes": {},
                 "scale_differs": {},
                 "bound": False,
                 "data": {

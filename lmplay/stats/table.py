@@ -1,0 +1,220 @@
+"""Verdict rows as tables: for a terminal, for Markdown."""
+
+import re
+from collections.abc import Callable, Container, Iterable
+
+from rich.markup import escape
+from rich.table import Table
+
+from lmplay.console import fits, note, show, table
+
+_NOTES = "notes"
+_NAME = 24  # characters of a name on a line, where the terminal is narrow
+_TEXTS = ("experiment", "verdict", _NOTES)  # the columns that are no numbers
+_COLOURS = {"better": "green", "worse": "red"}
+# what a narrow terminal has room for is decided from the left
+_BY_IMPORTANCE = (
+    "difference", "95 % interval", "seeds", "loss", "p (Holm)", "tokens x", "seconds x",
+    "bits/byte", "tokens/s", "memory", "trained", "matmul", "look-up", "folded",
+)  # fmt: skip
+
+
+def print_verdicts(rows: list[dict]) -> None:
+    """Print the verdict rows of `judge` on stdout: a table for each plan, then what marks mean.
+
+    A narrow terminal gets the columns that fit, the verdict always; a note says what has no room.
+    """
+    numbers: dict[str, int] = {}  # of the marks that stand below the tables
+    shown: set[str] = set()
+    left_out: dict[str, None] = {}
+    for plan, of_plan in by_plan(rows).items():
+        title, cells = _title(plan, of_plan), cells_of(of_plan)
+        kept = cells if fits(_table(title, cells)) else _fitting(title, cells, of_plan, numbers)
+        show(_table(title, kept))
+        shown |= kept.keys()
+        left_out |= dict.fromkeys(name for name in cells if name not in kept)
+    lines = [[str(number), mark] for mark, number in numbers.items()]
+    lines += [[sign, text] for sign, text in legend(rows, shown)]
+    if lines:
+        show(table(None, ["", ""], [[escape(cell) for cell in line] for line in lines]))
+    if left_out:
+        note(f"no room for {', '.join(left_out)}; lmp-plotstats --csv has every column")
+
+
+def by_plan(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each plan, in their order."""
+    plans: dict[str, list[dict]] = {}
+    for row in rows:
+        plans.setdefault(row["plan"], []).append(row)
+    return plans
+
+
+def cells_of(rows: list[dict]) -> dict[str, list[str]]:
+    """Title to cells of every column that says something about one of these rows."""
+    forms: dict[str, Callable[[dict], str]] = {
+        "experiment": lambda row: row["experiment"],
+        "seeds": lambda row: str(row["seeds"]),
+        "loss": _loss,
+        "difference": _difference,
+        "95 % interval": _interval,
+        "p (Holm)": _p,
+        "verdict": _verdict,
+        "tokens x": lambda row: _ratio(row["tokens_ratio"]),
+        "seconds x": lambda row: _ratio(row["seconds_ratio"]),
+        "bits/byte": lambda row: _form("{:.4f}", row["bits_per_byte"]),
+        "tokens/s": lambda row: _form("{:,.0f}", row["tokens_per_second"]),
+        "memory": lambda row: _memory(row["memory"]),
+        "trained": lambda row: _short(row["trained"]),
+        "matmul": lambda row: _short(row["matmul"]),
+        "look-up": lambda row: _short(row["lookup"]),
+        "folded": lambda row: _short(row["folded"]),
+        _NOTES: lambda row: "; ".join(row["marks"]),
+    }
+    cells = {title: [form(row) for row in rows] for title, form in forms.items()}
+    return {title: column for title, column in cells.items() if any(column)}
+
+
+def legend(rows: list[dict], columns: Container[str]) -> list[tuple[str, str]]:
+    """What the signs in these columns of the rows mean, those that are there."""
+    keys = [f"{name}_ratio" for name in ("tokens", "seconds") if f"{name} x" in columns]
+    ratios = [row[key] for row in rows for key in keys if row[key] is not None]
+    bounds = {ratio["bound"] for ratio in ratios}
+    lines = []
+    if any(row["further_seeds"] for row in rows):
+        lines.append(("more seeds", "they would show a difference of this size in 80 % of cases"))
+    if ratios:
+        what = "of the baseline's budget, what it took to come to the baseline's final loss"
+        lines.append(
+            ("x", what + (", [95 % interval]" if any(r["interval"] for r in ratios) else ""))
+        )
+    if "<=" in bounds:
+        lines.append(("<=", "at most: with a schedule that ends there it might take less"))
+    if ">=" in bounds:
+        lines.append((">=", "a seed did not come to that loss: its whole budget stands in"))
+    return lines
+
+
+def markdown(rows: list[dict], columns: Iterable[str] | None = None) -> str:
+    """The rows of one plan as a table in GitHub's Markdown, with the legend below it.
+
+    Args:
+        columns: titles, in order; without it, every column that says something.
+    """
+    cells = cells_of(rows)
+    titles = [title for title in columns or cells if title in cells]
+    lines = [titles, ["---" if title in _TEXTS else "---:" for title in titles]]
+    lines += zip(*([plain(cell) for cell in cells[title]] for title in titles), strict=True)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    signs = "".join(
+        f"- {plain(sign)}: {plain(meaning)}\n" for sign, meaning in legend(rows, titles)
+    )
+    return f"{text}\n{signs}" if signs else text
+
+
+def plain(text: str) -> str:
+    """The text as it is, with what Markdown would read as a sign escaped."""
+    for sign in "\\`*|<>~":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def _title(plan: str, rows: list[dict]) -> str:
+    baselines = {row["baseline"] for row in rows if row["baseline"] is not None}
+    against = f" against {baselines.pop()}" if len(baselines) == 1 else ""
+    what = "validation loss in nats per token; a difference below 0 is better"
+    return f"plan {plan}{against}: {what}"
+
+
+def _fitting(
+    title: str, cells: dict[str, list[str]], rows: list[dict], numbers: dict[str, int]
+) -> dict[str, list[str]]:
+    """The columns that fit, the more important ones first, with numbers in place of the marks."""
+    for mark in (mark for row in rows for mark in row["marks"]):
+        numbers.setdefault(mark, len(numbers) + 1)
+    short = [" ".join(str(numbers[mark]) for mark in row["marks"]) for row in rows]
+    narrow = {"experiment": [_broken(name) for name in cells["experiment"]], _NOTES: short}
+    kept = {name: narrow.get(name, cells[name]) for name in _TEXTS if name in cells}
+    for name in (name for name in _BY_IMPORTANCE if name in cells):
+        more = kept | {name: cells[name]}
+        if fits(_table(title, more)):
+            kept = more
+    return {name: kept[name] for name in cells if name in kept}
+
+
+def _broken(name: str) -> str:
+    """A long name on several lines, which end where an idea or a change does."""
+    lines = [""]
+    for part in re.findall("[^,+]*[,+]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _NAME:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _table(title: str, cells: dict[str, list[str]]) -> Table:
+    shown = {name: [escape(cell) for cell in column] for name, column in cells.items()}
+    if "verdict" in shown:
+        shown["verdict"] = [_coloured(word) for word in shown["verdict"]]
+    return table(
+        escape(title),
+        ["" if name == _NOTES else name for name in shown],
+        [list(row) for row in zip(*shown.values(), strict=True)],
+        right=shown.keys() - set(_TEXTS),
+    )
+
+
+def _coloured(word: str) -> str:
+    return f"[{_COLOURS[word]}]{word}[/]" if word in _COLOURS else word
+
+
+def _loss(row: dict) -> str:
+    sd = "" if row["sd"] is None else f" ± {row['sd']:.4f}"
+    return _form("{:.4f}", row["mean"]) + sd
+
+
+def _difference(row: dict) -> str:
+    if row["experiment"] == row["baseline"]:
+        return "baseline"
+    return _form("{:+.4f}", row["difference"])
+
+
+def _interval(row: dict) -> str:
+    return "" if row["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*row["interval"])
+
+
+def _p(row: dict) -> str:
+    if row["p_holm"] is not None and row["p_holm"] < 1e-4:
+        return "<0.0001"
+    return _form("{:.4f}", row["p_holm"])
+
+
+def _verdict(row: dict) -> str:
+    if row["verdict"] == "cannot tell" and row["seeds"] == 1:
+        return "cannot tell, one seed"
+    more = row["further_seeds"]
+    return (row["verdict"] or "") + (f", {more:,} more seed{'s' * (more > 1)}" if more else "")
+
+
+def _ratio(ratio: dict | None) -> str:
+    if ratio is None:
+        return ""
+    ends = "" if ratio["interval"] is None else " [{:.3g}, {:.3g}]".format(*ratio["interval"])
+    return f"{ratio['bound']}{ratio['value']:.3g}{ends}"
+
+
+def _memory(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def _short(count: int | None) -> str:
+    """1,234,567 as 1.23 M."""
+    if count is None:
+        return ""
+    for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * power:  # else it would be 1e+03 of the next smaller one
+            return f"{count / power:.3g} {letter}"
+    return str(count)
+
+
+def _form(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
