@@ -1,17 +1,14 @@
-"""The four figures: loss, accuracy, and the difference of each to the baseline."""
+"""The figures: loss, accuracy, their differences to the baseline, verdicts, and compute."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import (
-    EngFormatter,
     LogLocator,
     MaxNLocator,
     MultipleLocator,
@@ -20,19 +17,29 @@ from matplotlib.ticker import (
 )
 
 from lmplay.stats.compare import NO_CURVE, Curve, Pair, curve, difference, smooth
-
-# Okabe and Ito's colours without the yellow, which is too light for a line on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("solid", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.4, 1.4, 1.4)))
-MARKERS = ("o", "s", "^", "D")
-BASELINE_COLOUR = "#1A1A1A"
+from lmplay.stats.looks import (
+    BASELINE_COLOUR,
+    Look,
+    amount,
+    blank,
+    common_range,
+    handle,
+    lay_out,
+    looks,
+    say_nothing_to_show,
+    sole_of_seed,
+    some,
+    with_one_ruler,
+    with_room,
+    write,
+)
+from lmplay.stats.verdict import mean_interval
+from lmplay.stats.verdict_plots import compute, forest
 
 COLUMNS = 1000  # for a line: about as many as the axes have columns of pixels
-BAND_COLUMNS = 400  # for the faint band of single steps
+BAND_COLUMNS = 400  # for a band
+MOST_BARS = 4  # of the lines in a figure: more bars at one place would hide one another
 SETTLED = 0.15  # share of the axis after which a curve has a say in the range of y
-SIZE_INCHES = (9.0, 5.0)
-DPI = 160
-TOP = 0.83  # of the axes, as a share of the figure
 
 _X_LABELS = {
     "tokens": "tokens trained on",
@@ -40,18 +47,6 @@ _X_LABELS = {
     "seconds": "training time",
     "flops": "training compute (FLOP)",
 }
-_LOOKS = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "0.4",
-    "axes.unicode_minus": True,
-    "path.simplify": True,
-    "svg.hashsalt": "lmplay",
-    "pdf.fonttype": 42,
-}
-_METADATA = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,18 @@ class View:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The mean of several curves, and the 95 % interval of that mean.
+
+    Of one curve it is that curve, without an interval.
+    """
+
+    mean: Curve
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class _Metric:
     key: str
     title: str
@@ -90,21 +97,39 @@ _METRICS = (
 
 
 @dataclass(frozen=True)
-class _Look:
-    name: str
-    colour: str
-    dash: str | tuple
-    marker: str
-    is_baseline: bool
+class _Group:
+    """Finished runs of one label, seed after seed, with one ruler; or one that is not finished."""
+
+    look: Look
+    pairs: list[Pair]
+    finished: bool
 
 
 @dataclass(frozen=True)
-class _Lines:
-    """What one run puts into one figure."""
+class _Series:
+    """What a group puts into one figure: a curve of each run."""
 
-    look: _Look
-    train: Curve
-    validation: Curve
+    group: _Group
+    train: list[Curve]
+    validation: list[Curve]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A series as it is drawn."""
+
+    series: _Series
+    train: Band
+    validation: Band
+
+    @property
+    def empty(self) -> bool:
+        return self.train.mean.empty and self.validation.mean.empty
+
+    @property
+    def two_intervals(self) -> bool:
+        """True where that of validation can be no band, since that of training is."""
+        return self.train.low is not None and self.validation.low is not None
 
 
 @dataclass(frozen=True)
@@ -123,128 +148,193 @@ class _XAxis:
         return float(high - low)
 
 
-def draw(pairs: list[Pair], view: View, out_dir: Path) -> list[Path]:
-    """Write loss, accuracy, loss_difference and accuracy_difference, in that order.
+def draw(pairs: list[Pair], rows: list[dict], view: View, out_dir: Path) -> list[Path]:
+    """Write all figures; the same runs give the same bytes.
 
-    The same runs give the same bytes. A figure that has nothing to show says why.
+    Where a label has several runs, curves are their mean over seeds, with its 95 % t interval as
+    a band. A figure that has nothing to show says why.
 
+    Args:
+        rows: the verdicts of `judge`, in the order in which the forest plot shows them.
     Returns:
-        The four files.
+        loss, accuracy, loss_difference, accuracy_difference, verdicts and compute.
     """
-    looks = _looks(pairs)
-    files = []
-    with matplotlib.rc_context(_LOOKS):
-        for differences in (False, True):
-            for metric in _METRICS:
-                name = f"{metric.key}_difference" if differences else metric.key
-                figure = _figure(pairs, looks, metric, view, differences)
-                path = out_dir / f"{name}.{view.format}"
-                figure.savefig(path, dpi=DPI, metadata=_METADATA[view.format])
-                files.append(path)
-    return files
+    look_of = looks(pairs)
+    figures = {}
+    for differences in (False, True):
+        for metric in _METRICS:
+            name = f"{metric.key}_difference" if differences else metric.key
+            figures[name] = partial(_figure, pairs, look_of, metric, view, differences)
+    figures["verdicts"] = partial(forest, rows)
+    figures["compute"] = partial(compute, pairs, look_of)
+    return [write(make, out_dir / f"{name}.{view.format}") for name, make in figures.items()]
+
+
+def mean_over_runs(curves: list[Curve]) -> Band:
+    """The mean of curves and its 95 % t interval, where all of them are recorded.
+
+    Curves with other axes are joined by straight lines and read at the points of the one that
+    has most of them. Two or more curves are needed for an interval.
+    """
+    if len(curves) == 1:
+        return Band(curves[0])
+    x = curves[0].x
+    if all(np.array_equal(curve.x, x) for curve in curves[1:]):
+        values_RX = np.stack([curve.y for curve in curves])
+    else:
+        x = _shared_axis(curves)
+        values_RX = np.stack([np.interp(x, curve.x, curve.y) for curve in curves if len(x)] or [x])
+    if not len(x):
+        return Band(NO_CURVE)
+    mean, low, high = mean_interval(values_RX)
+    return Band(Curve(x, mean), low, high)
+
+
+def _shared_axis(curves: list[Curve]) -> np.ndarray:
+    if not all(len(curve.x) for curve in curves):
+        return NO_CURVE.x
+    low = max(curve.x[0] for curve in curves)
+    high = min(curve.x[-1] for curve in curves)
+    if low > high:
+        return NO_CURVE.x
+    inside = [curve.x[(low < curve.x) & (curve.x < high)] for curve in curves]
+    return np.unique(np.concatenate([[low], max(inside, key=len), [high]]))
 
 
 def _figure(
-    pairs: list[Pair], looks: dict, metric: _Metric, view: View, differences: bool
+    pairs: list[Pair], look_of: dict, metric: _Metric, view: View, differences: bool
 ) -> Figure:
-    all_lines = list(_all_lines(pairs, looks, metric, view, differences))
-    figure = Figure(figsize=SIZE_INCHES)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.13, 0.85, TOP - 0.13))
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axis = _x_axis(all_lines, view)
-    notes, right = [], 0.97
+    groups, left_out = _groups(pairs, look_of, differences)
+    all_series = list(_all_series(groups, metric, view, differences))
+    figure, axes = blank()
+    axis = _x_axis(all_series, view)
+    notes, entries = [], []
     if axis is None:
-        _say_nothing_to_show(axes, pairs, metric, differences)
+        say_nothing_to_show(axes, _why_nothing(pairs, metric, differences))
     else:
-        smoothed = [_smoothed(lines, view, axis) for lines in all_lines]
-        for raw, line in zip(all_lines, smoothed, strict=True):
-            _draw_lines(axes, raw, line, view, axis, len(all_lines))
+        lines = [_line(series, view, axis) for series in all_series]
+        lines = [line for line in lines if not line.empty]
+        num_bars = sum(line.two_intervals for line in lines)
+        for line in lines:
+            _draw_line(axes, line, view, axis, len(lines))
+            if line.two_intervals and num_bars <= MOST_BARS:
+                _draw_bars(axes, line.validation, line.series.group.look)
         _scale_x(axes, axis, view)
-        notes = [_smoothing_note(all_lines, view, axis)]
-        notes.append(_scale_y(axes, smoothed, axis, differences))
-        right = _legend(figure, smoothed)
-    _label(figure, axes, pairs, metric, view, differences, [note for note in notes if note])
-    _fit(figure, axes, right)
+        notes = [_smoothing_note(lines, view, axis), _seeds_note(lines, num_bars)]
+        notes.append(_scale_y(axes, lines, axis, differences))
+        entries = _entries(lines)
+    _label_axes(axes, metric, view, differences)
+    title = _title(pairs, metric, view, differences)
+    lay_out(figure, axes, title, [*notes, left_out], entries)
     return figure
 
 
-def _looks(pairs: list[Pair]) -> dict[tuple[str, str], _Look]:
-    """A colour, a dash and a marker for each (plan, label); the baseline is black."""
-    plans = {pair.run.plan for pair in pairs}
-    keys = sorted({(pair.run.plan, pair.run.label) for pair in pairs})
-    baselines = {(pair.run.plan, pair.run.label) for pair in pairs if pair.is_baseline}
-    looks, index = {}, 0
-    for plan, label in keys:
-        name = label if len(plans) == 1 else f"{plan}/{label}"
-        if len(baselines) == 1 and (plan, label) in baselines:
-            looks[plan, label] = _Look(name, BASELINE_COLOUR, "solid", "o", True)
+def _groups(pairs: list[Pair], look_of: dict, differences: bool) -> tuple[list[_Group], str]:
+    """What is drawn as one line each, and what is left out.
+
+    Unfinished runs are drawn only where none of their label is finished, each by itself, so that
+    no mean holds one; runs of one label with other data or another budget are apart likewise.
+    """
+    groups, unfinished, again = [], {}, {}
+    drawn = [pair for pair in pairs if pair.comparable or not differences]
+    for members in with_one_ruler(drawn):
+        look = look_of[members[0].run.plan, members[0].run.label]
+        finished = [pair for pair in members if _finished(pair, differences)]
+        together = sole_of_seed(finished)
+        if not together:
+            groups += [_Group(look, [pair], bool(finished)) for pair in finished or members]
             continue
-        style = index // len(COLOURS) % len(DASHES)
-        colour = COLOURS[index % len(COLOURS)]
-        looks[plan, label] = _Look(name, colour, DASHES[style], MARKERS[style], False)
-        index += 1
-    return looks
+        groups.append(_Group(look, together, True))
+        apart = {pair.run.seed for pair in finished} - {pair.run.seed for pair in together}
+        rest = {pair.run.seed for pair in members if not _finished(pair, differences)}
+        for left, seeds in ((unfinished, rest), (again, apart)):
+            if seeds:
+                left.setdefault(look.name, set()).update(seeds)
+    notes = [
+        f"{why}: {some([f'{name} ({_seeds(seeds)})' for name, seeds in left.items()])}"
+        for why, left in (("not finished", unfinished), ("several runs of one seed", again))
+        if left
+    ]
+    if differences:
+        names = {look_of[pair.run.plan, pair.run.label].name for pair in pairs if pair.obstacle}
+        notes += [f"not comparable, the table says why: {some(sorted(names))}"] if names else []
+    return groups, f"left out: {'; '.join(notes)}" if notes else ""
 
 
-def _all_lines(
-    pairs: list[Pair], looks: dict, metric: _Metric, view: View, differences: bool
-) -> Iterator[_Lines]:
-    for pair in pairs:
-        if differences and not pair.comparable:
-            continue
+def _seeds(seeds: set[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+
+
+def _finished(pair: Pair, differences: bool) -> bool:
+    return pair.run.finished and (not differences or pair.baseline.finished)
+
+
+def _all_series(
+    groups: list[_Group], metric: _Metric, view: View, differences: bool
+) -> Iterator[_Series]:
+    for group in groups:
         curves = {}
         for split in ("train", "validation"):
-            if view.split not in (split, "both"):
-                curves[split] = NO_CURVE
-                continue
-            values = curve(pair.run, split, metric.key, view.x)
-            if differences:
-                values = difference(values, curve(pair.baseline, split, metric.key, view.x))
-            if view.log:
-                values = Curve(values.x[values.x > 0], values.y[values.x > 0])
-            curves[split] = Curve(values.x, values.y * metric.scale)
-        if not (curves["train"].empty and curves["validation"].empty):
-            yield _Lines(looks[pair.run.plan, pair.run.label], **curves)
+            shown = view.split in (split, "both")
+            curves[split] = [
+                _curve(pair, split, metric, view, differences) for pair in group.pairs if shown
+            ]
+            if any(curve.empty for curve in curves[split]):
+                curves[split] = []
+        if curves["train"] or curves["validation"]:
+            yield _Series(group, **curves)
 
 
-def _x_axis(all_lines: list[_Lines], view: View) -> _XAxis | None:
-    curves = [c for lines in all_lines for c in (lines.train, lines.validation) if len(c.x)]
-    if not curves:
+def _curve(pair: Pair, split: str, metric: _Metric, view: View, differences: bool) -> Curve:
+    values = curve(pair.run, split, metric.key, view.x)
+    if differences:
+        values = difference(values, curve(pair.baseline, split, metric.key, view.x))
+    if view.log:
+        values = Curve(values.x[values.x > 0], values.y[values.x > 0])
+    return Curve(values.x, values.y * metric.scale)
+
+
+def _x_axis(all_series: list[_Series], view: View) -> _XAxis | None:
+    bundles = [b for series in all_series for b in (series.train, series.validation) if b]
+    if not bundles:
         return None
-    low = min(float(c.x[0]) for c in curves) if view.log else 0.0
-    high = max(float(c.x[-1]) for c in curves)
+    low = min(max(float(c.x[0]) for c in bundle) for bundle in bundles) if view.log else 0.0
+    high = max(min(float(c.x[-1]) for c in bundle) for bundle in bundles)
     return _XAxis(low, high if high > low else low + 1.0, view.log)
 
 
-def _smoothed(lines: _Lines, view: View, axis: _XAxis) -> _Lines:
+def _line(series: _Series, view: View, axis: _XAxis) -> _Line:
     """Validation is scored on one whole text, so only training is smoothed."""
+    train = [_smoothed(curve, view, axis) for curve in series.train]
+    bands = [mean_over_runs(curves or [NO_CURVE]) for curves in (train, series.validation)]
+    return _Line(series, *bands)
+
+
+def _smoothed(curve: Curve, view: View, axis: _XAxis) -> Curve:
     if view.half_life is not None:
-        train = smooth(lines.train, view.half_life)
-    else:
-        on_paper = Curve(axis.coordinate(lines.train.x), lines.train.y)
-        train = Curve(lines.train.x, smooth(on_paper, view.half_life_share * axis.width).y)
-    return _Lines(lines.look, train, lines.validation)
+        return smooth(curve, view.half_life)
+    on_paper = Curve(axis.coordinate(curve.x), curve.y)
+    return Curve(curve.x, smooth(on_paper, view.half_life_share * axis.width).y)
 
 
-def _draw_lines(
-    axes: Axes, raw: _Lines, line: _Lines, view: View, axis: _XAxis, num_runs: int
-) -> None:
-    look = line.look
+def _draw_line(axes: Axes, line: _Line, view: View, axis: _XAxis, num_lines: int) -> None:
+    look = line.series.group.look
     front = 3 if look.is_baseline else 4
-    if view.smooths:
-        _draw_faintly(axes, raw.train, axis, look.colour, min(0.15, 0.3 / num_runs))
+    if view.smooths and len(line.series.train) == 1:
+        _draw_faintly(axes, line.series.train[0], axis, look.colour, min(0.15, 0.3 / num_lines))
     style = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.5, "zorder": front}
-    axes.plot(*_thin(line.train, axis), **style)
+    axes.plot(*_thin(line.train.mean, axis), **style)
     axes.plot(
-        *_thin(line.validation, axis),
-        **{**style, "linestyle": look.dash if line.train.empty else "none"},
+        *_thin(line.validation.mean, axis),
+        **{**style, "linestyle": look.dash if line.train.mean.empty else "none"},
         marker=look.marker,
-        markersize=5.5 if num_runs <= 8 else 4,
+        markersize=5.5 if num_lines <= 8 else 4,
         markeredgecolor="white",
         markeredgewidth=0.6,
     )
+    alpha = max(0.08, 0.24 - 0.02 * num_lines)
+    band = line.validation if line.train.low is None else line.train
+    _draw_band(axes, band, axis, look.colour, alpha)
 
 
 def _draw_faintly(axes: Axes, curve: Curve, axis: _XAxis, colour: str, alpha: float) -> None:
@@ -255,6 +345,21 @@ def _draw_faintly(axes: Axes, curve: Curve, axis: _XAxis, colour: str, alpha: fl
     else:
         starts, _, low, high = _columns(curve, axis, BAND_COLUMNS)
         axes.fill_between(curve.x[starts], low, high, linewidth=0, **style)
+
+
+def _draw_band(axes: Axes, band: Band, axis: _XAxis, colour: str, alpha: float) -> None:
+    if band.low is None:
+        return
+    x, low, high = band.mean.x, band.low, band.high
+    if len(x) > 2 * BAND_COLUMNS:
+        starts, _, low, _ = _columns(Curve(x, low), axis, BAND_COLUMNS)
+        high = _columns(Curve(x, high), axis, BAND_COLUMNS)[3]
+        x = x[starts]
+    axes.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0, zorder=2)
+
+
+def _draw_bars(axes: Axes, band: Band, look: Look) -> None:
+    axes.vlines(band.mean.x, band.low, band.high, color=look.colour, linewidth=0.9, zorder=3)
 
 
 def _thin(curve: Curve, axis: _XAxis) -> tuple[np.ndarray, np.ndarray]:
@@ -296,7 +401,7 @@ def _scale_x(axes: Axes, axis: _XAxis, view: View) -> None:
             axes.xaxis.set_major_locator(_every(axis.high, seconds))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / seconds:g}")
     else:
-        axes.xaxis.set_major_formatter(lambda value, _: _amount(value, view.x))
+        axes.xaxis.set_major_formatter(lambda value, _: amount(value, view.x))
 
 
 def _every(high: float, unit: float):
@@ -310,14 +415,19 @@ def _time_unit(high: float) -> tuple[float, str]:
     return (60.0, "minutes") if high > 180 else (1.0, "seconds")
 
 
-def _scale_y(axes: Axes, all_lines: list[_Lines], axis: _XAxis, differences: bool) -> str:
+def _scale_y(axes: Axes, lines: list[_Line], axis: _XAxis, differences: bool) -> str:
     """Give y the range of what comes after the steep start; say what that leaves outside."""
-    curves = [c for lines in all_lines for c in (lines.train, lines.validation) if not c.empty]
-    ranges = np.array([_settled_range(c, axis) for c in curves])
-    low, high = _common_range(ranges[:, 0], ranges[:, 1])
+    bands = [b for line in lines for b in (line.train, line.validation) if not b.mean.empty]
+    low, high = common_range(*_settled_ranges([band.mean for band in bands], axis))
+    edges = [
+        Curve(band.mean.x, edge) for band in bands if band.low is not None
+        for edge in (band.low, band.high)
+    ]  # fmt: skip
     if differences:
         low, high = min(low, 0.0), max(high, 0.0)
         axes.axhline(0.0, color=BASELINE_COLOUR, linewidth=1.2, zorder=3)
+    if edges:
+        low, high = with_room(low, high, *_settled_ranges(edges, axis))
     if axis.log and not differences and low > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -329,11 +439,17 @@ def _scale_y(axes: Axes, all_lines: list[_Lines], axis: _XAxis, differences: boo
         bottom, top = low - pad, high + pad
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylim(bottom, top)
-    least = min(float(np.nanmin(c.y)) for c in curves)
-    most = max(float(np.nanmax(c.y)) for c in curves)
+    least = min(float(np.nanmin(band.mean.y)) for band in bands)
+    most = max(float(np.nanmax(band.mean.y)) for band in bands)
     outside = [f"up to {most:.3g}"] if most > top else []
     outside += [f"down to {least:.3g}"] if least < bottom else []
-    return f"y is cut: curves go {' and '.join(outside)}" if outside else ""
+    text = " and ".join(outside).replace("-", "\N{MINUS SIGN}")
+    return f"y is cut: curves go {text}" if outside else ""
+
+
+def _settled_ranges(curves: list[Curve], axis: _XAxis) -> tuple[np.ndarray, np.ndarray]:
+    ranges = np.array([_settled_range(curve, axis) for curve in curves])
+    return ranges[:, 0], ranges[:, 1]
 
 
 def _settled_range(curve: Curve, axis: _XAxis) -> tuple[float, float]:
@@ -344,141 +460,84 @@ def _settled_range(curve: Curve, axis: _XAxis) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _common_range(lows: np.ndarray, highs: np.ndarray) -> tuple[float, float]:
-    """A range for all curves, in which one that ran away does not flatten the others."""
-    middle_low, middle_high = float(np.median(lows)), float(np.median(highs))
-    room = 2 * max(middle_high - middle_low, float(np.ptp(lows[lows <= middle_low])))
-    low, high = float(lows.min()), float(highs.max())
-    if room > 0:
-        low, high = max(low, middle_low - room), min(high, middle_high + room)
-    return low, high
+def _entries(lines: list[_Line]) -> list[tuple]:
+    """A label each, in the order in which the curves end."""
+    by_look: dict[Look, list[_Line]] = {}
+    for line in lines:
+        by_look.setdefault(line.series.group.look, []).append(line)
+    ordered = sorted(by_look, key=lambda look: -np.mean([_end(line) for line in by_look[look]]))
+    has_markers = any(not line.validation.mean.empty for line in lines)
+    return [
+        (look, _counted([line.series.group for line in by_look[look]]), handle(look, has_markers))
+        for look in ordered
+    ]
 
 
-def _legend(figure: Figure, all_lines: list[_Lines]) -> float:
-    """Outside on the right, in the order in which the curves end; as large as there is room for.
-
-    Returns:
-        Its left edge, as a share of the figure.
-    """
-    ends: dict[_Look, list[float]] = {}
-    for lines in all_lines:
-        ends.setdefault(lines.look, []).append(_end(lines))
-    looks = sorted(ends, key=lambda look: -float(np.mean(ends[look])))
-    has_markers = any(not lines.validation.empty for lines in all_lines)
-    for size, wrap in ((9, True), (8, True), (7, True), (6, True), (5, False)):
-        legend = figure.legend(
-            handles=[_handle(look, len(ends[look]), has_markers, wrap) for look in looks],
-            loc="upper right",
-            bbox_to_anchor=(0.995, TOP),
-            fontsize=size,
-            frameon=False,
-            handlelength=2.6,
-            labelspacing=0.45,
-            borderaxespad=0.0,
-        )
-        box = legend.get_window_extent()
-        if box.y0 >= 0 or not wrap:
-            break
-        legend.remove()
-    return box.x0 / figure.bbox.width
-
-
-def _handle(look: _Look, num_runs: int, has_markers: bool, wrap: bool) -> Line2D:
-    name = _wrapped(look.name) if wrap else _shortened(look.name)
-    return Line2D(
-        [],
-        [],
-        color=look.colour,
-        linestyle=look.dash,
-        linewidth=1.6,
-        marker=look.marker if has_markers else None,
-        markeredgecolor="white",
-        label=f"{name} ({num_runs} runs)" if num_runs > 1 else name,
-    )
-
-
-def _fit(figure: Figure, axes: Axes, right: float) -> None:
-    """Let the axes reach from their labels, whatever the width of those, to `right`."""
-    labels = axes.yaxis.get_tightbbox(figure.canvas.get_renderer())
-    place = axes.get_position()
-    left = place.x0 - labels.x0 / figure.bbox.width + 0.012
-    axes.set_position((left, place.y0, max(right - 0.012 - left, 0.3), place.height))
-
-
-def _wrapped(name: str) -> str:
-    """A long label on several lines, broken where a changed setting begins."""
-    lines = [""]
-    for part in name.replace(",", ",\0").replace("+", "+\0").split("\0"):
-        if lines[-1] and len(lines[-1]) + len(part) > 26:
-            lines.append("")
-        lines[-1] += part
-    return "\n  ".join(line[:40] for line in lines)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 48 else f"{name[:20]}…{name[-27:]}"
-
-
-def _end(lines: _Lines) -> float:
-    values = lines.validation.y if lines.train.empty else lines.train.y
-    return float(values[np.isfinite(values)][-1])
-
-
-def _say_nothing_to_show(axes: Axes, pairs: list[Pair], metric: _Metric, differences: bool) -> None:
-    text = f"no {metric.key} recorded yet"
-    if differences and not any(pair.comparable for pair in pairs):
-        others = [pair for pair in pairs if not pair.is_baseline]
-        text = "only the baseline is here: nothing to compare"
-        if others:
-            text = "no run can be compared with the baseline;\nthe table says why"
-    axes.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axes.transAxes)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _smoothing_note(all_lines: list[_Lines], view: View, axis: _XAxis) -> str:
+def _counted(groups: list[_Group]) -> str:
+    finished = [len(group.pairs) for group in groups if group.finished]
+    running = len(groups) - len(finished)
     parts = []
-    if any(not lines.train.empty for lines in all_lines):
-        parts.append(f"lines: training{_half_life_text(view, axis)}")
-    if any(not lines.validation.empty for lines in all_lines):
+    if sum(finished) > 1:
+        counts = " + ".join(map(str, finished))
+        parts.append(f"{counts} seeds" if len(finished) == 1 else f"{counts} runs, apart")
+    if running:
+        parts.append("not finished" if running == 1 else f"{running} not finished")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _end(line: _Line) -> float:
+    band = line.validation if line.train.mean.empty else line.train
+    return float(band.mean.y[np.isfinite(band.mean.y)][-1])
+
+
+def _why_nothing(pairs: list[Pair], metric: _Metric, differences: bool) -> str:
+    if not differences or any(pair.comparable for pair in pairs):
+        return f"no {metric.key} recorded yet"
+    if all(pair.is_baseline for pair in pairs):
+        return "only the baseline is here: nothing to compare"
+    return "no run can be compared with the baseline;\nthe table says why"
+
+
+def _smoothing_note(lines: list[_Line], view: View, axis: _XAxis) -> str:
+    parts = []
+    if any(not line.train.mean.empty for line in lines):
+        faint = any(line.train.low is None and not line.train.mean.empty for line in lines)
+        parts.append(f"lines: training{_half_life_text(view, axis, faint)}")
+    if any(not line.validation.mean.empty for line in lines):
         parts.append("markers: validation")
-        if parts[1:] and any(lines.train.empty for lines in all_lines):
+        if parts[1:] and any(line.train.mean.empty for line in lines):
             parts[-1] += ", joined where training has no loss"
     return "; ".join(parts)
 
 
-def _half_life_text(view: View, axis: _XAxis) -> str:
+def _half_life_text(view: View, axis: _XAxis, faint: bool) -> str:
     if not view.smooths:
         return ""
     if view.half_life is None and view.log:
         half_life = f"{100 * view.half_life_share:g} % of the axis"
     else:
-        half_life = _amount(view.half_life or view.half_life_share * axis.high, view.x)
+        half_life = amount(view.half_life or view.half_life_share * axis.high, view.x)
         half_life += " FLOP" if view.x == "flops" else f" {view.x}"
-    return f", two-sided mean, half-life {half_life}, each step faint"
+    return f", two-sided mean, half-life {half_life}{', each step faint' if faint else ''}"
 
 
-def _amount(value: float, x: str) -> str:
-    """1,200,000 as 1.2 M; a milliard is B where tokens are counted and G where SI rules."""
-    text = EngFormatter(sep=" ")(float(f"{value:.3g}"))
-    return text if x == "flops" else text.replace("G", "B")
+def _seeds_note(lines: list[_Line], num_bars: int) -> str:
+    if not any(line.train.low is not None or line.validation.low is not None for line in lines):
+        return ""
+    note = "several seeds: their mean where all are recorded; bands: its 95 % t interval"
+    if num_bars > MOST_BARS:
+        return f"{note}, of validation only where it is drawn alone"
+    return f"{note}, bars at markers" if num_bars else note
 
 
-def _label(
-    figure: Figure,
-    axes: Axes,
-    pairs: list[Pair],
-    metric: _Metric,
-    view: View,
-    differences: bool,
-    notes: list[str],
-) -> None:
+def _title(pairs: list[Pair], metric: _Metric, view: View, differences: bool) -> str:
     plans = sorted({pair.run.plan for pair in pairs})
     splits = {"both": "training and validation", "train": "training", "validation": "validation"}
     what = f"{metric.title}: difference to {_baseline_name(pairs)}" if differences else metric.title
-    title = f"{what}, {splits[view.split]}, plan {', '.join(plans)}"
-    figure.text(0.02, 0.965, title, fontsize=12, fontweight="bold", va="top")
-    figure.text(0.02, 0.915, "\n".join(notes), fontsize=8, color="0.35", va="top", linespacing=1.4)
+    return f"{what}, {splits[view.split]}, plan {', '.join(plans)}"
+
+
+def _label_axes(axes: Axes, metric: _Metric, view: View, differences: bool) -> None:
     x_label = _X_LABELS[view.x]
     if view.x == "seconds":
         x_label += f" ({_time_unit(axes.get_xlim()[1])[1]})"
