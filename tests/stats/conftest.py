@@ -8,7 +8,17 @@ from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record
 def make_run(tmp_path):
     """Writes a run's folder under tmp_path/runs; what is not said is a small finished run."""
 
-    def make(label="gpt2ish", plan="quick", seed=0, done=None, losses=None, data=None, **facts):
+    def make(
+        label="gpt2ish",
+        plan="quick",
+        seed=0,
+        done=None,
+        losses=None,
+        data=None,
+        lr=0.001,
+        schedule="constant",
+        **facts,
+    ):
         num_steps, tokens_per_step = facts.get("num_steps", 20), facts.get("tokens_per_step", 100)
         done = num_steps if done is None else done
         losses = losses or [5 - step / num_steps for step in range(1, done + 1)]
@@ -23,7 +33,7 @@ def make_run(tmp_path):
                 "tokens_per_step": tokens_per_step,
                 "flops_per_token": 1e6,
                 "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
-                "plan": {"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
+                "plan": {"optimizer": {"lr": lr}, "schedule": {"name": schedule}},
                 "config": {"width": 32},
                 "changes": {},
                 "scale_differs": {},
