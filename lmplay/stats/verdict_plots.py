@@ -340,11 +340,10 @@ def draw_path(rounds: list[dict], path: Path) -> None:
     """Draw what a greedy search did; the suffix of `path` is the format.
 
     Args:
-        rounds: each a dict of `round`, `stack`, `mean` and `interval` (of the stack's final
-            validation loss, nats per token), `accepted` (a candidate's name, or None) and
-            `candidates`: dicts of `name`, `mean`, `interval` (of the difference to the stack,
-            moved to the mean; None with one seed), `verdict` ("better", "worse", "cannot tell" or
-            "conflict") and `confirmed` (did fresh seeds repeat "better"; None if not tried).
+        rounds: each a dict of `round`, `stack`, `mean` (of the stack's final validation loss,
+            nats per token), `accepted` (a candidate's name, or None) and `candidates`: dicts of
+            `name`, `confirmed` (did fresh seeds repeat "better"; None if not tried) and, as in a
+            verdict, `mean`, `difference`, `interval` and `verdict`, which may be "conflict" too.
     """
     write(partial(path_figure, rounds), path)
 
@@ -353,8 +352,9 @@ def path_figure(rounds: list[dict]) -> Figure:
     """The figure of `draw_path`. Its x is inches from the first stack, so that names fit."""
     figure, axes = blank()
     title = "Greedy search: the best stack, round by round"
+    rounds = [one for one in rounds if one["mean"] is not None]
     if not rounds:
-        say_nothing_to_show(axes, "no round is complete yet")
+        say_nothing_to_show(axes, "no round has a result")
         lay_out(figure, axes, title, [], [])
         return figure
     low, high = _range_of_path(rounds)
@@ -381,48 +381,44 @@ def path_figure(rounds: list[dict]) -> Figure:
     axes.grid(False, axis="x")
     stacks = _stacks(rounds)
     for index, one in enumerate(rounds):
-        level = stacks[index + 1]["mean"] if one["accepted"] else None
+        level = stacks[index + 1][1] if one["accepted"] else None
         _draw_round(axes, one, zone * index, reach, level, tall)
         if one["accepted"]:
             _draw_step(axes, one, zone * index, reach, zone, level)
-    for index, stack in enumerate(stacks):
-        _draw_stack(axes, stack, zone * index)
-    axes.set_xticks(
-        [zone * index for index in range(len(stacks))],
-        [f"{wrapped(stack['label'])}\n{stack['mean']:.4f}" for stack in stacks],
-        fontsize=9,
-    )
+    places = [zone * index for index in range(len(stacks))]
+    means = [mean for _, mean in stacks]
+    axes.plot(places, means, "o", color=BASELINE_COLOUR, markersize=8, zorder=6)
+    names = [f"{wrapped(label)}\n{mean:.4f}" for label, mean in stacks]
+    axes.set_xticks(places, names, fontsize=9)
     return figure
 
 
 def _range_of_path(rounds: list[dict]) -> tuple[float, float]:
-    measured = [one for one in rounds]
-    measured += [c for one in rounds for c in one["candidates"] if c["mean"] is not None]
-    means = np.array([one["mean"] for one in measured])
-    ends = np.array([one["interval"] or [one["mean"]] * 2 for one in measured])
+    measured = [c for one in rounds for c in one["candidates"] if c["mean"] is not None]
+    means = np.array([one["mean"] for one in [*rounds, *measured]])
+    ends = np.array([(mean, mean) for mean in means] + [_ends(c) for c in measured])
     low, high = common_range(means, means)
     low, high = with_room(low, high, ends[:, 0], ends[:, 1])
     pad = 0.06 * (high - low) or 0.02 * abs(high) or 1.0
     return low - pad, high + pad
 
 
-def _stacks(rounds: list[dict]) -> list[dict]:
-    """The stack before each round, and the one after the last if that accepted an idea."""
-    accepted = [one["accepted"] for one in rounds]
-    labels = [rounds[0]["stack"], *(f"+ {name}" for name in accepted[: len(rounds) - 1])]
-    stacks = [
-        {"label": label, "mean": one["mean"], "interval": one["interval"]}
-        for label, one in zip(labels, rounds, strict=True)
-    ]
-    if accepted[-1]:
-        stacks.append(
-            {
-                "label": f"+ {accepted[-1]}",
-                "mean": _accepted(rounds[-1])["mean"],
-                "interval": None,
-            }
-        )
-    return stacks
+def _ends(candidate: dict) -> tuple[float, float]:
+    """Its difference's interval, seen from the mean of the stack on the same seeds."""
+    if candidate["interval"] is None:
+        return candidate["mean"], candidate["mean"]
+    stack = candidate["mean"] - candidate["difference"]
+    return stack + candidate["interval"][0], stack + candidate["interval"][1]
+
+
+def _stacks(rounds: list[dict]) -> list[tuple[str, float]]:
+    """Label and mean of the stack before each round, and after the last if that took an idea."""
+    taken = [one["accepted"] for one in rounds]
+    labels = [rounds[0]["stack"], *(f"+ {name}" for name in taken if name)]
+    means = [one["mean"] for one in rounds]
+    if taken[-1]:
+        means.append(_accepted(rounds[-1])["mean"])
+    return list(zip(labels, means, strict=True))
 
 
 def _accepted(one: dict) -> dict:
@@ -468,7 +464,7 @@ def _draw_candidate(
 ) -> None:
     beyond = y < candidate["mean"]
     if candidate["interval"] is not None and not beyond:
-        axes.vlines(x, *candidate["interval"], color=colour, linewidth=1.2, zorder=4)
+        axes.vlines(x, *_ends(candidate), color=colour, linewidth=1.2, zorder=4)
     marker = "^" if beyond else VERDICTS[candidate["verdict"]][1]
     style = {"markersize": 6, "markerfacecolor": face, "clip_on": False, "zorder": 5}
     axes.plot([x], [y], marker, color=colour, **style)
@@ -481,12 +477,6 @@ def _draw_step(axes: Axes, one: dict, x: float, reach: float, zone: float, level
     at = x + _fan(len(candidates), reach)[candidates.index(accepted)]
     line = [x, at, x + reach + 0.16, x + zone], [one["mean"], accepted["mean"], level, level]
     axes.plot(*line, color=VERDICTS["better"][0], linewidth=1.8, zorder=3)
-
-
-def _draw_stack(axes: Axes, stack: dict, x: float) -> None:
-    if stack["interval"] is not None:
-        axes.vlines(x, *stack["interval"], color=BASELINE_COLOUR, linewidth=1.2, zorder=4)
-    axes.plot([x], [stack["mean"]], "o", color=BASELINE_COLOUR, markersize=8, zorder=6)
 
 
 def _from_worst(one: dict) -> list[dict]:
@@ -539,11 +529,8 @@ def _path_notes(rounds: list[dict]) -> list[str]:
     notes[0] += "; grey: rejected (● better, ■ worse, ◆ cannot tell)"
     if any(candidate["confirmed"] is False for candidate in candidates):
         notes[0] += "; hollow: better, but not on fresh seeds"
-    if any(one["interval"] is not None for one in [*rounds, *candidates]):
-        notes.append(
-            "bars: 95 % t interval, of the mean for a stack, of the difference to its stack "
-            "(dotted) for a candidate"
-        )
+    if any(candidate["interval"] is not None for candidate in candidates):
+        notes.append("bars: 95 % t interval of the difference to the stack (dotted)")
     return notes
 
 

@@ -227,8 +227,8 @@ def test_without_a_finished_run_compute_says_so(make_run):
 
 
 def candidate(name, mean, verdict="cannot tell", confirmed=None):
-    interval = None if mean is None else [mean - 0.02, mean + 0.02]
     difference = None if mean is None else mean - 4.0
+    interval = None if mean is None else [difference - 0.02, difference + 0.02]
     return {
         "name": name,
         "mean": mean,
@@ -244,7 +244,6 @@ def a_round(number, stack, mean, accepted, *candidates):
         "round": number,
         "stack": stack,
         "mean": mean,
-        "interval": [mean - 0.01, mean + 0.01],
         "accepted": accepted,
         "candidates": list(candidates),
     }
@@ -273,9 +272,9 @@ def test_the_path_leads_from_stack_to_stack_through_what_was_taken():
     figure = path_figure(ROUNDS)
 
     assert path_of(figure)[:, 1].tolist() == [4.0, 3.9, 3.91, 3.91]
-    stacks = [line for line in points(figure) if line.get_markersize() == 8]
-    assert [line.get_ydata()[0] for line in stacks] == [4.0, 3.91]
-    assert path_of(figure)[[0, -1], 0].tolist() == [line.get_xdata()[0] for line in stacks]
+    [stacks] = [line.get_xydata() for line in figure.axes[0].lines if line.get_markersize() == 8]
+    assert stacks[:, 1].tolist() == [4.0, 3.91]
+    assert stacks[:, 0].tolist() == path_of(figure)[[0, -1], 0].tolist()
     assert "gpt2ish\n4.0000" in words(figure) and "+ ue\n3.9100" in words(figure)
 
 
@@ -284,6 +283,14 @@ def test_a_path_that_ends_with_an_idea_ends_in_its_stack():
 
     assert "+ ue\n3.9000" in words(figure)
     assert_readable(figure)
+
+
+def test_a_candidate_has_the_interval_of_its_difference_around_its_mean():
+    [(_, low), (_, high)] = bars(
+        path_figure([a_round(1, "gpt2ish", 4.0, None, ROUNDS[0]["candidates"][0])])
+    )[-1]
+
+    assert (low, high) == (pytest.approx(3.88), pytest.approx(3.92))
 
 
 def test_candidates_are_told_apart_by_what_became_of_them():
@@ -331,13 +338,14 @@ def test_a_path_is_written_with_the_same_bytes(tmp_path):
 
 
 def test_a_search_without_a_round_says_so():
-    assert "no round is complete yet" in words(path_figure([]))
+    assert "no round has a result" in words(path_figure([]))
+    assert "no round has a result" in words(path_figure([{**ROUNDS[0], "mean": None}]))
 
 
 def test_one_seed_has_a_path_without_intervals():
     plain = [{**c, "interval": None} for c in ROUNDS[0]["candidates"]]
 
-    figure = path_figure([{**ROUNDS[0], "interval": None, "candidates": plain}])
+    figure = path_figure([{**ROUNDS[0], "candidates": plain}])
     assert "95 %" not in words(figure)
 
 
