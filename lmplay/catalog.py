@@ -4,11 +4,12 @@ import ast
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lmplay.errors import UserError, nearest
 from lmplay.roots import files, looks_like_path
+from lmplay.stack import Part, compose
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,13 @@ def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[s
 
 
 def resolve(text: str) -> Entry:
-    """The experiment that `text` means: a name, a variant's name, or a path to a file.
+    """The experiment that `text` means: a name, a variant's name, a path to a file, or a stack.
+
+    A stack is several names with + between them: one file with the edits of all.
 
     Raises:
-        UserError: there is none (with the nearest name), or the file is not Python.
+        UserError: there is none (with the nearest name), the file is not Python, or the parts of a
+            stack do not stack (`stack.Conflict` where their edits collide).
     """
     if looks_like_path(text, ".py"):
         path = Path(text)
@@ -72,6 +76,8 @@ def resolve(text: str) -> Entry:
     known = entries()
     if text in known:
         return known[text]
+    if "+" in text:
+        return _stacked([resolve(part) for part in text.split("+")])
     unlisted = files("experiments", ".py")
     if text in unlisted:
         return read_file(unlisted[text])[0]  # which says what is wrong with it
@@ -81,8 +87,55 @@ def resolve(text: str) -> Entry:
 
 def canonical_name(entry: Entry) -> str:
     """One name for one setting: the first in the file that means the same Config values."""
+    if entry.ideas:
+        return "+".join(canonical_name(idea) for idea in entry.ideas)
     named = {entry.file: {}, **entry.variants}
     return next(name for name, values in named.items() if values == entry.variant)
+
+
+def _stacked(ideas: list[Entry]) -> Entry:
+    name = "+".join(idea.name for idea in ideas)
+    lines = [_line_of(idea) for idea in ideas]
+    shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
+    if not shared:
+        roots = ", ".join(sorted({line[-1].file for line in lines}))
+        raise UserError(f"{name}: no common ancestor ({roots})", hint="stack ideas of one family")
+    base = shared[0]
+    variant: dict[str, object] = {}
+    for i, (idea, line) in enumerate(zip(ideas, lines, strict=True)):
+        others = lines[:i] + lines[i + 1 :]
+        if any(other[0].path == idea.path for other in others):
+            raise UserError(f"{name}: {idea.file} is in it twice", hint="name each file once")
+        if not idea.variant and any(_is_in(line[0], other) for other in others):
+            hint = f"leave {idea.name} out: another idea of the stack contains it"
+            raise UserError(f"{name}: {idea.name} adds nothing", hint=hint)
+        for key, value in idea.variant.items():
+            if variant.setdefault(key, value) != value:
+                problem = f"{name}: {key} is {variant[key]!r} in one idea and {value!r} in another"
+                raise UserError(problem, hint="take another variant of one of them")
+    changed = [e for e in ideas if e.path != base.path]
+    parts = [Part(canonical_name(e), e.source, e.docstring, e.tiny) for e in changed]
+    root = Part(base.file, base.source, base.docstring, base.tiny)
+    source = compose("+".join(map(canonical_name, ideas)), root, parts, variant)
+    entry = read_source(source, Path(f"{name}.py"))[0]
+    for key in variant.keys() - entry.fields.keys():
+        hint = "an idea takes it away that a variant of another one sets"
+        raise UserError(f"{name}: Config has no {key!r} any more", hint=hint)
+    return replace(entry, name=name, variant=variant, variants={}, ideas=tuple(ideas))
+
+
+def _line_of(entry: Entry) -> list[Entry]:
+    """The experiment, its parent, and so on up to the root."""
+    line = [entry]
+    while parent := parent_of(line[-1]):
+        if _is_in(parent, line):
+            raise UserError(f"{parent.path} is copied from its own copy", hint="see Changed from")
+        line.append(parent)
+    return line
+
+
+def _is_in(entry: Entry, line: list[Entry]) -> bool:
+    return any(entry.path == other.path for other in line)
 
 
 def read_file(path: Path) -> list[Entry]:

@@ -85,7 +85,8 @@ def check(experiment: Experiment) -> list[Proof]:
     """
     bench = _Bench(experiment)
     proofs = []
-    for name, prove in _PROOFS.items():
+    of_stack = {"ideas": _holds_every_idea} if experiment.entry.ideas else {}
+    for name, prove in (_PROOFS | of_stack).items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -238,6 +239,36 @@ class _Lesson:
                 if self.num_steps < 2:
                     self.first_size.setdefault(name, size)
                 self.largest_size[name] = max(size, self.largest_size[name], key=_nan_first)
+
+
+def _holds_every_idea(bench: _Bench) -> str:
+    """A merge that swallowed an idea would be the stack of the others under a wrong name."""
+    entry = bench.experiment.entry
+    parent = catalog.parent_of(entry)
+    before = set(_Bench(load_experiment(parent)).model().state_dict())
+    tokens_BT = bench.tokens(B=3)
+    stacks = {"fresh": bench.model().eval(), "shaken": bench.shaken()}
+    for idea in entry.ideas:
+        alone = _Bench(load_experiment(idea))
+        missing = alone.model().state_dict().keys() - before - stacks["fresh"].state_dict().keys()
+        if missing:
+            raise _Refuted(f"{idea.name}'s {min(missing)} is not in the stack")
+        differs = False
+        for kind, stack in stacks.items():
+            model = alone.model().eval()
+            if kind == "shaken":
+                theirs = stack.state_dict()
+                same = {
+                    name: theirs[name]
+                    for name, weight in model.state_dict().items()
+                    if name in theirs and theirs[name].shape == weight.shape
+                }
+                model.load_state_dict(same, strict=False)
+            outputs = [bench.outputs(one, tokens_BT) for one in (stack, model)]
+            differs |= not torch.equal(*outputs)
+        if not differs:
+            raise _Refuted(f"the outputs are those of {idea.name} alone")
+    return f"the parameters of {', '.join(i.name for i in entry.ideas)}, and more than each does"
 
 
 def _imports_torch_only(bench: _Bench) -> str:

@@ -15,8 +15,16 @@ from lmplay.catalog import Entry
 from lmplay.console import Device, Version, note, out, precision_option, print_json, run_app
 from lmplay.errors import NUMERIC, UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
+from lmplay.stack import Conflict
+from lmplay.stats.table import print_verdicts
 from lmplay.train.files import existing
-from lmplay.train.listing import describe, list_experiments, list_plans, print_check
+from lmplay.train.listing import (
+    describe,
+    list_experiments,
+    list_plans,
+    print_check,
+    print_path,
+)
 
 if TYPE_CHECKING:
     from lmplay.train.session import Request

@@ -8,6 +8,7 @@ from lmplay.errors import BAD_INPUT, LOCKED, NO_DATA, UserError
 from lmplay.experiment import load_experiment
 from lmplay.run_folder import RunFolder
 from lmplay.stats.compare import pair_runs, read_run
+from lmplay.stats.judge import judge
 from lmplay.train.apart import Relay, apart
 from lmplay.train.budget import sized
 from lmplay.train.display import GridDisplay
@@ -53,8 +54,6 @@ class Bench:
         grid = run_grid(requests, self.display)
         self.failures |= grid.failures
         begun = [request.folder for request in requests if request.folder.run_json.is_file()]
-        from lmplay.stats.judge import judge
-
         label = next(r.label for r in of_first if r.entry.name == baseline.name)
         rows = judge(pair_runs([read_run(folder) for folder in begun], label))
         by_label = {row["experiment"]: row for row in rows}

@@ -1,4 +1,4 @@
-"""What lmp-trainer prints instead of training: lists, descriptions, proofs."""
+"""What lmp-trainer prints besides training: lists, descriptions, proofs, the path of a search."""
 
 import sys
 from pathlib import Path
@@ -140,6 +140,35 @@ def list_plans(as_json: bool) -> None:
     ]
     show(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))
     note("--plan NAME --describe prints one; --plan schema the rules")
+
+
+def print_path(rounds: list[dict]) -> None:
+    """What `greedy.search` tried in each round, best first, and the stack that it ended with."""
+    rows = []
+    for one in rounds:
+        tried = sorted(one["candidates"], key=lambda c: (c["difference"] is None, c["difference"]))
+        for candidate in tried:
+            rows.append([str(one["round"]), one["stack"], *_candidate_cells(candidate, one)])
+    columns = ["round", "on", "idea", "difference", "95 % interval", "p (Holm)", "verdict"]
+    columns += ["on fresh seeds", ""]
+    show(table("greedy search: a difference below 0 is better", columns, rows, right=columns[3:6]))
+    last = rounds[-1]
+    taken = {candidate["name"]: candidate["stack"] for candidate in last["candidates"]}
+    out.print(f"best stack: {taken.get(last['accepted'], last['stack'])}", markup=False)
+
+
+def _candidate_cells(candidate: dict, one: dict) -> list[str]:
+    def cells(row: dict) -> list[str]:
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        interval = "" if row["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*row["interval"])
+        p = "" if row["p_holm"] is None else f"{row['p_holm']:.4f}"
+        return [difference, interval, p, row["verdict"] or ""]
+
+    again = candidate.get("confirmation")
+    fresh = "" if again is None else f"{again['difference']:+.4f}, {again['verdict']}"
+    taken = "taken" if candidate["name"] == one["accepted"] else ""
+    shown = [*cells(candidate), fresh, taken]
+    return [candidate["name"], *(text.replace("[", r"\[") for text in shown)]
 
 
 def _note_error(error: UserError) -> None:

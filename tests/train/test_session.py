@@ -525,7 +525,7 @@ def test_a_model_that_draws_numbers_when_tested_is_trained_as_if_it_were_not(pla
     (place / "experiments").mkdir()
     source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
     (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
-    monkeypatch.setattr(session, "_refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(session, "refuse_unproven", lambda experiment: None)
     seldom, often = (
         folder_of(run(exp="mine", changes={"validation.every_tokens": every}))
         for every in (10**9, 160)
@@ -540,7 +540,7 @@ def test_a_likelihood_is_scored_with_the_same_draws_each_time(place, monkeypatch
     (place / "experiments").mkdir()
     source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
     (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
-    monkeypatch.setattr(session, "_refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(session, "refuse_unproven", lambda experiment: None)
     changes = {"optimizer.lr": 1e-30, "optimizer.weight_decay": 0}
     rows = read_rows(folder_of(run(exp="mine", changes=changes)).validation_csv)
 
