@@ -1,4 +1,4 @@
-"""lmp-plotstats: figures and a table of what runs reached."""
+"""lmp-plotstats: verdicts, boards and figures of runs."""
 
 import csv
 import re
@@ -8,34 +8,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
-from lmplay.console import Version, fits, note, print_json, run_app, show, table
+from lmplay.console import Version, note, print_json, run_app
 from lmplay.errors import UserError
 from lmplay.run_folder import RUNS, RunFolder, find_runs, resolve_run
+from lmplay.stats.board import split_board, write_board
+from lmplay.stats.table import by_plan, markdown, plain, print_verdicts
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 _POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_CSV_COLUMNS = (
-    "plan", "experiment", "seed", "status", "tokens", "validated_tokens", "loss", "difference",
-    "bits_per_byte", "accuracy", "tokens_per_second", "trained", "matmul", "lookup", "run",
-    "baseline", "marks",
-)  # fmt: skip
-
-_TITLES = {
-    "bits_per_byte": "bits/byte",
-    "tokens_per_second": "tokens/s",
-    "lookup": "look-up",
-    "marks": "",
-}
-_LEAVE_FIRST = (
-    "lookup", "matmul", "trained", "tokens_per_second", "accuracy", "bits_per_byte",
-)  # fmt: skip
 
 
 class X(StrEnum):
@@ -77,6 +62,15 @@ def main(
             metavar="NAME|RUN",
         ),
     ] = None,
+    like_for_like: Annotated[
+        bool,
+        Option(
+            "--like-for-like",
+            metavar="",
+            help="Hold each run against the baseline with the same changes: ue,lr=0.001 against "
+            "gpt2ish,lr=0.001.",
+        ),
+    ] = False,
     x: Annotated[
         X,
         Option(
@@ -120,36 +114,57 @@ def main(
     as_csv: Annotated[
         bool, Option("--csv", metavar="", help="Print CSV instead of the table.")
     ] = False,
+    as_markdown: Annotated[
+        bool,
+        Option("--markdown", metavar="", help="Print the table in GitHub's Markdown."),
+    ] = False,
+    board: Annotated[
+        Path | None,
+        Option(
+            help="Markdown file to write the verdicts into, with what repeats them: made if it is "
+            "not there, else only what stands between its two marker lines changes.",
+            metavar="FILE.md",
+        ),
+    ] = None,
     version: Version = None,
 ) -> None:
-    """Draw the loss and the accuracy of runs, and how far each is from a baseline's.
+    """Say which experiments are better than a baseline, and draw their curves.
 
-    Writes four figures (loss, accuracy, loss_difference, accuracy_difference)
-    and prints what every run reached on the validation text. Two runs are
-    subtracted where seed, data, validation text, tokenizer and budget agree;
-    for any other the table says what differs.
+    Prints a verdict on every experiment over its seeds, and writes six figures
+    (loss, accuracy, loss_difference, accuracy_difference, verdicts, compute).
+    Two runs are subtracted where seed, data, validation text, tokenizer and
+    budget agree; for any other the table says what differs.
 
     Example: lmp-plotstats runs/quick --baseline gpt2ish
     """
-    if as_json and as_csv:
-        raise UserError("--json and --csv both want stdout", hint="choose one of them")
+    forms = {"--json": as_json, "--csv": as_csv, "--markdown": as_markdown}
+    chosen = [name for name, is_chosen in forms.items() if is_chosen]
+    if len(chosen) > 1:
+        raise UserError(f"{chosen[0]} and {chosen[1]} both want stdout", hint="choose one of them")
     half_life, share = _smoothing(smooth)
     folders = _folders(run or [], runs)
+    if board is not None:
+        split_board(board)  # a file without a place for it is told before the work
     from lmplay.stats.compare import final_rows, pair_runs, read_run  # here: pandas, matplotlib
+    from lmplay.stats.judge import judge
     from lmplay.stats.plots import View, draw
 
     found = [read_run(folder) for folder in folders]
-    pairs = pair_runs(found, _baseline(baseline, found, runs))
-    rows = final_rows(pairs)
+    pairs = pair_runs(found, _baseline(baseline, found, runs), like_for_like)
+    rows = judge(pairs)
     view = View(str(x), str(split), half_life, share, log, str(format))
-    files = draw(pairs, view, _made(out_dir))
+    files = draw(pairs, rows, view, _made(out_dir))
+    if board is not None:
+        write_board(board, rows, {str(run.path): run.facts for run in found})
+        note(f"wrote {board}")
     if as_json:
         labels = {pair.baseline.label for pair in pairs if pair.baseline is not None}
         print_json(
             {
                 "schema_version": 1,
                 "baseline": labels.pop() if len(labels) == 1 else None,  # null: not one for all
-                "runs": rows,
+                "verdicts": rows,
+                "runs": final_rows(pairs),
                 "x": view.x,
                 "split": view.split,
                 "files": [str(file) for file in files],
@@ -157,8 +172,10 @@ def main(
         )
     elif as_csv:
         _print_csv(rows)
+    elif as_markdown:
+        _print_markdown(rows)
     else:
-        _print_table(rows)
+        print_verdicts(rows)
     note(f"drew {', '.join(str(file) for file in files)}")
 
 
@@ -213,68 +230,32 @@ def _made(folder: Path) -> Path:
 
 
 def _print_csv(rows: list[dict]) -> None:
-    writer = csv.DictWriter(sys.stdout, _CSV_COLUMNS, lineterminator="\n")
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(sys.stdout, flat[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "marks": "; ".join(row["marks"])} for row in rows)
+    writer.writerows(flat)
 
 
-def _print_table(rows: list[dict]) -> None:
-    forms = {
-        "plan": str,
-        "experiment": str,
-        "seed": str,
-        "tokens": _short,
-        "loss": "{:.4f}".format,
-        "difference": "{:+.4f}".format,
-        "bits_per_byte": "{:.4f}".format,
-        "accuracy": "{:.2%}".format,
-        "tokens_per_second": "{:,.0f}".format,
-        "trained": _short,
-        "matmul": _short,
-        "lookup": _short,
-    }
-    cells = {
-        key: ["" if row[key] is None else escape(form(row[key])) for row in rows]
-        for key, form in forms.items()
-    }
-    others = [[mark for mark in row["marks"] if mark != "baseline"] for row in rows]
-    for i, row in enumerate(rows):
-        if "baseline" in row["marks"]:
-            cells["difference"][i] = "baseline"
-    cells["marks"] = [escape("; ".join(marks)) for marks in others]
-    notes, left_out = [], []
-    if not fits(_table(cells)):  # the marks become notes below it
-        notes = list(dict.fromkeys(mark for marks in others for mark in marks))
-        cells["marks"] = [" ".join(str(notes.index(m) + 1) for m in marks) for marks in others]
-        only_plan = ["plan"] if len(set(cells["plan"])) == 1 else []
-        for key in [*only_plan, *_LEAVE_FIRST]:
-            if not fits(_table(cells)):
-                del cells[key]
-                left_out.append(_TITLES.get(key, key))
-    show(_table(cells))
-    if notes:
-        numbered = [[str(i), escape(text)] for i, text in enumerate(notes, start=1)]
-        show(table(None, ["", ""], numbered))
-    if left_out:
-        note(f"no room for {', '.join(left_out)}; --csv has every column")
+def _flat(row: dict) -> dict:
+    """A verdict row with a column for each number."""
+    flat = {}
+    for key, value in row.items():
+        if key == "interval":
+            flat["interval_low"], flat["interval_high"] = value or (None, None)
+        elif key.endswith("_ratio"):
+            low, high = (value and value["interval"]) or (None, None)
+            flat[key], flat[f"{key}_bound"] = value and value["value"], value and value["bound"]
+            flat[f"{key}_low"], flat[f"{key}_high"] = low, high
+        else:
+            flat[key] = "; ".join(value) if isinstance(value, list) else value
+    return flat
 
 
-def _table(cells: dict[str, list[str]]) -> Table:
-    columns = {_TITLES.get(key, key): column for key, column in cells.items()}
-    return table(
-        "validation loss in nats per token; a difference below 0 is better",
-        list(columns),
-        [list(row) for row in zip(*columns.values(), strict=True)],
-        right=columns.keys() - {"plan", "experiment", ""},
-    )
-
-
-def _short(count: int) -> str:
-    """1,234,567 as 1.23 M."""
-    for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= power:
-            return f"{count / power:.3g} {letter}"
-    return str(count)
+def _print_markdown(rows: list[dict]) -> None:
+    plans = by_plan(rows)
+    heading = "**Plan {}**\n\n" if len(plans) > 1 else ""
+    tables = [heading.format(plain(plan)) + markdown(rows) for plan, rows in plans.items()]
+    sys.stdout.write("\n".join(tables))
 
 
 def run() -> None:

@@ -207,7 +207,7 @@ def test_one_seed_is_no_evidence_and_two_are_paired_each_with_its_own(make_run):
 def test_a_seed_that_the_baseline_lacks_is_said(make_run):
     rows = final_rows(pair_runs(read(make_run(), make_run("ue", seed=7)), None))
 
-    assert rows[1]["marks"] == ["not compared: gpt2ish has no seed 7"]
+    assert rows[1]["marks"] == ["not compared: gpt2ish has no run of this seed"]
     assert rows[1]["difference"] is None
 
 
@@ -250,6 +250,59 @@ def test_budgets_that_differ_only_by_rounding_to_steps_agree(make_run):
     assert why_not_comparable(*runs) == ""
 
 
+def test_a_finished_run_without_a_validation_at_its_end_has_no_difference(make_run):
+    rows = final_rows(pair_runs(read(make_run(num_steps=12), make_run("ue", num_steps=12)), None))
+
+    assert rows[1]["difference"] is None and rows[1]["marks"] == ["validated at 1,000 tokens"]
+
+
+def league(kind, **facts):
+    return {"budget": {"kind": kind, "baseline": "gpt2ish"}, **facts}
+
+
+def test_runs_sized_to_flops_agree_within_a_step_of_them(make_run):
+    base = make_run()  # 20 steps of 100 tokens at 1e6 FLOP each
+    idea = league("flops", flops_per_token=3e6)
+    runs = read(base, *(make_run(f"ue{n}", num_steps=n, **idea) for n in (5, 6, 7, 8)))
+
+    reasons = [why_not_comparable(run, runs[0]) for run in runs[1:]]
+    assert reasons[1:3] == ["", ""]
+    assert reasons[0] == "other budget (1.5e+09 FLOP, not 2e+09)"
+    assert reasons[3] == "other budget (2.4e+09 FLOP, not 2e+09)"
+    assert why_not_comparable(runs[0], runs[2]) == ""
+
+
+def test_runs_sized_to_seconds_may_have_other_tokens(make_run):
+    base, idea, other = read(
+        make_run(),
+        make_run("ue", num_steps=10, **league("seconds")),
+        make_run("ue16x", num_steps=20, **league("flops")),
+    )
+
+    assert why_not_comparable(idea, base) == ""
+    assert why_not_comparable(idea, other) == "other league (seconds, not flops)"
+
+
+def test_like_for_like_looks_for_the_same_changes(make_run):
+    labels = ["gpt2ish,lr=0.1", "ue,lr=0.1", "ue,lr=0.2", "ue,budget=flops,lr=0.1"]
+    facts = [{}, {}, {}, league("flops")]
+    runs = read(*(make_run(label, **more) for label, more in zip(labels, facts, strict=True)))
+
+    pairs = pair_runs(runs, "gpt2ish", like_for_like=True)
+
+    found = [pair.baseline and pair.baseline.label for pair in pairs]
+    assert found == ["gpt2ish,lr=0.1", "gpt2ish,lr=0.1", None, "gpt2ish,lr=0.1"]
+    assert pairs[2].obstacle == "no gpt2ish,lr=0.2 on plan quick"
+    assert pair_runs(runs, None, like_for_like=True) == pairs
+
+
+def test_one_run_cannot_be_like_all_others(make_run):
+    runs = read(make_run(), make_run("ue"))
+
+    with pytest.raises(UserError, match="not one run"):
+        pair_runs(runs, runs[0], like_for_like=True)
+
+
 def test_the_baseline_is_gpt2ish_else_the_longest_run_of_each_plan(make_run):
     runs = read(
         make_run("ue"),
@@ -275,7 +328,7 @@ def test_two_runs_of_one_baseline_and_seed_are_not_chosen_between(make_run):
     base, idea = read(make_run(), make_run("ue"))
 
     pairs = pair_runs([base, base, idea], None)
-    assert pairs[2].obstacle == "2 runs of gpt2ish with seed 0"
+    assert pairs[2].obstacle == "gpt2ish has several runs of this seed"
 
 
 def test_an_unknown_baseline_names_the_nearest(make_run):
@@ -288,13 +341,13 @@ def test_a_run_json_without_what_is_needed_is_named(make_run):
     folder = make_run()
     folder.write({"label": "ue"})
 
-    with pytest.raises(UserError, match="it lacks data"):
+    with pytest.raises(UserError, match="it lacks changes, config, data"):
         read_run(folder)
 
 
 def test_a_damaged_curve_is_named(make_run):
     folder = make_run()
-    folder.train_csv.write_text("step,tokens,loss,accuracy,seconds\n1,oops,3,4,5\n")
+    folder.train_csv.write_text("step,tokens,loss,accuracy,memory,seconds\n1,oops,3,4,5,6\n")
 
     with pytest.raises(UserError, match=r"train\.csv is damaged"):
         _ = read_run(folder).train

@@ -357,7 +357,7 @@ def test_with_a_decaying_schedule_an_early_crossing_is_an_upper_bound(make_run):
     base = make_run(losses=falling(4.0), schedule="linear")
 
     early = judged(base, make_run("ue", losses=falling(3.0), schedule="linear"))[1]
-    at_end = judged(base, make_run("ue", losses=falling(4.0), schedule="linear"))[1]
+    at_end = judged(base, make_run("twin", losses=falling(4.0), schedule="linear"))[1]
 
     assert early["tokens_ratio"] == {"value": 0.625, "interval": None, "bound": "<="}
     assert at_end["tokens_ratio"]["bound"] == ""
