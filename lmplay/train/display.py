@@ -1,7 +1,6 @@
 """What training shows on stderr: a live panel on a terminal, timestamped lines elsewhere."""
 
 import time
-from collections import Counter
 from typing import ClassVar
 
 from rich.cells import cell_len, set_cell_size
@@ -167,8 +166,10 @@ class GridDisplay(Display):
         super().__init__(plan, console)
         self._plan = plan
         self._cells: dict[tuple[str, int], str] = {}
-        self._num_done: Counter[str] = Counter()
+        self._done: set[tuple[str, int]] = set()
         self._now: tuple[str, int] | None = None
+        self._began_run = 0.0
+        self._took: list[float] = []  # seconds of the runs that were trained here
 
     def expect(self, runs: list[tuple[str, int]]) -> None:
         """These labels and seeds are about to come."""
@@ -178,7 +179,8 @@ class GridDisplay(Display):
         """What comes from now on is of this run."""
         self._now = label, seed
         self._train, self._validation, self._began = {}, {}, None
-        self.title = f"{label} on {self._plan}, seed {seed}"
+        self.title = f"{label} on {self._plan}, seed {seed}: {self._progress()}"
+        self._began_run = time.monotonic()
         self._bar.reset(self._task, total=None)
 
     def end(self, state: str, result: dict | None = None, why: str = "") -> None:
@@ -186,15 +188,21 @@ class GridDisplay(Display):
         self._cells[self._now] = self._WORDS.get(state, "")
         if result is not None:
             self._cells[self._now] = f"{result['validation']['loss']:.4f}"
-            self._num_done[self._now[0]] += 1
+            self._done.add(self._now)
         if self.console.is_terminal:
             self._draw(self._state())
         if state == "failed" or (state == "done" and self._train):
-            self.note(": ".join(part for part in (self._cells[self._now], why) if part))
+            self._took.append(time.monotonic() - self._began_run)
+            said = ": ".join(part for part in (self._cells[self._now], why) if part)
+            self.note(f"{said}; {self._progress()}")
 
-    def note(self, text: str) -> None:
-        run = "" if self._now is None else "{}, seed {}: ".format(*self._now)
-        super().note(run + text)
+    def _progress(self) -> str:
+        """How many runs are done, and the time that the rest will take if nobody shares it."""
+        left = len(self._cells) - len(self._done)
+        text = f"{len(self._done)} of {len(self._cells)} runs done"
+        if left and self._took:
+            text += f", about {_clock(left * sum(self._took) / len(self._took))} left"
+        return text
 
     def row(self, kind: str, row: dict) -> None:
         if kind == "train":
@@ -203,6 +211,10 @@ class GridDisplay(Display):
 
     def example(self, prompt: str, truth: str, said: str) -> None:
         """Nothing: it is in the run's samples.md."""
+
+    def _print(self, markup: str) -> None:
+        run = "" if self._now is None else "{}, seed {}: ".format(*self._now)
+        super()._print(escape(run) + markup)
 
     def _state(self) -> RenderableType:
         return Group(super()._state(), "", self._matrix())
@@ -216,8 +228,8 @@ class GridDisplay(Display):
         if room < len(seeds) * 11:  # too many seeds for a column each
             made.add_column("finished", justify="right")
             for label in labels:
-                num_runs = sum(name == label for name, _ in self._cells)
-                made.add_row(escape(label), f"{self._num_done[label]} of {num_runs}")
+                runs = {run for run in self._cells if run[0] == label}
+                made.add_row(escape(label), f"{len(runs & self._done)} of {len(runs)}")
             return made
         for seed in seeds:
             made.add_column(f"seed {seed}", justify="right", no_wrap=True)

@@ -68,6 +68,14 @@ def lmp_trainer(*args, **options):
         (["--plan", "quick", "--data", "word.txt"], ["'word.txt'", "did you mean 'words.txt'?"]),
         (["--plan", "quick", "--data", ""], ["there is no file ''"]),
         (["--tokens", "inf"], ["--tokens inf"]),
+        (["--exp", "gpt2ish,ue", "--seeds", "0"], ["--seeds"]),
+        (["--exp", "ue,ue8x", "--plan", "quick"], ["names one experiment twice"]),
+        (["--exp", "ue+ue", "--plan", "quick"], ["ue is in it twice"]),
+        (["--exp", "gpt2ish,ue", "--baseline", "gpt3", "--plan", "quick"], ["'gpt3'"]),
+        (["--exp", "gpt2ish,ue", "--plan", "quick", "--resume", "none"], ["for one run"]),
+        (["--greedy", "ue", "--plan", "quick"], ["one seed is never better", "--seeds"]),
+        (["--exp", "gpt2ish,ue", "--describe"], ["--describe takes one"]),
+        (["--exp", "ue", "--budget", "hours"], ["--budget"]),
         (["--tokens", "0"], ["--tokens 0"]),
         (["--plan", "quick", "--device", "gpu"], ["--device gpu"]),
         (["--plan", "quick", "--precision", "fp8"], ["fp8"]),
@@ -160,6 +168,117 @@ def test_a_reader_that_leaves_causes_no_traceback(place):
     )
 
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+def grid(*args, exp="gpt2ish,value_norm", seeds=2):
+    return ["--plan", "words.json", "--exp", exp, "--seeds", str(seeds), *args]
+
+
+@pytest.mark.slow
+def test_a_grid_ends_with_the_verdicts_and_a_second_time_trains_nothing(place):
+    done = lmp_trainer(*grid("--json"))
+    again = lmp_trainer(*grid("--json"))
+    document = json.loads(done.stdout)
+    baseline, idea = document["verdicts"]
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(again.stdout) == document and "validation" not in again.stderr
+    assert (baseline["experiment"], idea["experiment"]) == ("gpt2ish", "value_norm")
+    assert idea["baseline"] == "gpt2ish" and idea["seeds"] == 2 and not document["failures"]
+    assert {"mean", "sd", "difference", "interval", "p", "p_holm", "verdict"} <= idea.keys()
+    table = lmp_trainer(*grid()).stdout
+    assert f"{idea['difference']:+.4f}" in table and idea["verdict"] in table
+
+
+@pytest.mark.slow
+def test_two_grids_on_one_folder_share_the_runs(place):
+    processes = [
+        subprocess.Popen(
+            command(*grid("--json", exp="gpt2ish", seeds=6)), stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    answers = [json.loads(process.communicate(timeout=100)[0]) for process in processes]
+    rows = [read_rows(path) for path in place.rglob("train.csv")]
+
+    assert answers[0] == answers[1] and answers[0]["verdicts"][0]["seeds"] == 6
+    assert len(rows) == 6
+    assert all([row["step"] for row in run] == list(range(1, 41)) for run in rows)
+
+
+@pytest.mark.slow
+def test_a_failed_run_of_a_grid_is_in_the_verdict_and_the_exit_code_is_3(place):
+    (place / "experiments").mkdir()
+    normed = "        x_BTC = self.final_norm(x_BTC)\n"
+    blow_up = "        if self.training and T == 32:\n            x_BTC = x_BTC / 0.0\n"
+    wild = (ROOT / "experiments/gpt2ish.py").read_text().replace(normed, normed + blow_up)
+    (place / "experiments/wild.py").write_text(wild)
+    done = lmp_trainer(*grid("--json", exp="gpt2ish,wild"))
+    document = json.loads(done.stdout)
+
+    assert done.returncode == 3 and len(document["failures"]) == 2
+    assert document["verdicts"][1]["failures"] == 2 and document["verdicts"][1]["verdict"] is None
+    assert document["verdicts"][0]["seeds"] == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_goes_on_where_it_stopped(place):
+    args = grid("--tokens", str(300 * 128), exp="gpt2ish")
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    folder = place / "runs/words/gpt2ish,tokens=38400"
+    curve = folder / "seed-1/train.csv"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
+        time.sleep(0.05)  # until it trains the second run
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    state = json.loads((folder / "seed-1/run.json").read_text())
+    again = lmp_trainer(*args)
+
+    assert process.returncode == 130 and "goes on from here" in stderr, stderr
+    assert state["status"] == "stopped"
+    assert again.returncode == 0 and "going on at step" in again.stderr
+    assert "seed 0: validation" not in again.stderr
+
+
+@pytest.mark.slow
+def test_a_greedy_search_prints_its_path_and_draws_it(place):
+    args = ["--plan", "words.json", "--greedy", "ue,value_norm", "--seeds", "2", "--tokens", "2000"]
+    done = lmp_trainer(*args, "--json")
+    document = json.loads(done.stdout)
+    first = document["rounds"][0]
+
+    assert done.returncode == 0, done.stderr
+    assert first["stack"] == "gpt2ish"
+    assert {c["name"] for c in first["candidates"]} == {"ue", "value_norm"}
+    assert Path(document["plot"]).is_file()
+    assert "best stack: " in lmp_trainer(*args).stdout
+
+
+def test_a_stack_is_written_as_a_file_that_can_be_trained(place):
+    done = lmp_trainer("--exp", "value_norm+ue", "--write", "experiments/mine.py")
+    again = lmp_trainer("--exp", "value_norm+ue", "--write", "experiments/mine.py")
+    checked = lmp_trainer("--exp", "mine", "--check")
+
+    assert (done.returncode, again.returncode, checked.returncode) == (0, 2, 0)
+    assert "is there already" in again.stderr
+
+
+def test_a_conflict_exits_with_2_shows_both_hunks_and_writes_the_markers(place):
+    (place / "experiments").mkdir()
+    base = (ROOT / "experiments/gpt2ish.py").read_text()
+    for name in ("relu", "silu"):
+        text = base.replace("F.gelu", f"F.{name}").replace(
+            "Source:", "Changed from gpt2ish: MLP.\nSource:", 1
+        )
+        (place / f"experiments/{name}.py").write_text(text)
+    described = lmp_trainer("--exp", "relu+silu", "--describe")
+    written = lmp_trainer("--exp", "relu+silu", "--write", "both.py")
+
+    assert described.returncode == written.returncode == 2
+    for words in ("F.relu", "F.silu", "--write"):
+        assert words in described.stderr
+    assert "<<<<<<< relu" in (place / "both.py").read_text()
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import pytest
 from lmplay.catalog import resolve
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import read_plan
-from lmplay.run_folder import RunFolder
 from lmplay.train import budget, grid
 from lmplay.train.apart import Relay, apart
 from lmplay.train.budget import sized
