@@ -14,6 +14,7 @@ The intervals come from drawing the runs anew with replacement, not the comparis
 that is known, however many comparisons are made of them.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def train(out_dir: Path, runs: int, factor: float) -> np.ndarray:
     command = [sys.executable, "-m", "lmplay.train", "--exp", "gpt2ish", "--plan", str(PLAN)]
     command += [word for key, value in changes.items() for word in ("--set", f"{key}={value!r}")]
     command += ["--seeds", str(runs), "--out-dir", str(out_dir), "--device", "cpu", "--json"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a model this small is slower on two
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread)
     found = []
     for seed in range(runs):
         folder = RunFolder(run_path(out_dir, PLAN.stem, "gpt2ish", changes, seed))
