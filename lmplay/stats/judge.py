@@ -88,10 +88,8 @@ def _standing(pairs: list[Pair]) -> _Standing:
     counted, left_out = _counted(pairs, is_baseline)
     finals = [pair.run.final for pair in counted]
     losses = [float(final["loss"]) for final in finals]
-    differences = np.array([])
-    if not is_baseline:
-        differences = np.array([loss - float(pair.baseline.final["loss"])
-                                for loss, pair in zip(losses, counted, strict=True)])  # fmt: skip
+    theirs = [] if is_baseline else [float(pair.baseline.final["loss"]) for pair in counted]
+    differences = np.array(losses[: len(theirs)]) - np.array(theirs)
     test = paired(differences) if len(differences) > 1 else None
     ratios, ratio_marks = ({}, []) if is_baseline else _ratios(counted)
     parameters = runs[0].facts["parameters"]
@@ -167,7 +165,7 @@ def _counted(pairs: list[Pair], is_baseline: bool) -> tuple[list[Pair], list[str
     for ruler in rulers:
         if ruler is not counted:
             why = why_not_comparable(ruler[0].run, counted[0].run)
-            reasons[f"not mixed with the other seeds: {why}"] = ruler
+            reasons.setdefault(f"not mixed with the other seeds: {why}", []).extend(ruler)
     return counted, [_with_seeds(why, those, len(pairs)) for why, those in reasons.items()]
 
 
@@ -245,9 +243,10 @@ def _ratio(pairs: list[Pair], column: str) -> dict | None:
     whole = [float(pair.run.final[column]) for pair in pairs]
     of = [float(pair.baseline.final[column]) for pair in pairs]
     spent = [w if n is None else n for n, w in zip(needed, whole, strict=True)]
-    if not pairs or min(spent) <= 0 or min(of) <= 0:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(np.array(spent) / np.array(of))
+    if not pairs or not np.isfinite(logs).all():
         return None
-    logs = np.log(np.array(spent) / np.array(of))
     interval = None
     if None in needed:
         bound = ">="
@@ -284,7 +283,8 @@ def _unequal_seconds(pairs: list[Pair]) -> list[str]:
     share = ours / theirs - 1
     if abs(share) <= _UNEQUAL:
         return []
-    return [f"took {abs(share):.0%} {'more' if share > 0 else 'fewer'} seconds than its baseline"]
+    much = f"{100 * abs(share):.0f} % {'more' if share > 0 else 'fewer'}"
+    return [f"took {much} seconds than its baseline"]
 
 
 def _edits(pairs: list[Pair]) -> list[str]:

@@ -271,6 +271,15 @@ def test_pairs_of_two_rulers_are_not_averaged_and_the_larger_number_counts(seeds
         assert row["marks"] == ["not mixed with the other seeds: other training data (seed 2)"]
 
 
+def test_seeds_on_several_other_rulers_are_all_said(seeds, make_run):
+    folders = [*seeds("gpt2ish", [4.0, 4.1])]
+    folders += [make_run(seed=n, data={"fingerprint": str(n)}) for n in (2, 3)]
+
+    (row,) = judged(*folders)
+
+    assert row["marks"] == ["not mixed with the other seeds: other training data (seeds 2, 3)"]
+
+
 def test_two_finished_runs_of_one_label_and_seed_are_not_chosen_between(seeds, make_run):
     folders = [*seeds("gpt2ish", [4.0, 4.1, 4.2]), *seeds("ue", [3.9, 4.0, 4.0])]
     runs = [read_run(folder) for folder in [*folders, folders[-1]]]
@@ -467,7 +476,7 @@ def test_a_league_of_seconds_that_took_more_of_them_is_marked(make_run):
 
     assert row_of(rows, "slow,budget=seconds")["marks"] == [
         "one seed: no evidence",
-        "took 12% more seconds than its baseline",
+        "took 12 % more seconds than its baseline",
     ]
 
 
