@@ -376,7 +376,8 @@ def path_figure(rounds: list[dict]) -> Figure:
     axes.set_position(tuple(np.array(place) / (width, height, width, height)))
     axes.set_xlim(-before, end)
     axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+    ticks = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    axes.set_yticks(ticks[(low <= ticks) & (ticks <= high)])
     axes.set_ylabel("final validation loss (nats per token)")
     axes.grid(False, axis="x")
     stacks = _stacks(rounds)
@@ -394,11 +395,15 @@ def path_figure(rounds: list[dict]) -> Figure:
 
 
 def _range_of_path(rounds: list[dict]) -> tuple[float, float]:
+    """Room for the means and their intervals, but not for one that is far off or very long."""
     measured = [c for one in rounds for c in one["candidates"] if c["mean"] is not None]
     means = np.array([one["mean"] for one in [*rounds, *measured]])
-    ends = np.array([(mean, mean) for mean in means] + [_ends(c) for c in measured])
     low, high = common_range(means, means)
-    low, high = with_room(low, high, ends[:, 0], ends[:, 1])
+    ends = np.array([_ends(c) for c in measured if low <= c["mean"] <= high])
+    if len(ends):
+        centres, halves = ends.mean(axis=1), np.diff(ends).ravel() / 2
+        halves = np.minimum(halves, 3 * np.median(halves))
+        low, high = min(low, (centres - halves).min()), max(high, (centres + halves).max())
     pad = 0.06 * (high - low) or 0.02 * abs(high) or 1.0
     return low - pad, high + pad
 
