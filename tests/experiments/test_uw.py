@@ -18,9 +18,27 @@ COUNTS = {
     "uw1_0": 120_652_012,
     "uw1_1": 120_694_289,
     "uw1_2": 120_828_332,
+    "uw2": 191_627_089,
+    "uw2_0": 191_627_089,
+    "uw2_1": 191_718_892,
+    "uw2_4": 196_046_572,
+    "uw2_5": 157_392_793,
+    "uw2_6": 200_765_932,
+    "uw6": 217_752_932,
+    "uw6_0": 217_752_932,
+    "uw6_1": 169_239_908,
+    "uw6_2": 169_137_853,
+    "uw6_3": 216_826_688,
+    "uw6_4": 387_622_244,
+    "uw6_5": 406_470_161,
+    "uw6_6": 406_468_625,
 }
-TARGETS = {"uw1": "gpt2ish"}  # what a file folds to
-DEPLOYED = {"gpt2ish": 120_560_209}
+TARGETS = {"uw1": "gpt2ish", "uw2": "gpt2ish", "uw6": "normless"}  # what a file folds to
+DEPLOYED = {"gpt2ish": 120_560_209, "normless": 120_541_777}
+DEPLOYED_OF_A_NAME = {"uw6_3": 120_500_305, "uw6_6": 120_540_241}  # where it is another size
+CONTROLS = {"normless": 120_541_777, "normless_unbiased": 120_500_305, "normless_all": 120_540_241}
+
+SHARED = ("block_bias", "final_norm")  # what a model and the one it folds to both have as values
 
 every_name = pytest.mark.parametrize("name", COUNTS)
 
@@ -31,8 +49,11 @@ def experiment(name: str) -> Experiment:
     return load_experiment(next(entry for entry in entries if entry.name == name))
 
 
-def target_of(name: str) -> str:
-    return TARGETS[experiment(name).entry.file]
+def target_of(name: str) -> tuple[str, dict[str, object]]:
+    """What this name folds to, and the values of its Config that are not the defaults."""
+    entry = experiment(name).entry
+    values = {key: value for key, value in entry.variant.items() if key in SHARED}
+    return TARGETS[entry.file], values
 
 
 def tiny(name: str, seed: int = 0, **values) -> nn.Module:
@@ -82,17 +103,18 @@ def test_the_parameter_count_is_the_catalogues(name):
 
 @every_name
 def test_folding_gives_the_size_and_the_shapes_of_what_it_folds_to(name):
-    target = target_of(name)
+    target, values = target_of(name)
     plain = folded(on_meta(name))
 
-    assert num_parameters(plain) == DEPLOYED[target]
-    assert shapes(plain) == shapes(on_meta(target))
+    assert num_parameters(plain) == DEPLOYED_OF_A_NAME.get(name, DEPLOYED[target])
+    assert shapes(plain) == shapes(on_meta(target, **values))
 
 
 @every_name
 def test_a_trained_model_answers_as_the_one_that_it_folds_to(name):
     model = trained(tiny(name))
-    plain = tiny(target_of(name), seed=9).eval()
+    target, values = target_of(name)
+    plain = tiny(target, seed=9, **values).eval()
     plain.load_state_dict(folded(model).state_dict())
     tokens_BT = random_tokens(B=3, T=16)
 
@@ -149,3 +171,130 @@ def test_what_moves_all_logits_of_a_position_alike_changes_no_loss():
         model.head.column_shift.scalar += 1.0
 
     torch.testing.assert_close(Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).loss, before)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_has_the_size_of_what_it_controls(name):
+    assert num_parameters(on_meta(name)) == CONTROLS[name]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    tokens_BT = random_tokens(B=4, T=16)
+    Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "nets"),
+    [
+        ("uw2_0", {"bias_net"}),
+        ("uw2_5", {"bias_net"}),
+        ("uw2_6", {"bias_net", "head_bias_net"}),
+    ],
+)
+def test_uw2_keeps_each_network_once(name, nets):
+    model = tiny(name)
+    once = [f"{net}.layer.{part}" for net in sorted(nets) for part in ("bias", "weight")]
+
+    assert sorted(key for key in model.state_dict() if "net" in key) == once
+
+
+@pytest.mark.parametrize(
+    ("name", "by_head", "by_blocks"),
+    [("uw2_4", "bias_net", "bias_net"), ("uw2_6", "head_bias_net", "bias_net")],
+)
+def test_every_layer_trains_the_network_that_predicts_its_bias(name, by_head, by_blocks):
+    model = tiny(name)
+    users = {"head": model.head, "up": model.blocks[0].mlp.up, "key": model.blocks[1].attention.key}
+
+    for user, layer in users.items():
+        model.zero_grad()
+        layer.effective()[1].sum().backward()
+        trained_nets = {
+            net
+            for net in ("bias_net", "head_bias_net")
+            if hasattr(model, net) and getattr(model, net).layer.weight.grad is not None
+        }
+
+        assert trained_nets == {by_head if user == "head" else by_blocks}
+
+
+def predicted_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "column_scale")]
+
+
+@pytest.mark.parametrize("name", ["uw6_0", "uw6_3", "uw6_4", "uw6_5", "uw6_6"])
+def test_uw6_starts_as_normless_with_its_weights_and_biases(name):
+    _, values = target_of(name)
+    model = tiny(name, seed=3).eval()
+    plain = tiny("normless", seed=9, **values).eval()
+    same = {key: value for key, value in model.state_dict().items() if key in shapes(plain)}
+    plain.load_state_dict(same, strict=False)
+    for key, layer in model.named_modules():
+        if getattr(layer, "shift", None) is not None:
+            plain.get_submodule(key).bias.data = layer.shift().detach()
+    tokens_BT = random_tokens(B=3, T=16)
+
+    assert moved(plain(tokens_BT), model(tokens_BT)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["uw6_0", "uw6_4", "uw6_5"])
+def test_uw6_vectors_start_at_their_values_and_all_of_each_is_trained(name):
+    model = tiny(name)
+    starts = {
+        key: vector().detach() for key, vector in model.named_modules() if hasattr(vector, "offset")
+    }
+    sizes = {key: grad.abs().max() for key, grad in gradients(model).items()}
+
+    assert len(starts) == 3 * 6 * 2 + (3 if name == "uw6_5" else 0)
+    for key, start_N in starts.items():
+        if key.endswith("scale"):
+            torch.testing.assert_close(start_N, torch.ones_like(start_N), rtol=0, atol=1e-6)
+        else:
+            assert 0.001 < start_N.abs().max() < 0.0101
+    assert all(size > 0 for size in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "users"),
+    [
+        ("uw6_0", {"size_16": 30, "size_64": 6}),
+        (
+            "uw6_4",
+            {
+                **{f"{role}_16": 6 for role in ("query", "key", "value", "output")},
+                **{"up_16": 2, "up_64": 4, "down_64": 2, "down_16": 4},
+            },
+        ),
+        (
+            "uw6_5",
+            {
+                **{f"{role}_16": 6 for role in ("query", "key", "value", "output")},
+                **{"up_16": 2, "up_64": 4, "down_64": 2, "down_16": 4, "head_16": 1},
+            },
+        ),
+    ],
+)
+def test_uw6_shares_a_net_between_vectors_of_one_size_or_of_one_role_and_size(name, users):
+    nets = tiny(name).nets
+
+    assert {key: len(net.inputs) for key, net in nets.items()} == users
+    assert sum(key.startswith("nets.") for key in tiny(name).state_dict()) == len(users) + sum(
+        users.values()
+    )
+
+
+def test_predicting_all_vectors_at_once_is_predicting_each_alone():
+    ours, alone = tiny("uw6_0").double(), tiny("uw6_0").double()
+    for net in alone.nets.values():
+        net.open = lambda: None  # so that every vector asks for its own
+    theirs = gradients(alone)
+
+    for key, grad in gradients(ours).items():
+        torch.testing.assert_close(grad, theirs[key])
+
+
+def test_no_prediction_outlives_its_pass():
+    model = trained(tiny("uw6_0"))
+
+    assert all(net.rows is None for net in model.nets.values())
