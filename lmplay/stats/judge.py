@@ -247,14 +247,14 @@ def _ratio(pairs: list[Pair], column: str) -> dict | None:
         logs = np.log(np.array(spent) / np.array(of))
     if not pairs or not np.isfinite(logs).all():
         return None
+    reached = [(pair, n) for pair, n in zip(pairs, needed, strict=True) if n is not None]
+    is_upper = any(_is_upper_bound(pair, n, column) for pair, n in reached)
+    if is_upper and None in needed:
+        return None  # at most for some seeds, at least for others: their mean bounds nothing
+    bound = ">=" if None in needed else "<=" if is_upper else ""
     interval = None
-    if None in needed:
-        bound = ">="
-    else:
-        early = [_is_upper_bound(pair, n, column) for pair, n in zip(pairs, needed, strict=True)]
-        bound = "<=" if any(early) else ""
-        if len(logs) > 1:
-            interval = [float(end) for end in np.exp(mean_interval(logs)[1:])]
+    if len(logs) > 1 and None not in needed:
+        interval = [float(end) for end in np.exp(mean_interval(logs)[1:])]
     return {"value": float(np.exp(logs.mean())), "interval": interval, "bound": bound}
 
 

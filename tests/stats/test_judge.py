@@ -392,6 +392,19 @@ def test_where_a_seed_does_not_come_to_that_loss_its_whole_budget_stands_in(make
     assert "came to its baseline's loss on 1 of 2 seeds" in row["marks"]
 
 
+def test_upper_bounds_of_some_seeds_and_lower_bounds_of_others_make_no_ratio(make_run):
+    base = [make_run(seed=seed, losses=falling(4.0), schedule="linear") for seed in (0, 1)]
+    idea = [
+        make_run("ue", seed=0, losses=falling(3.0), schedule="linear"),
+        make_run("ue", seed=1, losses=falling(4.5), schedule="linear"),
+    ]
+
+    row = judged(*base, *idea)[1]
+
+    assert row["tokens_ratio"] is None and row["seconds_ratio"] is None
+    assert "came to its baseline's loss on 1 of 2 seeds" in row["marks"]
+
+
 def test_a_model_that_is_there_before_training_has_no_ratio(make_run):
     idea = make_run("ue")
     idea.validation_csv.write_text(
