@@ -398,8 +398,11 @@ def _range_of_path(rounds: list[dict]) -> tuple[float, float]:
     """Room for the means and their intervals, but not for one that is far off or very long."""
     measured = [c for one in rounds for c in one["candidates"] if c["mean"] is not None]
     means = np.array([one["mean"] for one in [*rounds, *measured]])
+    stacks = [one["mean"] for one in rounds]
     low, high = common_range(means, means)
-    ends = np.array([_ends(c) for c in measured if low <= c["mean"] <= high])
+    low, high = min([low, *stacks]), max([high, *stacks])  # the path itself is always there
+    reach = max(np.ptp([low, high]), 1e-12) / 4
+    ends = np.array([_ends(c) for c in measured if low - reach <= c["mean"] <= high + reach])
     if len(ends):
         centres, halves = ends.mean(axis=1), np.diff(ends).ravel() / 2
         halves = np.minimum(halves, 3 * np.median(halves))

@@ -365,3 +365,15 @@ def test_spreading_keeps_the_order_the_gap_and_the_limits(wanted, gap, fixed):
 
 def test_places_that_are_far_apart_stay():
     assert spread(np.array([3.0, 1.0, 5.0]), 0.5, 0.0, 10.0).tolist() == [3.0, 1.0, 5.0]
+
+
+def test_the_path_is_whole_also_where_one_idea_leaves_all_others_behind():
+    rounds = [
+        a_round(
+            1, "gpt2ish", 5.52, "a", candidate("a", 5.21, "better", True), candidate("b", 5.55)
+        ),
+        a_round(2, "a", 5.21, None, candidate("b", 5.31)),
+    ]
+    low, high = path_figure(rounds).axes[0].get_ylim()
+
+    assert low < 5.21 and 5.55 < high
