@@ -5,8 +5,9 @@ Idea: a weight is moved by its own gradient alone. Here every row of a weight ma
     optimizer moves many weights at once. uw1_1 adds multipliers of the columns, uw1_2 also offsets
     of rows and columns. All start neutral, so one seed gives gpt2ish's answers at the start; what
     can be learned is the same as well, only the way there differs. After training each layer is
-    multiplied out. Softmax cancels what adds one number to all logits of a position, so two parts
-    of the head learn nothing: the offset of its bias and those of its columns.
+    multiplied out. Softmax cancels what adds one number to all logits of a position, the norms what
+    adds one to all channels of the stream: offsets of biases and of columns learn nothing in the
+    head, in attention's output and in the MLP's `down`.
 Source: Jeff Ward, jmward01/lmplay.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, Adjuster, UnifiedLinear, Attention, MLP, Model.
