@@ -87,7 +87,7 @@ def rates(measure, values_N: np.ndarray, comparisons: int) -> list[dict]:
     rows = []
     for num_seeds in SEEDS_IN_AN_ARM:
         again = [
-            measure(values_N, whole.again(), num_seeds, max(200, comparisons // 10))
+            measure(values_N, whole.again(), num_seeds, max(200, comparisons // 2))
             for _ in range(RESAMPLES)
         ]
         rows.append(

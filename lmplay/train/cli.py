@@ -221,6 +221,8 @@ def main(
         for path in dataset.files or []:
             existing(path)
     resumes = _resume(resume)
+    if ideas and (seeds or 1) < 2:
+        raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     if is_grid:
         _refuse_for_many(resumes)
     rows, precision = _mini_batch_size(mini_batch_size), _precision(amp, precision)
@@ -338,8 +340,6 @@ def _train_all(
 
 
 def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool):
-    if len(seeds) < 2:
-        raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     from lmplay.stats.verdict_plots import draw_path
     from lmplay.train.greedy import search
     from lmplay.train.grid import Bench

@@ -42,6 +42,7 @@ def test_a_run_of_a_grid_is_the_run_that_it_would_be_alone(place, display):
     assert len(done.results) == 4 and not done.failures
     for each in requests:
         alone = replace(each, out_dir=Path("alone"))
+        display.begin(alone.label, alone.seed)
         apart(run_experiment, alone, display, Relay())
         assert weights(each.folder.path) == weights(alone.folder.path)
 
