@@ -67,7 +67,12 @@ def edits_of(base: list[str], new: list[str], idea: int = 0) -> list[Edit]:
     return [Edit(idea, i, j, tuple(new[k:m])) for tag, i, j, k, m in blocks if tag != "equal"]
 
 
-def merge(base: list[str], ideas: dict[str, list[str]], file: str = "the ancestor") -> list[str]:
+def merge(
+    base: list[str],
+    ideas: dict[str, list[str]],
+    file: str = "the ancestor",
+    numbers: list[int] | None = None,
+) -> list[str]:
     """The lines of `base` with the edits of every idea.
 
     Insertions at one place keep the order of the ideas; equal replacements, and equal insertions
@@ -76,6 +81,7 @@ def merge(base: list[str], ideas: dict[str, list[str]], file: str = "the ancesto
     Args:
         ideas: the changed lines, by name.
         file: what the ancestor is called in a report.
+        numbers: of the lines of `base` in that file; without them they are counted from 1.
     Raises:
         Conflict: two edits collide; the report shows both.
     """
@@ -89,7 +95,8 @@ def merge(base: list[str], ideas: dict[str, list[str]], file: str = "the ancesto
         merged += base[at:start]
         if _collide(group):
             versions = _versions(base, group, start, stop)
-            reports.append(_report(base, group, names, file))
+            where = (numbers or range(1, len(base) + 1))[min(start, len(base) - 1)]
+            reports.append(_report(base, group, names, f"{file}, line {where}"))
             merged += _marked({names[idea]: lines for idea, lines in versions.items()})
         else:
             merged += _applied(base, group, start, stop)
@@ -103,19 +110,20 @@ def merge(base: list[str], ideas: dict[str, list[str]], file: str = "the ancesto
 def compose(name: str, base: Part, parts: list[Part], variant: dict[str, object]) -> str:
     """The source of a stack: the ancestor's with the edits of all parts.
 
-    The docstring, TINY and VARIANTS are written anew: every idea's words and sources, what differs
-    from the ancestor, the tiny values of all, and the variant's values under the stack's name.
+    The docstring, the legend of dimensions, TINY and VARIANTS are written anew: every idea's words
+    and sources, what differs from the ancestor, the dimensions and tiny values of all, and the
+    variant's values under the stack's name.
 
     Raises:
         Conflict: edits collide, or two ideas add one name to one scope.
         UserError: the merged file is not valid Python.
     """
-    bodies = {part.name: _body(part.source) for part in parts}
-    base_body = _body(base.source)
+    bodies = {part.name: list(_body(part.source).values()) for part in parts}
+    numbers, base_body = (list(part) for part in zip(*_body(base.source).items(), strict=True))
     file = f"{base.name}.py"
     tiny = _composed_tiny(base, parts, file)
     try:
-        merged = merge(base_body, bodies, file)
+        merged = merge(base_body, bodies, file, numbers)
     except Conflict as conflict:
         lines = conflict.merged.splitlines(keepends=True)
         raise Conflict(conflict.problem, _headed(name, base, parts, lines, tiny, variant)) from None
@@ -161,9 +169,12 @@ def _shared_names(base: list[str], bodies: dict[str, list[str]]) -> str:
     owners: dict[tuple[str, str], tuple[str, str]] = {}
     reports = []
     for name, body in bodies.items():
+        once: set[str] = set()  # classes that another idea adds just so
         for (scope, what), text in added_names("".join(base), "".join(body)).items():
             other, theirs = owners.setdefault((scope, what), (name, text))
-            if other == name or (scope == "the file" and theirs == text):
+            if scope == "the file" and other != name and theirs == text:
+                once.add(what)
+            if other == name or what in once or scope.partition(",")[0] in once:
                 continue
             hunks = [
                 _hunk(who, [], says.splitlines()) for who, says in ((other, theirs), (name, text))
@@ -243,13 +254,11 @@ def _versions(base: list[str], group: list[Edit], start: int, stop: int) -> dict
     }
 
 
-def _report(base: list[str], group: list[Edit], names: list[str], file: str) -> str:
+def _report(base: list[str], group: list[Edit], names: list[str], where: str) -> str:
     who = list(dict.fromkeys(names[edit.idea] for edit in group))
-    line = group[0].start + 1
     hunks = [
         _hunk(names[edit.idea], base[edit.start : edit.stop], list(edit.lines)) for edit in group
     ]
-    where = f"{file}, from line {line} of what follows its docstring"
     return "\n".join([f"{' and '.join(who)} change one place of {where}:", *hunks])
 
 
@@ -266,11 +275,14 @@ def _marked(versions: dict[str, list[str]]) -> list[str]:
     return [*marked, f">>>>>>> {others[-1][0] if others else first}\n"]
 
 
-def _body(source: str) -> list[str]:
-    """The lines of a file without its docstring, TINY and VARIANTS, which a stack writes anew."""
+def _body(source: str) -> dict[int, str]:
+    """Number and text of the lines that a stack does not write anew.
+
+    It writes the docstring, the legend, TINY and VARIANTS.
+    """
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
-    gone = set()
+    gone = set(_legend_lines(lines))
     for node in tree.body:
         is_docstring = node is tree.body[0] and isinstance(node, ast.Expr)
         names = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
@@ -278,7 +290,29 @@ def _body(source: str) -> list[str]:
             gone |= set(range(node.lineno - 1, node.end_lineno))
             if is_docstring and not lines[node.end_lineno].strip():
                 gone.add(node.end_lineno)
-    return [line for number, line in enumerate(lines) if number not in gone]
+    return {number + 1: line for number, line in enumerate(lines) if number not in gone}
+
+
+def _legend_lines(lines: list[str]) -> range:
+    """Where the comment stands that names the dimensions, with the blank line below it."""
+    start = next((i for i, line in enumerate(lines) if line.startswith("# B rows")), None)
+    if start is None:
+        return range(0)
+    stop = start
+    while stop < len(lines) and lines[stop].startswith("#"):
+        stop += 1
+    return range(start, stop + 1)
+
+
+def _legend(sources: list[str]) -> str:
+    """The dimensions of all sources, each meaning once, as one comment."""
+    entries: dict[str, None] = {}
+    for source in sources:
+        lines = source.splitlines()
+        text = " ".join(lines[i].removeprefix("#").strip() for i in _legend_lines(lines))
+        entries |= dict.fromkeys(re.split(r", (?=[A-Z]\b)", text.strip()))
+    text = ", ".join(entry for entry in entries if entry)
+    return "\n".join(f"# {line}" for line in textwrap.wrap(text, _LINE - 2))
 
 
 def _once(merged: list[str]) -> list[str]:
@@ -327,11 +361,12 @@ def _headed(
     first = next(i for i, line in enumerate(body) if re.match(r"@|class |def |<<<<<<<", line))
     above = "".join(body[:first]).strip("\n")
     below = "".join(body[first:])
+    legend = _legend([base.source, *(part.source for part in parts)])
     literals = f"VARIANTS = {_literal({name: variant})}\n" if variant else ""
     literals += f"TINY = {_literal(tiny)}\n"
     changed = _changed(base, below)
     docstring = _docstring(name, base, parts, changed)
-    return f'"""{docstring}"""\n\n{above}\n\n{literals}\n\n{below}'
+    return f'"""{docstring}"""\n\n{above}\n\n{legend}\n\n{literals}\n\n{below}'
 
 
 def _changed(base: Part, below: str) -> list[str]:

@@ -285,7 +285,8 @@ def test_an_idea_that_a_merge_swallowed_fails_the_check():
         assert found["ideas"].passed is False and name in found["ideas"].detail
 
 
-@pytest.mark.parametrize("pair", list(itertools.permutations(BUNDLED, 2)), ids="+".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", list(itertools.combinations(BUNDLED, 2)), ids="+".join)
 def test_bundled_pairs_stack_and_pass_the_check_or_show_both_hunks(pair):
     try:
         found = failed("+".join(pair))
