@@ -87,7 +87,7 @@ def rates(measure, values_N: np.ndarray, comparisons: int) -> list[dict]:
     rows = []
     for num_seeds in SEEDS_IN_AN_ARM:
         again = [
-            measure(values_N, whole.again(), num_seeds, max(200, comparisons // 2))
+            measure(values_N, whole.again(), num_seeds, max(200, comparisons // 10))
             for _ in range(RESAMPLES)
         ]
         rows.append(
@@ -125,7 +125,7 @@ def main(
     runs: Annotated[int, Option(help="Seeds of each kind.", min=30, metavar="N")] = 60,
     comparisons: Annotated[
         int, Option(help="Comparisons for each number of seeds.", min=200, metavar="N")
-    ] = 2000,
+    ] = 10_000,
     out_dir: Annotated[Path, Option(help="Folder of the runs.", metavar="PATH")] = Path("runs"),
     as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON document.")] = False,
 ) -> None:
