@@ -32,7 +32,7 @@ def datasets_of(name):
 
 def test_the_plans_of_the_original_are_all_here():
     named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
-    named += "l_instruction_ft full_v1 full all quick small shakespeare fineweb_edu"
+    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu"
 
     assert set(NAMES) == {*named.split(), *SEVEN}
 
