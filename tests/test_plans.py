@@ -75,15 +75,16 @@ def test_a_plan_dumped_to_a_file_is_the_same_plan(name, tmp_path):
 
 
 @every_plan
-def test_validation_takes_at_most_a_tenth_of_the_time(name):
+def test_validation_takes_about_a_tenth_of_the_time_at_most(name):
     plan = read_plan(name)
     cost = plan.validation.tokens / 3  # a forward pass is a third of a training step
+    most = 0.125 if name == "minute" else 0.1  # where curves are compared over seeds
 
     if plan.tokens is None:  # the length is known once all is prepared
-        assert cost <= 0.1 * plan.validation.every_tokens
+        assert cost <= most * plan.validation.every_tokens
     else:
         number = 1 + ceil(plan.tokens / plan.validation.every_tokens)  # the first is before step 1
-        assert number * cost <= 0.1 * plan.tokens
+        assert number * cost <= most * plan.tokens
 
 
 @every_plan
@@ -130,7 +131,7 @@ def test_default_is_the_published_recipe_of_the_original():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - {"quick", "small", "shakespeare", "fineweb_edu"})
+    "name", sorted(set(NAMES) - {"quick", "minute", "small", "shakespeare", "fineweb_edu"})
 )
 def test_the_plans_of_the_original_differ_in_their_data_only(name):
     data = {"name", "description", "datasets", "stages", "tokens"}
