@@ -71,13 +71,20 @@ def resolve(text: str) -> Entry:
     if looks_like_path(text, ".py"):
         path = Path(text)
         if not path.is_file():
-            raise UserError(f"there is no experiment file {text}", hint="try --exp list")
+            hint = "try --exp list"
+            if "+" in text:
+                hint = "a stack joins names: put the file into experiments/ and name it without .py"
+            raise UserError(f"there is no experiment file {text}", hint)
         return read_file(path.resolve())[0]
     known = entries()
+    if "+" in text and text not in known:
+        return stacked([_named(part, known) for part in text.split("+")])
+    return _named(text, known)
+
+
+def _named(text: str, known: dict[str, Entry]) -> Entry:
     if text in known:
         return known[text]
-    if "+" in text:
-        return _stacked([resolve(part) for part in text.split("+")])
     unlisted = files("experiments", ".py")
     if text in unlisted:
         return read_file(unlisted[text])[0]  # which says what is wrong with it
@@ -93,7 +100,14 @@ def canonical_name(entry: Entry) -> str:
     return next(name for name, values in named.items() if values == entry.variant)
 
 
-def _stacked(ideas: list[Entry]) -> Entry:
+def stacked(ideas: list[Entry]) -> Entry:
+    """The stack of these experiments; of a single one, itself.
+
+    Raises:
+        UserError: they do not stack; `stack.Conflict` where their edits collide.
+    """
+    if len(ideas) == 1:
+        return ideas[0]
     name = "+".join(idea.name for idea in ideas)
     lines = [_line_of(idea) for idea in ideas]
     shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
@@ -179,12 +193,23 @@ def read_source(source: str, path: Path) -> list[Entry]:
 def parent_of(entry: Entry) -> Entry | None:
     """The entry of the file that this one was copied from; None for a root.
 
-    The parent is looked for beside the file first, then by name.
+    That of a stack is the common ancestor that it was made from.
     """
-    if entry.parent is None:
-        return None
-    beside = entry.path.with_name(f"{entry.parent}.py")
-    return read_file(beside)[0] if beside.is_file() else resolve(entry.parent)
+    return None if entry.parent is None else named_in(entry, entry.parent)
+
+
+def named_in(entry: Entry, name: str) -> Entry:
+    """The experiment that the docstring of `entry` calls `name`.
+
+    It is looked for beside the file first, then by name. A stack lies in no folder: its ideas and
+    what they are copied from come first.
+    """
+    for idea in entry.ideas:
+        for known in _line_of(idea):
+            if known.file == name:
+                return replace(known, name=name, variant={})
+    beside = entry.path.with_name(f"{name}.py")
+    return read_file(beside)[0] if not entry.ideas and beside.is_file() else resolve(name)
 
 
 def diff(entry: Entry) -> str:

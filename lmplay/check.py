@@ -244,31 +244,65 @@ class _Lesson:
 def _holds_every_idea(bench: _Bench) -> str:
     """A merge that swallowed an idea would be the stack of the others under a wrong name."""
     entry = bench.experiment.entry
-    parent = catalog.parent_of(entry)
-    before = set(_Bench(load_experiment(parent)).model().state_dict())
+    before = _Bench(load_experiment(catalog.parent_of(entry))).model().state_dict().keys()
     tokens_BT = bench.tokens(B=3)
-    stacks = {"fresh": bench.model().eval(), "shaken": bench.shaken()}
+    fresh, weights = bench.model().state_dict(), bench.shaken().state_dict()
     for idea in entry.ideas:
-        alone = _Bench(load_experiment(idea))
-        missing = alone.model().state_dict().keys() - before - stacks["fresh"].state_dict().keys()
-        if missing:
+        own = _Bench(load_experiment(idea)).model().state_dict().keys()
+        if missing := own - before - fresh.keys():
             raise _Refuted(f"{idea.name}'s {min(missing)} is not in the stack")
-        differs = False
-        for kind, stack in stacks.items():
-            model = alone.model().eval()
-            if kind == "shaken":
-                theirs = stack.state_dict()
-                same = {
-                    name: theirs[name]
-                    for name, weight in model.state_dict().items()
-                    if name in theirs and theirs[name].shape == weight.shape
-                }
-                model.load_state_dict(same, strict=False)
-            outputs = [bench.outputs(one, tokens_BT) for one in (stack, model)]
-            differs |= not torch.equal(*outputs)
-        if not differs:
-            raise _Refuted(f"the outputs are those of {idea.name} alone")
-    return f"the parameters of {', '.join(i.name for i in entry.ideas)}, and more than each does"
+        rest = catalog.stacked([other for other in entry.ideas if other is not idea])
+        without = _Bench(load_experiment(rest))
+        if not _tells_apart(bench, without, weights, tokens_BT):
+            raise _Refuted(f"without {idea.name} it would do the same")
+    names = ", ".join(idea.name for idea in entry.ideas)
+    return f"{names}: their parameters are there, and without any of them it does something else"
+
+
+def _tells_apart(stack: _Bench, without: _Bench, weights: dict, tokens_BT: Tensor) -> bool:
+    """Whether the two differ with the same weights or, where their weights are alike, at start.
+
+    New parameters alone shift the random numbers of all others, so that models that do the same
+    start apart: only where no parameter is new does the start tell anything.
+    """
+    acts = [_acts(bench, weights, tokens_BT) for bench in (stack, without)]
+    if any(not torch.equal(a, b) for a, b in zip(*acts, strict=True)):
+        return True
+    models = [bench.model() for bench in (stack, without)]
+    mine, theirs = (_settings(model) for model in models)
+    starts = [model.state_dict() for model in models]
+    shared = starts[0].keys() & starts[1].keys()
+    if any(mine.get(name) != theirs.get(name) for name in shared):
+        return True
+    alike = [{name: tensor.shape for name, tensor in start.items()} for start in starts]
+    return alike[0] == alike[1] and any(
+        not torch.equal(starts[0][name], starts[1][name]) for name in shared
+    )
+
+
+def _settings(model: nn.Module) -> dict[str, dict]:
+    """What a model asks the optimizer to do with its parameters."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = model.parameter_groups() if hasattr(model, "parameter_groups") else []
+    return {
+        names[id(weight)]: {key: value for key, value in group.items() if key != "params"}
+        for group in groups
+        for weight in group["params"]
+    }
+
+
+def _acts(bench: _Bench, weights: dict, tokens_BT: Tensor) -> list[Tensor]:
+    """Outputs, what training minimises, and outputs after an update, with the weights that fit."""
+    model = bench.model(dropout=0.3).eval()
+    own = model.state_dict()
+    fitting = {k: w for k, w in weights.items() if k in own and own[k].shape == w.shape}
+    model.load_state_dict(fitting, strict=False)
+    outputs = bench.outputs(model, tokens_BT)
+    torch.manual_seed(1)
+    loss = Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.detach()
+    if hasattr(model, "after_step"):
+        model.after_step()
+    return [outputs, loss, bench.outputs(model.eval(), tokens_BT)]
 
 
 def _imports_torch_only(bench: _Bench) -> str:
@@ -538,12 +572,10 @@ def _folds_without_a_trace(bench: _Bench) -> str:
     if not moved <= EXACT:
         raise _Refuted(f"folding moves the logits by {moved:.1e}")
     entry = bench.experiment.entry
-    named = re.search(r"^Folds to: (\w+)\.$", entry.docstring, re.MULTILINE)
+    named = re.search(r"^Folds to: ([\w+]+)\.$", entry.docstring, re.MULTILINE)
     if named is None:
         raise _Refuted("its docstring has no line 'Folds to: <experiment>.'")
-    beside = entry.path.with_name(f"{named[1]}.py")
-    known = catalog.read_file(beside)[0] if beside.is_file() else catalog.resolve(named[1])
-    target = load_experiment(known)
+    target = load_experiment(catalog.named_in(entry, named[1]))
     values = dataclasses.asdict(bench.config)
     shared = {key: values[key] for key in target.fields if key in values}
     deployed = target.model(target.config(**shared)).eval()
@@ -659,6 +691,7 @@ def _where(error: Exception, path: Path) -> str:
 
 def _memory(experiment: Experiment) -> Path:
     parts = [
+        *(f"{idea.source}\0{idea.variant}" for idea in experiment.entry.ideas),
         experiment.source,
         repr(experiment.config(**experiment.tiny)),
         Path(__file__).read_text(encoding="utf-8"),

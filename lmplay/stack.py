@@ -3,6 +3,7 @@
 import ast
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -64,7 +65,46 @@ class Edit:
 def edits_of(base: list[str], new: list[str], idea: int = 0) -> list[Edit]:
     """What turns the lines `base` into `new`, from top to bottom."""
     blocks = SequenceMatcher(None, base, new, autojunk=False).get_opcodes()
-    return [Edit(idea, i, j, tuple(new[k:m])) for tag, i, j, k, m in blocks if tag != "equal"]
+    edits = [Edit(idea, i, j, tuple(new[k:m])) for tag, i, j, k, m in blocks if tag != "equal"]
+    slid: list[Edit] = []
+    for number, edit in enumerate(edits, 1):
+        top = slid[-1].stop + 1 if slid else 0
+        bottom = edits[number].start - 1 if number < len(edits) else len(base)
+        slid.append(_slid(edit, top, bottom, base))
+    return slid
+
+
+def _slid(edit: Edit, top: int, bottom: int, base: list[str]) -> Edit:
+    """An insertion or removal where it begins furthest out, of the places that come to the same.
+
+    A method added between two that end alike is, line by line, as well the end of the first one
+    and all of the method but its end. Taken so, what another idea adds before that end would land
+    behind a `return`.
+    """
+    if edit.lines and not edit.is_insertion:
+        return edit
+    old = base[edit.start : edit.stop]
+    around = [*base[top : edit.start], *(edit.lines or old), *base[edit.stop : bottom]]
+    size = len(edit.lines or old)
+    first = last = edit.start - top
+    while first > 0 and around[first - 1] == around[first - 1 + size]:
+        first -= 1
+    while last + size < len(around) and around[last] == around[last + size]:
+        last += 1
+
+    def inwardness(place: int) -> tuple[int, bool]:
+        begins = next((line for line in around[place : place + size] if line.strip()), "")
+        return _indent(begins), place > 0 and bool(around[place - 1].strip())
+
+    place = min(range(last, first - 1, -1), key=inwardness)
+    start, lines = top + place, tuple(around[place : place + size])
+    if edit.is_insertion:
+        return Edit(edit.idea, start, start, lines)
+    return Edit(edit.idea, start, start + size, ())
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def merge(
@@ -127,29 +167,27 @@ def compose(name: str, base: Part, parts: list[Part], variant: dict[str, object]
     except Conflict as conflict:
         lines = conflict.merged.splitlines(keepends=True)
         raise Conflict(conflict.problem, _headed(name, base, parts, lines, tiny, variant)) from None
-    if shared := _shared_names(base_body, bodies):
-        raise Conflict(shared, _headed(name, base, parts, merged, tiny, variant))
     try:
-        ast.parse("".join(merged))
+        merged = _once(merged)
     except SyntaxError as error:
         problem = f"{name} merges into what is no Python: line {error.lineno}: {error.msg}"
         raise Conflict(problem, _headed(name, base, parts, merged, tiny, variant)) from None
-    return _headed(name, base, parts, _once(merged), tiny, variant)
-
-
-def added_names(base: str, source: str) -> dict[tuple[str, str], str]:
-    """What a file defines that the ancestor does not: (scope, name) to its source.
-
-    Scopes are the file, each class, and each class's attributes of self.
-    """
-    before = dict(_names(base))
-    return {key: text for key, text in _names(source) if key not in before}
+    texts = {part: "".join(body) for part, body in bodies.items()}
+    reports = _doubled("".join(base_body), texts, "".join(merged))
+    reports += _mistaken("".join(base_body), texts, "".join(merged))
+    if reports:
+        problem = "\n".join(reports)
+        raise Conflict(problem, _headed(name, base, parts, merged, tiny, variant))
+    return _headed(name, base, parts, merged, tiny, variant)
 
 
 def _names(source: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """((scope, name), source) of what a file defines; scopes are the file, classes, their self."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if _is_named(node):
             yield ("the file", node.name), ast.unparse(node)
+        elif isinstance(node, ast.Assign):
+            yield from ((("the file", ast.unparse(t)), ast.unparse(node)) for t in node.targets)
         if not isinstance(node, ast.ClassDef):
             continue
         for inner in node.body:
@@ -164,23 +202,92 @@ def _names(source: str) -> Iterator[tuple[tuple[str, str], str]]:
                     yield (f"{node.name}, self", target.attr), ast.unparse(inner)
 
 
-def _shared_names(base: list[str], bodies: dict[str, list[str]]) -> str:
-    """A report on the names that two ideas give to two things: one would overwrite the other."""
-    owners: dict[tuple[str, str], tuple[str, str]] = {}
+def _doubled(base: str, ideas: dict[str, str], merged: str) -> list[str]:
+    """Reports on names that the merged file defines more often than any of the files does."""
+    before = list(_names(base))
+    named = {name: list(_names(source)) for name, source in ideas.items()}
+    counts = [Counter(key for key, _ in found) for found in (before, *named.values())]
     reports = []
-    for name, body in bodies.items():
-        once: set[str] = set()  # classes that another idea adds just so
-        for (scope, what), text in added_names("".join(base), "".join(body)).items():
-            other, theirs = owners.setdefault((scope, what), (name, text))
-            if scope == "the file" and other != name and theirs == text:
-                once.add(what)
-            if other == name or what in once or scope.partition(",")[0] in once:
-                continue
-            hunks = [
-                _hunk(who, [], says.splitlines()) for who, says in ((other, theirs), (name, text))
-            ]
-            reports.append("\n".join([f"{other} and {name} both add {what} to {scope}:", *hunks]))
-    return "\n".join(reports)
+    for key, count in Counter(key for key, _ in _names(merged)).items():
+        if count <= max(each[key] for each in counts):
+            continue
+        added = {
+            name: [text for k, text in found if k == key and (k, text) not in before]
+            for name, found in named.items()
+        }
+        reports.append(_all_do(added, f"define {key[1]} in {key[0]}"))
+    return reports
+
+
+def _mistaken(base: str, ideas: dict[str, str], merged: str) -> list[str]:
+    """Reports on local names, new in two ideas, of which one would read what the other stored."""
+    before, after = _reads(base), _reads(merged)
+    found = {name: _reads(source) for name, source in ideas.items()}
+    reports = []
+    for place, (_, merged_reads) in after.items():
+        here = {name: there[place] for name, there in found.items() if place in there}
+        known = before[place][0] if place in before else {}
+        wanted = {read for _, reads in here.values() for read in reads}
+        lost = {local for local, _, _ in wanted - merged_reads}
+        for local in sorted(lost - known.keys()):
+            added = {name: [stored[local]] for name, (stored, _) in here.items() if local in stored}
+            if len(added) > 1:
+                reports.append(
+                    _all_do(added, f"use the name {local} in {place}, one inside another")
+                )
+    return reports
+
+
+def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, str]]]]:
+    """Of each function: its local names, each with a statement that stores it, and its reads.
+
+    A read is a name, the statement that reads it, and the one before it that stored it.
+    """
+    found = {}
+    for node in ast.parse(source).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        for function in inner:
+            if isinstance(function, ast.FunctionDef):
+                place = f"{node.name}.{function.name}" if node is not function else node.name
+                found[place] = _reads_of(function)
+    return found
+
+
+def _reads_of(function: ast.FunctionDef) -> tuple[dict[str, str], set[tuple[str, str, str]]]:
+    stored: dict[str, str] = {}
+    reads: set[tuple[str, str, str]] = set()
+    for statement in _statements(function.body):
+        text = ast.unparse(statement).partition("\n")[0]
+        names = [n for n in _own_nodes(statement) if isinstance(n, ast.Name)]
+        for name in names:
+            if isinstance(name.ctx, ast.Load) or isinstance(statement, ast.AugAssign):
+                reads.add((name.id, text, stored.get(name.id, "")))
+        stored |= {name.id: text for name in names if isinstance(name.ctx, ast.Store)}
+    return stored, reads
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """All statements in the order of the file, a compound one before those inside it."""
+    for statement in body:
+        yield statement
+        for block in ("body", "handlers", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, block, []))
+
+
+def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What a statement holds, but for statements inside it and names of its comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        is_bound_inside = isinstance(node, ast.comprehension) and child is node.target
+        if not isinstance(child, ast.stmt | ast.ExceptHandler) and not is_bound_inside:
+            yield child
+            yield from _own_nodes(child)
+
+
+def _all_do(added: dict[str, list[str]], do: str) -> str:
+    """A report on ideas that do the same thing, each with its statements."""
+    added = {name: texts for name, texts in added.items() if texts}
+    hunks = [_hunk(name, [], "\n".join(texts).splitlines()) for name, texts in added.items()]
+    return "\n".join([f"{' and '.join(added)} {do}:", *hunks])
 
 
 def _groups(edits: list[Edit]) -> list[list[Edit]]:
@@ -236,7 +343,7 @@ def _by_dedent(lines: tuple[str, ...]) -> list[tuple[int, list[str]]]:
         if not line.strip():
             blank.append(line)
             continue
-        indent = len(line) - len(line.lstrip())
+        indent = _indent(line)
         if not pieces or indent < pieces[-1][0]:
             pieces.append((indent, []))
         pieces[-1][1].extend([*blank, line])
@@ -316,13 +423,13 @@ def _legend(sources: list[str]) -> str:
 
 
 def _once(merged: list[str]) -> list[str]:
-    """Without the second of two equal top-level classes or functions."""
+    """Without the second of two equal top-level classes, functions or constants."""
     seen: set[str] = set()
     gone: set[int] = set()
     for node in ast.parse("".join(merged)).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if _is_named(node) or isinstance(node, ast.Assign):
             text = ast.unparse(node)
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             if text in seen:
                 gone |= set(range(first - 1, node.end_lineno))
                 gone |= {n for n in range(node.end_lineno, len(merged)) if _is_gap(merged, node, n)}
@@ -392,16 +499,20 @@ def _docstring(name: str, base: Part, parts: list[Part], changed: list[str]) -> 
         lines += _wrapped(f"    Lines that they add at one place stand in this order: {order}.")
     sources = dict.fromkeys(_field(part.docstring, "Source") or "its file" for part in parts)
     lines += _wrapped("Source: " + "; ".join(sources) + ".")
-    kept = [part.name for part in parts if not _field(part.docstring, "Folds to")]
-    if len(kept) < len(parts):
-        lines.append(f"Folds to: {'+'.join(kept) or base.name}.")
+    folded = {part.name: _field(part.docstring, "Folds to") for part in parts}
+    if any(folded.values()):
+        gone = {base.name, _field(base.docstring, "Folds to")}
+        left = dict.fromkeys(plain or name for name, plain in folded.items())
+        lines.append(f"Folds to: {'+'.join(n for n in left if n not in gone) or base.name}.")
     lines += _wrapped(f"Changed from {base.name}: {', '.join(changed)}.")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
 
 
 def _field(docstring: str, name: str) -> str:
-    found = re.search(rf"^{name}: (.+?)\.?\s*$", docstring, re.MULTILINE)
-    return found[1] if found else ""
+    """What follows `name:`, on that line and the indented ones below; empty if it is not there."""
+    found = re.search(rf"^{name}: (.+(?:\n[ \t]+\S.*)*)", docstring, re.MULTILINE)
+    return " ".join(found[1].split()).rstrip(".") if found else ""
 
 
 def _wrapped(text: str) -> list[str]:
