@@ -571,20 +571,36 @@ def _folds_without_a_trace(bench: _Bench) -> str:
     moved = _moved(bench.outputs(plain, tokens_BT), answer)
     if not moved <= EXACT:
         raise _Refuted(f"folding moves the logits by {moved:.1e}")
-    entry = bench.experiment.entry
-    named = re.search(r"^Folds to: ([\w+]+)\.$", entry.docstring, re.MULTILINE)
-    if named is None:
-        raise _Refuted("its docstring has no line 'Folds to: <experiment>.'")
-    target = load_experiment(catalog.named_in(entry, named[1]))
+    target = load_experiment(_folds_to(bench.experiment.entry))
     values = dataclasses.asdict(bench.config)
     shared = {key: values[key] for key in target.fields if key in values}
     deployed = target.model(target.config(**shared)).eval()
     deployed.load_state_dict(plain.state_dict())
     moved = _moved(bench.outputs(deployed, tokens_BT), answer)
     if not moved <= EXACT:
-        raise _Refuted(f"{named[1]} with the folded weights moves the logits by {moved:.1e}")
+        raise _Refuted(f"{target.name} with the folded weights moves the logits by {moved:.1e}")
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, deployed))
-    return f"{before:,} parameters become {named[1]}'s {after:,}; logits move by {moved:.0e}"
+    return f"{before:,} parameters become {target.name}'s {after:,}; logits move by {moved:.0e}"
+
+
+def _folds_to(entry: catalog.Entry) -> catalog.Entry:
+    """What the docstring says; for a stack, the stack of what its ideas fold to.
+
+    A file may fold in some of its variants only, which the docstring of a stack cannot know.
+    """
+    named = re.search(r"^Folds to: ([\w+]+)\.$", entry.docstring, re.MULTILINE)
+    if named is None:
+        raise _Refuted("its docstring has no line 'Folds to: <experiment>.'")
+    if not entry.ideas:
+        return catalog.named_in(entry, named[1])
+    left = {}
+    for idea in entry.ideas:
+        modules = _Bench(load_experiment(idea)).model().modules()
+        plain = _folds_to(idea) if any(hasattr(module, "fold") for module in modules) else idea
+        left[plain.path] = plain
+    shared = catalog.parent_of(entry).path
+    more = [e for e in left.values() if e.variant or (e.parent and e.path != shared)]
+    return catalog.stacked(more or list(left.values())[:1])
 
 
 def _trains_every_weight(bench: _Bench) -> str:

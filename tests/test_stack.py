@@ -412,6 +412,13 @@ def test_a_stack_folds_to_the_stack_of_what_its_ideas_fold_to(ideas, name, plain
     assert found["fold"].passed
 
 
+@pytest.mark.parametrize(("name", "plain"), [("focus", "focus"), ("foc1_1", "gpt2ish")])
+def test_what_folds_in_one_variant_only_folds_in_stacks_of_that_variant_only(name, plain):
+    found = {proof.name: proof for proof in check(load_experiment(resolve(f"{name}+ue")))}
+
+    assert found["fold"].passed and f"become {plain}'s" in found["fold"].detail
+
+
 def test_a_method_after_the_block_that_both_extend_comes_after_both():
     base = ["class A:\n", "    def f(self):\n", "        x = 1\n", "\n", "\n", "end\n"]
     a = [*base[:3], "        a = 1\n", "\n", "    def g(self):\n", "        return 2\n", *base[3:]]
