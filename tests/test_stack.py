@@ -1,8 +1,10 @@
 """Stacks: what merging edits promises, on lines of any kind and on real experiments."""
 
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -500,8 +502,13 @@ def test_a_stranger_with_the_ancestors_name_in_the_working_directory_is_not_its_
     assert catalog.parent_of(resolve("value_norm+ue")).path == resolve("gpt2ish").path
 
 
+PAIRS = list(itertools.combinations(BUNDLED, 2))
+if "LMP_ALL_PAIRS" not in os.environ:  # some hundred of them, with a check each, take minutes
+    PAIRS = [pair for pair in PAIRS if crc32("+".join(pair).encode()) % 8 == 0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", list(itertools.combinations(BUNDLED, 2)), ids="+".join)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_bundled_pairs_stack_and_pass_the_check_or_show_both_hunks(pair):
     try:
         found = failed("+".join(pair))
