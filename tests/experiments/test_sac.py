@@ -1,0 +1,168 @@
+"""Combined models: sizes, folds after training, and what each keeps of the ideas it is made of."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmplay.catalog import read_file
+from lmplay.experiment import Experiment, folded, load_experiment
+from lmplay.objective import Objective
+
+FOLDER = Path(__file__).parent.parent.parent / "experiments"
+
+# trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
+COUNTS = {
+    "sac1": 396_145_136,
+    "sac1_0": 396_145_136,  # with multipliers of the rows alone, as when the original was run
+    "sac1_0_1": 709_642_736,  # the same
+    "sac1_1": 781_890_800,
+}
+ALL_ADJUSTERS = {"sac1_0": 396_336_822, "sac1_0_1": 709_846_710}  # the original's, as it stands
+TARGETS = {  # what a file folds to
+    "sac1": "gpt2ish",
+    "sac1_1": "gpt2ish",
+}
+DEPLOYED = {"gpt2ish": 120_560_209}
+PARTS = ["ue", "uw1", "uw2"]  # files whose names the tests compare with
+
+every_name = pytest.mark.parametrize("name", COUNTS)
+
+
+def experiment(name: str) -> Experiment:
+    files = [*TARGETS, *TARGETS.values(), *PARTS]
+    entries = [entry for file in files for entry in read_file(FOLDER / f"{file}.py")]
+    return load_experiment(next(entry for entry in entries if entry.name == name))
+
+
+def target_of(name: str) -> tuple[str, dict[str, object]]:
+    """What this name folds to, and the values of its Config that are not the defaults."""
+    entry = experiment(name).entry
+    target = TARGETS[entry.file]
+    fields = experiment(target).fields
+    return target, {key: value for key, value in entry.variant.items() if key in fields}
+
+
+def tiny(name: str, seed: int = 0, **values) -> nn.Module:
+    """The model at the size of TINY, without dropout."""
+    made = experiment(name)
+    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
+    return made.model(config, seed=seed)
+
+
+def on_meta(name: str, **values) -> nn.Module:
+    """The model at full size, without numbers."""
+    made = experiment(name)
+    return made.model(made.config(vocab_size=50257, **values), device="meta")
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    tokens_BT = random_tokens(B=4, T=16)
+    Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
+    tokens_BT = random_tokens(B=4, T=16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def moved(changed: Tensor, answer: Tensor) -> float:
+    """The largest difference, against the largest answer."""
+    return ((changed - answer).abs().max() / answer.abs().max()).item()
+
+
+@every_name
+def test_the_parameter_count_is_the_catalogues(name):
+    assert num_parameters(on_meta(name)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", ALL_ADJUSTERS)
+def test_with_all_adjusters_on_the_count_is_todays_originals(name):
+    values = dict.fromkeys(("scale_columns", "shift_columns", "shift_rows"), True)
+
+    assert num_parameters(on_meta(name, **values)) == ALL_ADJUSTERS[name]
+
+
+@every_name
+def test_folding_gives_the_size_and_the_shapes_of_what_it_folds_to(name):
+    target, values = target_of(name)
+    plain = folded(on_meta(name))
+
+    assert num_parameters(plain) == DEPLOYED[target]
+    assert shapes(plain) == shapes(on_meta(target, **values))
+
+
+@every_name
+def test_a_trained_model_answers_as_the_one_that_it_folds_to(name):
+    model = trained(tiny(name))
+    target, values = target_of(name)
+    plain = tiny(target, seed=9, **values).eval()
+    plain.load_state_dict(folded(model).state_dict())
+    tokens_BT = random_tokens(B=3, T=16)
+
+    assert moved(plain(tokens_BT), model(tokens_BT)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "table"), [("sac1_0", "ue8x"), ("sac1_0_1", "ue16x")])
+def test_sac1_starts_with_the_answers_of_ue(name, table):
+    tokens_BT = random_tokens(B=3, T=16)
+
+    assert torch.equal(tiny(name, seed=3)(tokens_BT), tiny(table, seed=3)(tokens_BT))
+
+
+@pytest.mark.parametrize(("name", "control"), [("sac1", "uw1"), ("sac1_1", "uw2_1")])
+def test_what_is_not_the_table_starts_as_in_the_model_without_it(name, control):
+    model, without = tiny(name, seed=3).state_dict(), tiny(control, seed=3).state_dict()
+    shared = [key for key in without if not key.startswith("token_table.")]
+
+    assert set(model) - set(shared) == {key for key in model if key.startswith("token_table.")}
+    for key in shared:
+        assert torch.equal(model[key], without[key]), key
+
+
+def test_table_blocks_and_head_of_sac1_1_train_one_network():
+    model = tiny("sac1_1")
+    users = [module for module in model.modules() if hasattr(module, "nets")]
+
+    assert [key for key in model.state_dict() if "bias_net" in key] == [
+        "bias_net.layer.weight",
+        "bias_net.layer.bias",
+    ]
+    assert len(users) == 2 + 6 * len(model.blocks) + 1
+    for layer in users:
+        (grad,) = torch.autograd.grad(layer.effective()[1].sum(), model.bias_net.layer.weight)
+        assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("sac1", {"front_mul": 0}, "front_mul=0"),
+        ("sac1", {"mid_mul": 0}, "mid_mul=0"),
+        ("sac1_1", {"mid_mul": 0}, "mid_mul=0"),
+        ("sac1_1", {"input_mul": 0}, "input_mul=0"),
+    ],
+)
+def test_config_refuses_nonsense_and_says_the_value(name, values, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        experiment(name).module.Config(vocab_size=61, **values)
