@@ -32,10 +32,10 @@ VARIANTS = {
     "nnm1_6": {"memory_residual": False},
     "nnm1_7": {"memory_heads": 12},
     "nnm1_8": {"num_cells": 64},
-    "nnm1_9": {"front_mul": 64},
-    "nnm1_10": {"front_mul": 0},
-    "nnm1_11": {"front_mul": 0, "cell_mul": 8},
-    "nnm1_12": {"share": "none", "front_mul": 0, "cell_mul": 8, "memory_blocks": 2},
+    "nnm1_9": {"row_mul": 64},
+    "nnm1_10": {"row_mul": 0},
+    "nnm1_11": {"row_mul": 0, "cell_mul": 8},
+    "nnm1_12": {"share": "none", "row_mul": 0, "cell_mul": 8, "memory_blocks": 2},
 }
 TINY = {
     "vocab_size": 61,
@@ -64,7 +64,7 @@ class Config:
     memory_first: bool = False  # before the block, not behind it
     memory_residual: bool = True  # off: what was recalled reaches the stream through the MLP alone
     share: str = "all"  # by memory blocks: "all", "memory" without attention to it, "none"
-    front_mul: int = 32  # width of a cell's row, in widths of a cell; 0: no network
+    row_mul: int = 32  # width of a cell's row, in widths of a cell; 0: no network
     cell_mul: int = 1  # width of a cell, in model widths
 
     def __post_init__(self):
@@ -78,10 +78,8 @@ class Config:
             raise ValueError(f"memory_blocks={self.memory_blocks} is below 1")
         if self.share not in ("all", "memory", "none"):
             raise ValueError(f"share={self.share!r} is not 'all', 'memory' or 'none'")
-        if self.front_mul < 0 or self.cell_mul < 1:
-            raise ValueError(
-                f"front_mul={self.front_mul} starts at 0, cell_mul={self.cell_mul} at 1"
-            )
+        if self.row_mul < 0 or self.cell_mul < 1:
+            raise ValueError(f"row_mul={self.row_mul} starts at 0, cell_mul={self.cell_mul} at 1")
 
 
 class Attention(nn.Module):
@@ -228,9 +226,9 @@ class MadeMemory(nn.Module):
         super().__init__()
         self.config = config
         cell_width = config.cell_mul * config.width
-        row_width = max(config.front_mul, 1) * cell_width
+        row_width = max(config.row_mul, 1) * cell_width
         self.rows = nn.Parameter(torch.randn(config.num_cells, row_width))
-        if config.front_mul:
+        if config.row_mul:
             self.front = nn.Linear(row_width, cell_width)
             self.back = nn.Linear(cell_width, cell_width)
         self.key = nn.Linear(cell_width, config.width)
@@ -243,7 +241,7 @@ class MadeMemory(nn.Module):
         return cells_NE
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        cells_NE = self.network(self.rows) if self.config.front_mul else self.rows
+        cells_NE = self.network(self.rows) if self.config.row_mul else self.rows
         k_NC = self.key(cells_NE)
         v_NC = self.value(cells_NE)
         return k_NC, v_NC

@@ -47,10 +47,10 @@ class Config:
     embed_dropout: float = 0.1  # after token + position
     ff_dropout: float = 0.1  # after attention's output projection and after the MLP
     token_std: float = 1.0  # spread of the token table at the start; `ue` starts at 0.2
-    num_cells: int = 128  # of the memory
+    num_cells: int = 128  # of a memory
     memory_heads: int = 6  # of attention to it
     shadow: bool = False  # an ordinary linear layer beside it, the two added
-    front_mul: int = 32  # width of a cell's row, in widths of a cell; 0: no network
+    row_mul: int = 32  # width of a cell's row, in widths of a cell; 0: no network
     cell_mul: int = 1  # width of a cell, in model widths
 
     def __post_init__(self):
@@ -60,10 +60,8 @@ class Config:
             raise ValueError(f"num_cells={self.num_cells} is below 1")
         if self.memory_heads < 1 or self.width % self.memory_heads:
             raise ValueError(f"memory_heads={self.memory_heads} does not divide width={self.width}")
-        if self.front_mul < 0 or self.cell_mul < 1:
-            raise ValueError(
-                f"front_mul={self.front_mul} starts at 0, cell_mul={self.cell_mul} at 1"
-            )
+        if self.row_mul < 0 or self.cell_mul < 1:
+            raise ValueError(f"row_mul={self.row_mul} starts at 0, cell_mul={self.cell_mul} at 1")
 
 
 class Memory(nn.Module):
@@ -190,9 +188,9 @@ class MadeMemory(nn.Module):
         super().__init__()
         self.config = config
         cell_width = config.cell_mul * config.width
-        row_width = max(config.front_mul, 1) * cell_width
+        row_width = max(config.row_mul, 1) * cell_width
         self.rows = nn.Parameter(torch.randn(config.num_cells, row_width))
-        if config.front_mul:
+        if config.row_mul:
             self.front = nn.Linear(row_width, cell_width)
             self.back = nn.Linear(cell_width, cell_width)
         self.key = nn.Linear(cell_width, config.width)
@@ -205,7 +203,7 @@ class MadeMemory(nn.Module):
         return cells_NE
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        cells_NE = self.network(self.rows) if self.config.front_mul else self.rows
+        cells_NE = self.network(self.rows) if self.config.row_mul else self.rows
         k_NC = self.key(cells_NE)
         v_NC = self.value(cells_NE)
         return k_NC, v_NC

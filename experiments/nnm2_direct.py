@@ -41,7 +41,7 @@ class Config:
     embed_dropout: float = 0.1  # after token + position
     ff_dropout: float = 0.1  # after attention's output projection and after the MLP
     token_std: float = 1.0  # spread of the token table at the start; `ue` starts at 0.2
-    num_cells: int = 128  # of the memory
+    num_cells: int = 128  # of a memory
     memory_heads: int = 6  # of attention to it
     shadow: bool = False  # an ordinary linear layer beside it, the two added
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 VARIANTS = {
     "nnm3_0": {},
-    "nnm3_1": {"num_cells": 64},
+    "nnm3_1": {"num_layer_cells": 64},
     "nnm3_2": {"cell_layers": "up down"},
     "nnm3_3": {"cell_layers": "query key value"},
 }
@@ -32,7 +32,7 @@ TINY = {
     "num_blocks": 2,
     "width": 16,
     "num_heads": 2,
-    "cell_heads": 2,
+    "layer_cell_heads": 2,
 }
 
 
@@ -46,17 +46,19 @@ class Config:
     embed_dropout: float = 0.1  # after token + position
     ff_dropout: float = 0.1  # after attention's output projection and after the MLP
     token_std: float = 1.0  # spread of the token table at the start; `ue` starts at 0.2
-    num_cells: int = 10  # of each head
-    cell_heads: int = 3  # means that a lookup takes
+    num_layer_cells: int = 10  # of each head
+    layer_cell_heads: int = 3  # means that a lookup takes
     cell_layers: str = "query key value output up down"  # of each block, that have cells
 
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if self.num_cells < 1:
-            raise ValueError(f"num_cells={self.num_cells} is below 1")
-        if self.cell_heads < 1 or self.width % self.cell_heads:
-            raise ValueError(f"cell_heads={self.cell_heads} does not divide width={self.width}")
+        if self.num_layer_cells < 1:
+            raise ValueError(f"num_layer_cells={self.num_layer_cells} is below 1")
+        if self.layer_cell_heads < 1 or self.width % self.layer_cell_heads:
+            raise ValueError(
+                f"layer_cell_heads={self.layer_cell_heads} does not divide width={self.width}"
+            )
         if not self.layers or self.layers - {"query", "key", "value", "output", "up", "down"}:
             raise ValueError(
                 f"cell_layers={self.cell_layers!r} names none, or other layers than query, key, "
@@ -73,12 +75,16 @@ class CellLookup(nn.Module):
 
     def __init__(self, num_inputs: int, num_outputs: int, config: Config):
         super().__init__()
-        num_hidden = (num_inputs + config.num_cells) // 2
-        self.num_heads = config.cell_heads
+        num_hidden = (num_inputs + config.num_layer_cells) // 2
+        self.num_heads = config.layer_cell_heads
         self.up = nn.Linear(num_inputs, num_hidden)
-        self.down = nn.Linear(num_hidden, config.cell_heads * config.num_cells)
+        self.down = nn.Linear(num_hidden, config.layer_cell_heads * config.num_layer_cells)
         self.cells = nn.Parameter(
-            torch.randn(config.cell_heads, config.num_cells, num_outputs // config.cell_heads)
+            torch.randn(
+                config.layer_cell_heads,
+                config.num_layer_cells,
+                num_outputs // config.layer_cell_heads,
+            )
         )
         self.output = nn.Linear(num_outputs, num_outputs)
 

@@ -1,13 +1,14 @@
-"""Memory blocks: between ordinary blocks stand some that look up learned cells, not other tokens.
+"""Lookup blocks: between ordinary blocks stand some that look up learned cells, not other tokens.
 
 Idea: attention carries what the text says; what the model knows could have a place of its own. In a
-    memory block a small network gives each of a few hundred learned cells a share, for each head,
+    lookup block a small network gives each of a few hundred learned cells a share, for each head,
     and the mean of the cells is added where attention would add; an MLP follows as ever. A pattern
-    says which blocks stand where: "BNN" is an ordinary block and two memory blocks, num_blocks
-    times. nnm4_3 leaves the shares unbounded: then lookup and layers are only a slow way to write
-    an MLP. In the original, dropout in memory blocks is 0.1 whatever is asked.
+    says which blocks stand where: "BNN" is an ordinary block and two lookup blocks, num_blocks
+    times; in "BN-BNN" two groups take turns. nnm4_3 leaves the shares unbounded: then cells and
+    layers are only a long way to write an MLP. In the original a group may have any number of B,
+    and dropout in lookup blocks is 0.1 whatever is asked.
 Source: Jeff Ward, jmward01/lmplay.
-Changed from gpt2ish: Config, CellLookup, MemoryBlock, Model.
+Changed from gpt2ish: Config, Lookup, LookupBlock, run, Model.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 VARIANTS = {
     "nnm4_0": {},
     "nnm4_1": {"lookup_norm": False},
-    "nnm4_2": {"num_cells": 512},
-    "nnm4_3": {"softmax": False},
+    "nnm4_2": {"num_block_cells": 512},
+    "nnm4_3": {"lookup_softmax": False},
     "nnm4_4": {"block_pattern": "BN-BN-BNN-BNN-BNNN-BNNN"},
     "nnm4_5": {"block_pattern": "BN-BNN-BNNN-BNNN-BNN-BN"},
 }
@@ -33,8 +34,8 @@ TINY = {
     "num_blocks": 2,
     "width": 16,
     "num_heads": 2,
-    "num_cells": 8,
-    "cell_heads": 2,
+    "num_block_cells": 8,
+    "block_cell_heads": 2,
 }
 
 
@@ -48,32 +49,31 @@ class Config:
     embed_dropout: float = 0.1  # after token + position
     ff_dropout: float = 0.1  # after attention's output projection and after the MLP
     token_std: float = 1.0  # spread of the token table at the start; `ue` starts at 0.2
-    num_cells: int = 256  # of each head
-    cell_heads: int = 6  # means that a lookup takes
+    num_block_cells: int = 256  # of each head
+    block_cell_heads: int = 6  # means that a lookup takes
     lookup_norm: bool = True  # before the lookup
-    softmax: bool = True  # shares are above 0 and sum to 1
-    block_pattern: str = "BNN"  # num_blocks groups; "-": the next group; then from the front again
+    lookup_softmax: bool = True  # shares are above 0 and sum to 1
+    block_pattern: str = "BNN"  # B: a block, N: a lookup block; "-": around the next block
 
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if self.num_cells < 1:
-            raise ValueError(f"num_cells={self.num_cells} is below 1")
-        if self.cell_heads < 1 or self.width % self.cell_heads:
-            raise ValueError(f"cell_heads={self.cell_heads} does not divide width={self.width}")
-        groups = self.block_pattern.split("-")
-        if not all(groups) or set("".join(groups)) - set("BN"):
+        if self.num_block_cells < 1:
+            raise ValueError(f"num_block_cells={self.num_block_cells} is below 1")
+        if self.block_cell_heads < 1 or self.width % self.block_cell_heads:
             raise ValueError(
-                f"block_pattern={self.block_pattern!r} is not groups of B and N with - between"
+                f"block_cell_heads={self.block_cell_heads} does not divide width={self.width}"
             )
-        if "B" not in self.kinds:
-            raise ValueError(f"block_pattern={self.block_pattern!r} has no block with attention")
-
-    @property
-    def kinds(self) -> str:
-        """One letter for each block: B is ordinary, N looks up cells."""
         groups = self.block_pattern.split("-")
-        return "".join(groups[index % len(groups)] for index in range(self.num_blocks))
+        if "N" not in self.block_pattern or any(g.replace("N", "") != "B" for g in groups):
+            raise ValueError(
+                f"block_pattern={self.block_pattern!r} is not groups of one B and some N"
+            )
+
+    def group(self, index: int) -> str:
+        """What stands around block `index`; the pattern starts again where it ends."""
+        groups = self.block_pattern.split("-")
+        return groups[index % len(groups)]
 
 
 class Attention(nn.Module):
@@ -149,18 +149,22 @@ class Block(nn.Module):
         return x_BTC
 
 
-class CellLookup(nn.Module):
+class Lookup(nn.Module):
     """The mean of a head's cells, for each of its heads; a small network makes the shares."""
 
     def __init__(self, config: Config):
         super().__init__()
-        num_hidden = (config.width + config.num_cells) // 2
-        self.num_heads = config.cell_heads
-        self.softmax = config.softmax
+        num_hidden = (config.width + config.num_block_cells) // 2
+        self.num_heads = config.block_cell_heads
+        self.softmax = config.lookup_softmax
         self.up = nn.Linear(config.width, num_hidden)
-        self.down = nn.Linear(num_hidden, config.cell_heads * config.num_cells)
+        self.down = nn.Linear(num_hidden, config.block_cell_heads * config.num_block_cells)
         self.cells = nn.Parameter(
-            torch.randn(config.cell_heads, config.num_cells, config.width // config.cell_heads)
+            torch.randn(
+                config.block_cell_heads,
+                config.num_block_cells,
+                config.width // config.block_cell_heads,
+            )
         )
         self.output = nn.Linear(config.width, config.width)
 
@@ -176,17 +180,17 @@ class CellLookup(nn.Module):
         return y_BTC
 
 
-class MemoryBlock(nn.Module):
-    """A lookup of cells, then the MLP; it sees one position alone."""
+class LookupBlock(nn.Module):
+    """A lookup of cells, then an MLP; it sees one position alone."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.lookup_norm = nn.LayerNorm(config.width) if config.lookup_norm else nn.Identity()
-        self.lookup = CellLookup(config)
+        self.lookup = Lookup(config)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+    def forward(self, x_BTC: Tensor) -> Tensor:
         u_BTC = self.lookup_norm(x_BTC)
         y_BTC = self.lookup(u_BTC)
         x_BTC = x_BTC + y_BTC
@@ -194,6 +198,11 @@ class MemoryBlock(nn.Module):
         y_BTC = self.mlp(u_BTC)
         x_BTC = x_BTC + y_BTC
         return x_BTC
+
+
+def run(config: Config, letters: str) -> nn.ModuleList:
+    """A lookup block for each letter."""
+    return nn.ModuleList(LookupBlock(config) for _ in letters)
 
 
 class Model(nn.Module):
@@ -205,15 +214,14 @@ class Model(nn.Module):
         self.token_table = nn.Embedding(config.vocab_size, config.width)
         self.position_table = nn.Embedding(config.max_len, config.width)
         self.dropout = nn.Dropout(config.embed_dropout)
-        kinds = config.kinds
-        self.blocks = nn.ModuleList(
-            Block(config, kinds[:place].count("B")) if kind == "B" else MemoryBlock(config)
-            for place, kind in enumerate(kinds)
-        )
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)
         self.token_table.weight.data *= config.token_std
         nn.init.zeros_(self.position_table.weight)
+        groups = [config.group(index).split("B") for index in range(config.num_blocks)]
+        self.before = nn.ModuleList(run(config, before) for before, _ in groups)
+        self.behind = nn.ModuleList(run(config, behind) for _, behind in groups)
 
     def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
         T = tokens_BT.shape[1]
@@ -224,7 +232,11 @@ class Model(nn.Module):
         x_BTC = e_BTC + p_TC
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
+            for lookup_block in self.before[block.index]:
+                x_BTC = lookup_block(x_BTC)
             x_BTC = block(x_BTC, cache)
+            for lookup_block in self.behind[block.index]:
+                x_BTC = lookup_block(x_BTC)
         x_BTC = self.final_norm(x_BTC)
         return x_BTC
 

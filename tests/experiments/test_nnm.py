@@ -318,39 +318,41 @@ def test_nnm3_has_cells_at_the_layers_that_it_names(name, layers):
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("name", "values", "order"),
     [
-        ("nnm4_0", "BNN BNN BNN BNN BNN BNN"),
-        ("nnm4_4", "BN BN BNN BNN BNNN BNNN"),
-        ("nnm4_5", "BN BNN BNNN BNNN BNN BN"),
+        ("nnm4_0", {}, "BNN BNN BNN BNN BNN BNN"),
+        ("nnm4_4", {}, "BN BN BNN BNN BNNN BNNN"),
+        ("nnm4_5", {}, "BN BNN BNNN BNNN BNN BN"),
+        ("nnm4", {"block_pattern": "NBN-B"}, "NBN B NBN B NBN B"),
+        ("nnm4", {"block_pattern": "BN-NB-BN", "num_blocks": 2}, "BN NB"),
     ],
 )
-def test_nnm4_has_blocks_in_the_order_of_its_pattern(name, kinds):
-    blocks = on_meta(name).blocks
-    letters = ["N" if hasattr(block, "lookup") else "B" for block in blocks]
+def test_nnm4_runs_its_blocks_in_the_order_of_its_pattern(name, values, order):
+    model, seen = tiny(name, **{"num_blocks": 6, **values}), []
+    for block in model.modules():
+        if hasattr(block, "mlp_norm"):
+            letter = "N" if hasattr(block, "lookup") else "B"
+            block.register_forward_pre_hook(lambda *_, letter=letter: seen.append(letter))
+    model(random_tokens(B=1, T=4))
 
-    assert "".join(letters) == kinds.replace(" ", "")
-    assert [block.index for block in blocks if hasattr(block, "index")] == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_short_pattern_starts_again_and_a_long_one_is_cut():
-    def kinds(block_pattern: str, num_blocks: int) -> str:
-        return tiny("nnm4", block_pattern=block_pattern, num_blocks=num_blocks).config.kinds
-
-    assert kinds("BN-BBNN", 5) == "BN" + "BBNN" + "BN" + "BBNN" + "BN"
-    assert kinds("BN-BBNN-N", 2) == "BN" + "BBNN"
+    assert "".join(seen) == order.replace(" ", "")
 
 
-def test_without_memory_blocks_nnm4_is_the_baseline():
-    tokens_BT = random_tokens(B=3, T=16)
-
-    assert torch.equal(
-        tiny("nnm4", block_pattern="B", seed=4)(tokens_BT), tiny("gpt2ish", seed=4)(tokens_BT)
+def test_lookup_blocks_that_give_nothing_leave_the_baseline():
+    model, baseline, tokens_BT = (
+        tiny("nnm4", seed=4),
+        tiny("gpt2ish", seed=4),
+        random_tokens(B=3, T=16),
     )
+    for name, weight in model.named_parameters():
+        if re.match(r"(before|behind)\..*\.(lookup\.output|mlp\.down)\.", name):
+            nn.init.zeros_(weight)
+
+    assert torch.equal(model(tokens_BT), baseline(tokens_BT))
 
 
-def test_a_memory_block_adds_a_lookup_and_then_an_mlp():
-    block = tiny("nnm4").blocks[1]
+def test_a_lookup_block_adds_a_lookup_and_then_an_mlp():
+    block = tiny("nnm4").behind[0][0]
     x_BTC = random_stream()
     r_BTC = x_BTC + looked_up(block.lookup, F.layer_norm(x_BTC, (16,)))
 
@@ -358,7 +360,7 @@ def test_a_memory_block_adds_a_lookup_and_then_an_mlp():
 
 
 def test_nnm4_1_looks_up_without_a_norm():
-    block = tiny("nnm4_1").blocks[1]
+    block = tiny("nnm4_1").behind[0][0]
     x_BTC = random_stream()
     r_BTC = x_BTC + looked_up(block.lookup, x_BTC)
 
@@ -366,7 +368,7 @@ def test_nnm4_1_looks_up_without_a_norm():
 
 
 def test_without_softmax_a_lookup_is_a_two_layer_mlp():
-    lookup = tiny("nnm4_3").blocks[1].lookup
+    lookup = tiny("nnm4_3").behind[0][0].lookup
     x_BTC = random_stream()
     G, N, J = lookup.cells.shape
     down_GNF = lookup.down.weight.view(G, N, -1)
@@ -378,8 +380,8 @@ def test_without_softmax_a_lookup_is_a_two_layer_mlp():
     assert moved(lookup(x_BTC), plain_BTC) < 1e-5
 
 
-def test_ff_dropout_reaches_memory_blocks():
-    block = tiny("nnm4", ff_dropout=0.5).blocks[1].train()
+def test_ff_dropout_reaches_lookup_blocks():
+    block = tiny("nnm4", ff_dropout=0.5).behind[0][0].train()
     x_BTC = random_stream()
 
     assert not torch.equal(block(x_BTC), block(x_BTC))
@@ -393,24 +395,25 @@ def test_ff_dropout_reaches_memory_blocks():
         ("nnm1", {"memory_heads": 0}, "memory_heads=0"),
         ("nnm1", {"memory_blocks": 0}, "memory_blocks=0"),
         ("nnm1", {"share": "some"}, "share='some'"),
-        ("nnm1", {"front_mul": -1}, "front_mul=-1"),
+        ("nnm1", {"row_mul": -1}, "row_mul=-1"),
         ("nnm1", {"cell_mul": 0}, "cell_mul=0"),
         ("nnm2", {"num_cells": 0}, "num_cells=0"),
         ("nnm2", {"memory_heads": 5}, "memory_heads=5"),
-        ("nnm2", {"front_mul": -1}, "front_mul=-1"),
+        ("nnm2", {"row_mul": -1}, "row_mul=-1"),
         ("nnm2", {"cell_mul": 0}, "cell_mul=0"),
-        ("nnm3", {"num_cells": 0}, "num_cells=0"),
-        ("nnm3", {"cell_heads": 5}, "cell_heads=5"),
-        ("nnm3", {"cell_heads": 0}, "cell_heads=0"),
+        ("nnm3", {"num_layer_cells": 0}, "num_layer_cells=0"),
+        ("nnm3", {"layer_cell_heads": 5}, "layer_cell_heads=5"),
+        ("nnm3", {"layer_cell_heads": 0}, "layer_cell_heads=0"),
         ("nnm3", {"cell_layers": ""}, "cell_layers=''"),
         ("nnm3", {"cell_layers": "query head"}, "cell_layers='query head'"),
-        ("nnm4", {"num_cells": 0}, "num_cells=0"),
-        ("nnm4", {"cell_heads": 5}, "cell_heads=5"),
+        ("nnm4", {"num_block_cells": 0}, "num_block_cells=0"),
+        ("nnm4", {"block_cell_heads": 5}, "block_cell_heads=5"),
         ("nnm4", {"block_pattern": ""}, "block_pattern=''"),
         ("nnm4", {"block_pattern": "BN-"}, "block_pattern='BN-'"),
         ("nnm4", {"block_pattern": "BX"}, "block_pattern='BX'"),
         ("nnm4", {"block_pattern": "N"}, "block_pattern='N'"),
-        ("nnm4", {"block_pattern": "N-B", "num_blocks": 1}, "block_pattern='N-B'"),
+        ("nnm4", {"block_pattern": "B"}, "block_pattern='B'"),
+        ("nnm4", {"block_pattern": "BBN"}, "block_pattern='BBN'"),
     ],
 )
 def test_config_refuses_nonsense_and_says_the_value(name, values, told):
