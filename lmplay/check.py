@@ -125,13 +125,13 @@ class _Bench:
     def model(self, seed: int = 0, dropout: float = 0.0) -> nn.Module:
         return self.experiment.model(self.config_with_dropout(dropout), seed=seed)
 
-    def shaken(self, sign: int = 1) -> nn.Module:
+    def shaken(self, sign: int = 1, strength: float = 1.0) -> nn.Module:
         """A model in eval mode in which no weight is at, or near, zero, and no two are alike.
 
         Zero-initialised weights would hide whatever lies behind them, and a norm whose scales are
         all 1 the means that it takes away. Matrices whose spread is small for their fan-in get
         noise of its usual spread; such vectors and scalars (gates, scales, biases) get 0.1 to
-        0.5, times `sign` where they are all zero.
+        0.5, times `sign` where they are all zero; all of it times `strength`.
         """
         model = self.model()
         with torch.no_grad():
@@ -141,16 +141,26 @@ class _Bench:
                 if spread >= 0.3 * usual:
                     continue
                 if weight.dim() > 1:
-                    weight += torch.randn_like(weight) * usual
+                    weight += torch.randn_like(weight) * usual * strength
                 else:
                     noise = 0.1 + 0.4 * torch.rand_like(weight)
-                    weight += noise * (1 if weight.any() else sign)
+                    weight += noise * (1 if weight.any() else sign) * strength
         return model.eval()
 
     def shaken_models(self) -> Iterator[tuple[str, nn.Module]]:
-        """Two draws of the weights, each in eval and in training mode."""
+        """Two draws of the weights, each in eval and in training mode.
+
+        They are shaken as strongly as leaves them ears: where multipliers multiply multipliers
+        and no norm holds the stream, it can run so far off that no token matters any more.
+        """
+        tokens_BT = self.tokens(B=3)
+        others_BT = torch.cat([tokens_BT[:, :-1], self.others(tokens_BT[:, -1:])], dim=1)
         for sign in (1, -1):
-            model = self.shaken(sign)
+            for strength in (1.0, 0.5, 0.25, 0.1):
+                model = self.shaken(sign, strength)
+                last, other = (self.outputs(model, t)[:, -1] for t in (tokens_BT, others_BT))
+                if min(map(_moved, other, last)) > 100 * CLOSE:
+                    break
             yield "eval", model
             yield "training", copy.deepcopy(model).train()
 

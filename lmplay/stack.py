@@ -50,7 +50,11 @@ class Edit:
 
     def same_as(self, other: "Edit") -> bool:
         """Two ideas want one thing: the same replacement, or the same new classes or imports."""
-        same = (self.start, self.stop, self.lines) == (other.start, other.stop, other.lines)
+        same = (self.start, self.stop, self.lines) == (
+            other.start,
+            other.stop,
+            other.lines,
+        )
         return same and not (self.is_insertion and self.lines[0].startswith(" "))
 
     def collides(self, other: "Edit") -> bool:
@@ -175,6 +179,7 @@ def compose(name: str, base: Part, parts: list[Part], variant: dict[str, object]
     texts = {part: "".join(body) for part, body in bodies.items()}
     reports = _doubled("".join(base_body), texts, "".join(merged))
     reports += _mistaken("".join(base_body), texts, "".join(merged))
+    reports += _orphaned("".join(base_body), texts, "".join(merged))
     if reports:
         problem = "\n".join(reports)
         raise Conflict(problem, _headed(name, base, parts, merged, tiny, variant))
@@ -209,7 +214,8 @@ def _doubled(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     counts = [Counter(key for key, _ in found) for found in (before, *named.values())]
     reports = []
     for key, count in Counter(key for key, _ in _names(merged)).items():
-        if count <= max(each[key] for each in counts):
+        is_set_again = key[0].endswith(", self") and key in counts[0]
+        if is_set_again or count <= max(each[key] for each in counts):
             continue
         added = {
             name: [text for k, text in found if k == key and (k, text) not in before]
@@ -238,6 +244,42 @@ def _mistaken(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     return reports
 
 
+def _orphaned(base: str, ideas: dict[str, str], merged: str) -> list[str]:
+    """Reports on what one idea takes away and another one reads: locals, then other names."""
+    reports = []
+    reads = {name: _all_reads(source) for name, source in ideas.items()}
+    known = _all_reads(base).union(*reads.values())
+    stored = {read[:2]: read[2] for read in sorted(known)}  # by name and reader
+    for local, reader, text in sorted(_all_reads(merged) - known):
+        if not text and stored.get((local, reader)):
+            readers = {
+                name: [reader]
+                for name, found in reads.items()
+                if any(read[:2] == (local, reader) for read in found)
+            }
+            takers = [name for name in ideas if name not in readers]
+            reports.append(_taken(local, stored[local, reader], takers, readers))
+    kept = {what for (_, what), _ in _names(merged)}
+    old = set(base.splitlines())
+    for what, text in {w: text for (_, w), text in _names(base) if w not in kept}.items():
+        word = re.compile(rf"\b{re.escape(what)}\b")
+        takers = [name for name, source in ideas.items() if not word.search(source)]
+        readers = {}
+        for name, source in ideas.items():
+            new = [line for line in source.splitlines() if line not in old]
+            if lines := [ln.strip() for ln in new if word.search(ln.partition("#")[0])]:
+                readers[name] = lines
+        if takers and readers:
+            reports.append(_taken(what, text, takers, readers))
+    return reports
+
+
+def _taken(what: str, text: str, takers: list[str], readers: dict[str, list[str]]) -> str:
+    who = f"{' and '.join(takers)} takes away {what}, which {' and '.join(readers)} reads:"
+    removed = [_hunk(name, text.splitlines()[:1], []) for name in takers]
+    return "\n".join([who, *removed, *(_hunk(name, [], lines) for name, lines in readers.items())])
+
+
 def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, str]]]]:
     """Of each function: its local names, each with a statement that stores it, and its reads.
 
@@ -253,7 +295,9 @@ def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, s
     return found
 
 
-def _reads_of(function: ast.FunctionDef) -> tuple[dict[str, str], set[tuple[str, str, str]]]:
+def _reads_of(
+    function: ast.FunctionDef,
+) -> tuple[dict[str, str], set[tuple[str, str, str]]]:
     stored: dict[str, str] = {}
     reads: set[tuple[str, str, str]] = set()
     for statement in _statements(function.body):
@@ -264,6 +308,10 @@ def _reads_of(function: ast.FunctionDef) -> tuple[dict[str, str], set[tuple[str,
                 reads.add((name.id, text, stored.get(name.id, "")))
         stored |= {name.id: text for name in names if isinstance(name.ctx, ast.Store)}
     return stored, reads
+
+
+def _all_reads(source: str) -> set[tuple[str, str, str]]:
+    return {read for _, reads in _reads(source).values() for read in reads}
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

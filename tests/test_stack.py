@@ -439,7 +439,7 @@ def test_a_stack_credits_every_source_in_full(ideas, tmp_path):
     [
         ("ue+squared_relu", "squared_relu"),
         ("ue+value_norm+squared_relu", "value_norm+squared_relu"),
-        ("squared_relu+uw6", "squared_relu+normless"),
+        ("squared_relu+uw6", "squared_relu+no_block_norms"),
         ("ue+uw1", "gpt2ish"),
     ],
 )
