@@ -20,6 +20,7 @@ from torch import Tensor, nn
 # layers of a table's network, A any dimensions of ids, I inputs and O outputs of a linear layer
 
 VARIANTS = {
+    "ue1_3": {},
     "ue1_4": {"front_mul": 1},
 }
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}

@@ -6,11 +6,11 @@ Idea: every linear layer in the blocks has a multiplier for each column and each
     all is neutral (multipliers are 1, biases lie within 0.01). In uw6_4 to uw6_6 only layers of
     one role share a map. The head is an ordinary one with multipliers and offsets, in uw6_2
     without, in uw6_5 and uw6_6 its columns' multipliers are predicted. uw6_3 has no biases in the
-    blocks, as in the original; uw6_6 no norm before the head. The blocks have no norms: `normless`
-    is the control. After training each layer is multiplied out.
+    blocks, as in the original; uw6_6 no norm before the head. The blocks have no norms, so
+    `no_block_norms` is the control. After training each layer is multiplied out.
 Source: Jeff Ward, jmward01/lmplay.
-Folds to: normless.
-Changed from normless: Config, SharedNet, SharedNets, Vector, PredictedLinear, Adjuster,
+Folds to: no_block_norms.
+Changed from no_block_norms: Config, SharedNet, SharedNets, Vector, PredictedLinear, Adjuster,
     UnifiedLinear, Attention, MLP, Block, Model.
 """
 

@@ -59,13 +59,17 @@ TARGETS = {  # what a file folds to
     "uw3": "gpt2ish",
     "uw4": "gpt2ish",
     "uw5": "gpt2ish",
-    "uw5_1": "normless",
-    "uw6": "normless",
+    "uw5_1": "no_block_norms",
+    "uw6": "no_block_norms",
     "ue_unified": "gpt2ish",
 }
-DEPLOYED = {"gpt2ish": 120_560_209, "normless": 120_541_777}
+DEPLOYED = {"gpt2ish": 120_560_209, "no_block_norms": 120_541_777}
 DEPLOYED_OF_A_NAME = {"uw6_3": 120_500_305, "uw6_6": 120_540_241}  # where it is another size
-CONTROLS = {"normless": 120_541_777, "normless_unbiased": 120_500_305, "normless_all": 120_540_241}
+CONTROLS = {
+    "no_block_norms": 120_541_777,
+    "no_block_norms_unbiased": 120_500_305,
+    "no_norms": 120_540_241,
+}
 
 SHARED = ("block_bias", "final_norm")  # what a model and the one it folds to both have as values
 
@@ -257,10 +261,10 @@ def predicted_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["uw6_0", "uw6_3", "uw6_4", "uw6_5", "uw6_6"])
-def test_uw6_starts_as_normless_with_its_weights_and_biases(name):
+def test_uw6_starts_as_no_block_norms_with_its_weights_and_biases(name):
     _, values = target_of(name)
     model = tiny(name, seed=3).eval()
-    plain = tiny("normless", seed=9, **values).eval()
+    plain = tiny("no_block_norms", seed=9, **values).eval()
     same = {key: value for key, value in model.state_dict().items() if key in shapes(plain)}
     plain.load_state_dict(same, strict=False)
     for key, layer in model.named_modules():

@@ -1,4 +1,4 @@
-"""Normless: no LayerNorm before attention and before the MLP.
+"""No block norms: no LayerNorm before attention and before the MLP.
 
 Idea: the control for uw6 and its relatives, whose blocks have no norms, and what they fold to:
     their gain or loss against gpt2ish is part of the missing norms, part of their layers. The norm
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 # F hidden width, V vocabulary
 
 VARIANTS = {
-    "normless_unbiased": {"block_bias": False},
-    "normless_all": {"final_norm": False},
+    "no_block_norms_unbiased": {"block_bias": False},
+    "no_norms": {"final_norm": False},
 }
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 
