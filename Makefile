@@ -12,7 +12,7 @@ PROMPT := def read_lines(path):
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[export]" --group dev
 	touch $@
 
 demo: .venv/installed
