@@ -149,6 +149,14 @@ def main(
             metavar="NAMES",
         ),
     ] = None,
+    initial_model: Annotated[
+        str | None,
+        Option(
+            help="Begin with the weights of a trained run, unfolded where the experiment can, or "
+            "of a native Hugging Face folder.",
+            metavar="RUN|FOLDER",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         Option(
@@ -229,11 +237,12 @@ def main(
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{what} on {resolved.name}: loading torch")
+    from lmplay.train.initial import find_initial
     from lmplay.train.session import Request
 
     request = Request(
         entries[0], resolved, changes, of_config, seed, device, precision, rows, compile, resumes,
-        out_dir,
+        out_dir, initial=find_initial(initial_model, out_dir) if initial_model else None,
     )  # fmt: skip
     if ideas:
         _search(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)

@@ -33,6 +33,7 @@ from lmplay.tokens import Tokenizer
 from lmplay.train.batches import Data, open_data
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
+from lmplay.train.initial import Initial, begin_from, told
 from lmplay.train.loop import (
     Session,
     Signals,
@@ -63,17 +64,21 @@ class Request:
     resume: bool = True
     out_dir: Path = Path("runs")
     budget: dict | None = None  # the league that the plan's tokens were sized for
+    initial: Initial | None = None  # the weights that it begins with
 
     @property
     def all_changes(self) -> dict[str, object]:
-        """The changes, and the precision where it is not what the plan's means here."""
+        """The changes, the weights to begin with, and a precision that the plan's is not here."""
+        changes = self.changes
+        if self.initial is not None:
+            changes = changes | {"initial_model": self.initial.name}
         if self.precision is None:
-            return self.changes
+            return changes
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device)
         if precision == resolve_precision(self.plan.precision, device):
-            return self.changes
-        return self.changes | {"precision": precision}
+            return changes
+        return changes | {"precision": precision}
 
     @property
     def label(self) -> str:
@@ -141,6 +146,9 @@ def run_experiment(request: Request, display: Display) -> dict:
         now = _facts(request, run, data, tokenizer, made, precision)
         now = _continued(now, facts, display)
         session = _open_session(run, data, stack, display)
+        if request.initial and session.saved < 0:
+            now["initial_model"] = begin_from(request.initial, run, tokenizer)
+            display.note(told(now["initial_model"]))
         return _train(session, now, tokenizer, display)
 
 
@@ -199,6 +207,7 @@ def _facts(
         "world_size": run.world_size,
         "mini_batch_size": run.mini_batch_size,
         "compiled": request.compiled,
+        "initial_model": None,  # how its weights came about, where it did not begin afresh
         "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -350,7 +359,8 @@ def _continued(now: dict, facts: dict | None, display: Display) -> dict:
     if differs:
         display.note(f"not the same bit by bit from here on: other {', '.join(differs)}")
     changed = sorted({*facts.get("changed_midway", []), *differs})
-    return now | {k: facts[k] for k in ("started", "failures")} | {"changed_midway": changed}
+    kept = {key: facts[key] for key in ("started", "failures", "initial_model")}
+    return now | kept | {"changed_midway": changed}
 
 
 def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> Session:
