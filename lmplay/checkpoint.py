@@ -243,7 +243,7 @@ def restore_rng(state: dict[str, Tensor]) -> None:
 
 def _contents(checkpoint: Checkpoint) -> dict[str, tuple[bytes, list[Tensor]]]:
     """For each file but the manifest, its first bytes and the tensors that follow them."""
-    weights, aliases = _without_ties(checkpoint.model)
+    weights, aliases = without_ties(checkpoint.model)
     optimizer_tensors: dict[str, Tensor] = {}
     state = {
         "step": checkpoint.step,
@@ -261,7 +261,8 @@ def _contents(checkpoint: Checkpoint) -> dict[str, tuple[bytes, list[Tensor]]]:
     }
 
 
-def _without_ties(model: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_ties(model: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict with each shared tensor once, and the name it has for each name left out."""
     weights: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple, str] = {}

@@ -1,6 +1,5 @@
 """The contract of an experiment file: what it must hold, how it is loaded, how it is counted."""
 
-import copy
 import dataclasses
 import hashlib
 import sys
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmplay.catalog import Entry, read_source, resolve
 from lmplay.errors import UserError, nearest
+from lmplay.folding import folded
 from lmplay.plan import Plan
 
 
@@ -215,31 +215,6 @@ def count(experiment: Experiment, config) -> Counts:
         folded=sum(p.numel() for p in folded(model).parameters()),
         flops_per_token=3 * flops / config.max_len,
     )
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy without the parameters that only training needs.
-
-    Each module with a `fold` makes room for the module that `fold` gives, the inner ones first;
-    those that give None are removed at the end, when nothing folds with their help any more.
-    """
-    model = copy.deepcopy(model).eval()
-    plain: dict[nn.Module, nn.Module | None] = {}
-    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
-        if not hasattr(module, "fold"):
-            continue
-        if module not in plain:
-            plain[module] = module.fold()
-        if plain[module] is not None and name:
-            model.set_submodule(name, plain[module])
-        elif plain[module] is not None:
-            model = plain[module]
-    gone = {module for module, replacement in plain.items() if replacement is None}
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child in gone:
-                delattr(module, name)
-    return model
 
 
 class _Attention(TorchFunctionMode):
