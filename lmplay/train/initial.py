@@ -46,7 +46,7 @@ def find_initial(text: str, out_dir: Path) -> Initial:
         step = max(of_step)
     if step not in of_step:
         raise UserError(f"{run.path} has no such checkpoint", hint=f"it has {sorted(of_step)}")
-    return Initial(run.path, step, f"{run.read()['label']}~{_digest([of_step[step]])}")
+    return Initial(run.path, step, f"{run.read()['experiment']}~{_digest([of_step[step]])}")
 
 
 def begin_from(initial: Initial, run: Run, tokenizer: Tokenizer) -> dict:
