@@ -195,7 +195,7 @@ class _HuggingFace(Tokenizer):
         self.fingerprint = "tokenizer " + hashlib.sha256(canonical.encode()).hexdigest()[:16]
         self._decoder = json.dumps(json.loads(text).get("decoder"))
         self._added = {i: t.content for i, t in self._inner.get_added_tokens_decoder().items()}
-        self._byte_of = _byte_of_character() if '"ByteLevel"' in self._decoder else None
+        self._byte_of = byte_of_character() if '"ByteLevel"' in self._decoder else None
 
     def encode(self, text):
         return self._inner.encode(valid(text), add_special_tokens=False).ids
@@ -334,7 +334,7 @@ def _end_of(config: str) -> str | None:
     return end.get("content") if isinstance(end, dict) else end
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """Byte-level BPE's letters: printable bytes stand for themselves, the rest from U+0100 on.
 
     Source: Radford et al. 2019, the code of GPT-2.

@@ -1,0 +1,3 @@
+from lmplay.export.cli import run
+
+run()

@@ -1,0 +1,156 @@
+"""An experiment of lmplay as a causal language model of transformers.
+
+This file is copied into an exported folder: `experiment` is there the file that was trained,
+`cache` and `folding` are lmplay's own, and config.json says how the model was made.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import Cache
+from .experiment import Config, Model
+from .folding import folded
+
+# B rows, T positions, C model width, V vocabulary
+
+
+class LmplayConfig(PreTrainedConfig):
+    """What config.json holds: `values` of the experiment's Config, and whether it is `folded`."""
+
+    model_type = "lmplay"
+
+
+class Past(Cache):
+    """The cache of one generation, as transformers asks for it."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+
+class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
+    """The experiment; rows of different lengths are padded on either side."""
+
+    config_class = LmplayConfig
+    base_model_prefix = "model"
+    _is_stateful = True  # the past cannot be cut back, as assisted generation would
+
+    def __init__(self, config: LmplayConfig):
+        super().__init__(config)
+        model = Model(Config(**config.values))
+        self.model = folded(model) if config.folded else model
+        self.takes_cache = "cache" in inspect.signature(self._reader).parameters
+        first: dict[int, str] = {}
+        names = [(id(w), name) for name, w in self.named_parameters(remove_duplicate=False)]
+        ties = {name: first[i] for i, name in names if first.setdefault(i, name) != name}
+        self._tied_weights_keys = ties
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own
+
+    @property
+    def _reader(self):
+        return self.model.hidden if hasattr(self.model, "hidden") else self.model.forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Past | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of the token after each position, and with `labels` the loss of the next token.
+
+        Args:
+            input_ids: (B, T); with a past, what follows it.
+            attention_mask: (B, past and T), 0 at padding. Causality hides what stands behind a
+                row; what stands before it is moved there, and such rows have no cache.
+            past_key_values: what an earlier pass with `use_cache` gave.
+            labels: (B, T), shifted in here; -100 is not scored.
+            logits_to_keep: this many last positions only; 0 for all.
+        Raises:
+            ValueError: the text is longer than the context; a mask with holes, or with padding
+                before a row that has a past.
+        """
+        past = past_key_values
+        num_positions = input_ids.shape[1] + (past.length if past is not None else 0)
+        if num_positions > self.config.max_position_embeddings:
+            longest = self.config.max_position_embeddings
+            raise ValueError(f"the text has {num_positions} tokens, the context holds {longest}")
+        place_BT = None if attention_mask is None else _places(attention_mask)
+        if place_BT is not None:
+            if past is not None:
+                raise ValueError("rows with padding before them have no past: leave it out")
+            input_ids = input_ids.gather(1, place_BT)
+        elif use_cache and past is None and self.takes_cache:
+            past = Past(self.config.max_position_embeddings)
+        x_BTC = self._read(input_ids, past)
+        if past is not None and not past.used:
+            past = None
+        if place_BT is not None:
+            back_BT1 = place_BT.argsort(1)[..., None]
+            x_BTC = x_BTC.gather(1, back_BT1.expand(-1, -1, x_BTC.shape[-1]))
+        x_BTC = x_BTC[:, -logits_to_keep:]
+        logits_BTV = self.model.head(x_BTC) if hasattr(self.model, "hidden") else x_BTC
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BTV, labels, vocab_size=logits_BTV.shape[-1])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past)
+        return output.to_tuple() if return_dict is False else output
+
+    def _read(self, tokens_BT: Tensor, past: Past | None) -> Tensor:
+        """The hidden states, or the logits of a model that has none; one by one behind a past."""
+        if past is None:
+            return self._reader(tokens_BT)
+        parts = []
+        for some_BT in tokens_BT.split(1, 1) if past.length else [tokens_BT]:
+            parts.append(self._reader(some_BT, cache=past))
+            past.advance(some_BT.shape[1])
+        return torch.cat(parts, 1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Past | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_,
+    ) -> dict:
+        """What `forward` is given at each step: the whole text, or what is behind the past."""
+        start = past_key_values.length if past_key_values is not None else 0
+        return {
+            "input_ids": input_ids[:, start:].to(self.device),
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+
+    def _reorder_cache(self, past: Past | None, beam_idx: Tensor) -> Past | None:
+        """The past, if no beam changed its row; else none, and the beams are read anew."""
+        stay = torch.arange(len(beam_idx), device=beam_idx.device)
+        return past if torch.equal(beam_idx, stay) else None
+
+
+def _places(mask_BT: Tensor) -> Tensor | None:
+    """Where each row's tokens are, with what stands before them moved behind; None if nothing."""
+    if mask_BT.bool().all():
+        return None
+    T = mask_BT.shape[1]
+    start_B1 = mask_BT.long().argmax(1, keepdim=True)
+    place_BT = (torch.arange(T, device=mask_BT.device) + start_B1) % T
+    if (mask_BT.long().gather(1, place_BT).diff() > 0).any():
+        raise ValueError("the attention mask has holes: padding stands before or behind a row")
+    return place_BT if start_B1.any() else None
