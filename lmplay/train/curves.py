@@ -136,3 +136,27 @@ def peak_memory(device: torch.device) -> int:
         return torch.mps.driver_allocated_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the most that this device can do, measured now.
+
+    The best of a few products, in about 0.1 s. What a model's FLOPs per second are of it is the
+    MFU that training shows.
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B, but for the measured peak.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        _wait_for(device)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

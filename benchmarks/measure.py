@@ -1,0 +1,139 @@
+"""What the benchmarks share: sides in processes of their own, taken in turn, and the table."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from lmplay.errors import UserError
+from lmplay.runner import machine_facts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEER = "transformers"
+
+
+def has_peer() -> bool:
+    """Whether the extra `bench` is installed."""
+    try:
+        return bool(version(PEER))
+    except PackageNotFoundError:
+        return False
+
+
+def without_peer(note: Callable[[str], None]) -> None:
+    """Say that only our own side is measured."""
+    note(f"{PEER} is not installed, so there is no ratio: pip install 'lmplay[bench]'")
+
+
+class Side:
+    """A process that measures one side and waits, asleep, while the others have their turn.
+
+    Args:
+        file: the benchmark that holds the side.
+        name: one of the sides that it gives to `serve`.
+        settings: what the side is told; JSON.
+    """
+
+    def __init__(self, file: str, name: str, settings: dict):
+        self.name = name
+        command = [sys.executable, file, "--side", name, json.dumps(settings)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def turn(self) -> dict:
+        """Let it take its next turn, and wait for what it measured.
+
+        Raises:
+            UserError: the process has ended; its own words are on stderr.
+        """
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise UserError(f"the side {self.name} ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process and everything that it holds."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Turns:
+    """The other end of a `Side`: what is between `wait` and `done` is timed."""
+
+    def __init__(self):
+        self._replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what a library prints is no reply
+        self._began = 0.0
+
+    def wait(self) -> None:
+        """Sleep until it is this side's turn."""
+        if not sys.stdin.readline():
+            sys.exit()
+        self._began = time.perf_counter()
+
+    def done(self, **measured: object) -> None:
+        """Report the seconds of this turn and whatever else is known."""
+        seconds = time.perf_counter() - self._began
+        print(json.dumps({"seconds": seconds, **measured}), file=self._replies, flush=True)
+
+
+def serve(sides: dict[str, Callable[[Turns, dict], None]]) -> bool:
+    """In a process that `Side` started: run the side and return True when it has ended."""
+    if sys.argv[1:2] != ["--side"]:
+        return False
+    settings = json.loads(sys.argv[3])
+    torch.set_num_threads(settings["threads"])
+    sides[sys.argv[2]](Turns(), settings)
+    return True
+
+
+def interleave(sides: Sequence[Side], seconds: float, warm_up: int = 1) -> dict[str, list[dict]]:
+    """Every side's turns: `warm_up` that are not timed, then A B A B until `seconds` are over.
+
+    Returns:
+        Under each name what its turns measured, the warm-up first. Two rounds at least.
+    """
+    measured: dict[str, list[dict]] = {side.name: [] for side in sides}
+    for side in sides:
+        for _ in range(warm_up):
+            measured[side.name].append(side.turn())
+    began, rounds = time.perf_counter(), 0
+    while rounds < 2 or time.perf_counter() - began < seconds:
+        for side in sides if rounds % 2 == 0 else reversed(sides):  # drift favours nobody
+            measured[side.name].append(side.turn())
+        rounds += 1
+    return measured
+
+
+def median_ratio(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the rounds' ratios theirs / mine, the smallest and the largest."""
+    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def facts(device: torch.device, threads: int) -> dict:
+    """The machine, the versions and the commit that a table was made with."""
+    made = machine_facts(device) | {"threads": threads}
+    if has_peer():
+        made["versions"][PEER] = version(PEER)
+    return made
+
+
+def write_report(path: Path, report: dict) -> None:
+    """A report as JSON."""
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

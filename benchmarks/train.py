@@ -1,0 +1,468 @@
+"""How fast training is, against the trainers that people would otherwise use, at equal work.
+
+    python benchmarks/train.py
+
+trains GPT-2 (the experiment gpt2, which is transformers' GPT2LMHeadModel weight for weight) on the
+same tokens with every side: the same shapes, no dropout, AdamW in torch's fused kernel, gradients
+clipped, one micro-batch a step. Sides are processes of their own that take steps in turn, so a
+machine that slows down slows all of them, and each one's peak of memory is its own.
+
+* lmplay: the trainer as `lmp-trainer` runs it, data, curves and display included.
+* loop: transformers' model in a plain loop under autocast.
+* trainer: transformers' model in its own Trainer.
+* nanogpt: the model of a checkout of nanoGPT in a loop like its train.py's, given --nanogpt.
+
+A name with +compile is the same side compiled by torch.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from measure import (
+    DTYPES,
+    Side,
+    Turns,
+    facts,
+    has_peer,
+    interleave,
+    median_ratio,
+    serve,
+    without_peer,
+)
+from rich.console import Console
+from typer import Option
+
+from lmplay.catalog import resolve
+from lmplay.console import Device, note, print_json, run_app, show, table
+from lmplay.errors import UserError
+from lmplay.experiment import count, load_experiment
+from lmplay.plan import Plan
+from lmplay.runner import resolve_device
+from lmplay.train.curves import CADENCE, matmul_rate, peak_memory
+from lmplay.train.display import Display
+from lmplay.train.layout import map_shard, write_shard
+
+# B rows, T positions
+
+SIDES = ("lmplay", "lmplay+compile", "loop", "loop+compile", "trainer")
+LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
+ROWS_OF_DATA = 512
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Size:
+    num_blocks: int
+    width: int
+    num_heads: int
+    max_len: int
+    rows: int
+    vocab_size: int = 50257
+
+    @property
+    def tokens(self) -> int:
+        """In a step."""
+        return self.rows * self.max_len
+
+
+SIZES = {
+    "base": Size(6, 768, 12, 1024, 4),
+    "small": Size(4, 256, 4, 256, 16),
+    "tiny": Size(2, 32, 2, 32, 4, vocab_size=512),
+    "124m": Size(12, 768, 12, 1024, 32),
+}
+
+
+def lmplay(turns: Turns, settings: dict) -> None:
+    """The trainer, whose display waits for its turn after each step."""
+    from lmplay.train.session import Request, run_experiment
+
+    size, device = Size(**settings["size"]), settings["device"]
+    optimizer = {
+        "name": "AdamW",
+        "lr": LR,
+        "weight_decay": DECAY,
+        "options": {"betas": list(BETAS)},
+    }
+    often = {"every_tokens": 2**52}
+    plan = Plan.model_validate(
+        {
+            "name": "bench",
+            "tokenizer": str(Path(settings["folder"], "tokenizer.json")),
+            "sequence_length": size.max_len,
+            "batch_size": size.rows,
+            "model": {
+                "num_blocks": size.num_blocks,
+                "width": size.width,
+                "num_heads": size.num_heads,
+                "embed_dropout": 0.0,
+                "ff_dropout": 0.0,
+            },
+            "datasets": {"tokens": {"shards": [settings["shard"]]}},
+            "stages": [{"datasets": ["tokens"]}],
+            "tokens": 2**40,
+            "optimizer": optimizer,
+            "clip": CLIP,
+            "validation": {"tokens": size.max_len, **often},
+            "checkpoints": often,
+        }
+    )
+
+    class TurnByTurn(Display):
+        def start(self, *arguments, **named) -> None:
+            super().start(*arguments, **named)
+            turns.wait()
+
+        def row(self, kind: str, row: dict) -> None:
+            super().row(kind, row)
+            if kind == "train" and row["step"] % settings["steps"] == 0:
+                turns.done(memory=row["memory"], loss=row["loss"])
+                turns.wait()
+
+    request = Request(
+        resolve(settings["exp"]),
+        plan,
+        changes={},
+        config={},
+        device=device,
+        precision=settings["precision"],
+        mini_batch_size=size.rows,
+        compiled=settings["compiled"],
+        out_dir=Path(settings["folder"], f"runs-{os.getpid()}"),
+    )
+    run_experiment(request, TurnByTurn("bench", Console(stderr=True, quiet=True)))
+
+
+def loop(turns: Turns, settings: dict) -> None:
+    """transformers' model in the shortest loop that does the same work."""
+    model = _gpt2(settings).to(settings["device"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True
+    )
+    forward = torch.compile(model) if settings["compiled"] else model
+
+    def loss_of(tokens_BT, targets_BT):
+        return forward(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
+
+    _plain_steps(turns, settings, model, optimizer, loss_of)
+
+
+def nanogpt(turns: Turns, settings: dict) -> None:
+    """The model of a checkout of nanoGPT, and its optimizer, in a loop like its train.py's."""
+    sys.path.insert(0, settings["nanogpt"])
+    from model import GPT, GPTConfig
+
+    size = Size(**settings["size"])
+    model = GPT(
+        GPTConfig(
+            block_size=size.max_len,
+            vocab_size=size.vocab_size,
+            n_layer=size.num_blocks,
+            n_head=size.num_heads,
+            n_embd=size.width,
+            dropout=0.0,
+            bias=True,
+        )
+    ).to(settings["device"])
+    kind = torch.device(settings["device"]).type
+    optimizer = model.configure_optimizers(DECAY, LR, BETAS, kind)
+    forward = torch.compile(model) if settings["compiled"] else model
+    _plain_steps(turns, settings, model, optimizer, lambda x, y: forward(x, y)[1])
+
+
+def trainer(turns: Turns, settings: dict) -> None:
+    """transformers' model in its Trainer."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class TurnByTurn(TrainerCallback):
+        def __init__(self):
+            self.step = 0
+
+        def on_step_begin(self, *_, **__):
+            if self.step % settings["steps"] == 0:
+                turns.wait()
+
+        def on_step_end(self, *_, **__):
+            self.step += 1
+            if self.step % settings["steps"] == 0:
+                device = torch.device(settings["device"])
+                _synchronize(device)
+                turns.done(memory=peak_memory(device), loss=None)
+
+    class Dataset(torch.utils.data.Dataset):
+        def __init__(self):
+            self.rows = list(_rows(settings))
+
+        def __len__(self):
+            return 2**40
+
+        def __getitem__(self, index):
+            tokens_T, targets_T = self.rows[index % len(self.rows)]
+            return {"input_ids": tokens_T, "labels": targets_T, "shift_labels": targets_T}
+
+    arguments = TrainingArguments(
+        output_dir=settings["folder"],
+        max_steps=2**30,
+        per_device_train_batch_size=Size(**settings["size"]).rows,
+        train_sampling_strategy="sequential",
+        learning_rate=LR,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=DECAY,
+        max_grad_norm=CLIP,
+        optim="adamw_torch_fused",
+        bf16=settings["precision"] == "bf16",
+        torch_compile=settings["compiled"],
+        use_cpu=settings["device"] == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    Trainer(_gpt2(settings), arguments, train_dataset=Dataset(), callbacks=[TurnByTurn()]).train()
+
+
+def _gpt2(settings: dict) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = Size(**settings["size"])
+    config = GPT2Config(
+        vocab_size=size.vocab_size,
+        n_positions=size.max_len,
+        n_embd=size.width,
+        n_layer=size.num_blocks,
+        n_head=size.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=size.vocab_size - 1,
+        eos_token_id=size.vocab_size - 1,
+        use_cache=False,
+    )
+    config.loss_type = "ForCausalLM"
+    return GPT2LMHeadModel(config).train()
+
+
+def _rows(settings: dict):
+    """Each row of the shard as tokens_T and targets_T."""
+    T = settings["size"]["max_len"]
+    tokens = map_shard(Path(settings["shard"]))
+    for start in range(0, len(tokens) - T, T):
+        window = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))
+        yield window[:-1], window[1:]
+
+
+def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> None:
+    device = torch.device(settings["device"])
+    rows, B, step = list(_rows(settings)), settings["size"]["rows"], 0
+    low = settings["precision"] != "fp32"
+    while True:
+        turns.wait()
+        for _ in range(settings["steps"]):
+            part = [rows[(step * B + row) % len(rows)] for row in range(B)]
+            tokens_BT, targets_BT = (
+                torch.stack(side).to(device) for side in zip(*part, strict=True)
+            )
+            with torch.autocast(device.type, DTYPES[settings["precision"]], enabled=low):
+                loss = loss_of(tokens_BT, targets_BT)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        turns.done(loss=loss.item(), memory=peak_memory(device))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_data(folder: Path, size: Size) -> Path:
+    """A shard of random tokens, and a tokenizer that has as many."""
+    draw = np.random.default_rng(0)
+    shard = folder / "tokens.bin"
+    with shard.open("wb") as file:
+        ids = draw.integers(0, size.vocab_size, ROWS_OF_DATA * size.max_len + 1)
+        write_shard(file, ids.astype("<u2"))
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(size.vocab_size - 1)}
+    end = "<|endoftext|>"
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.add_special_tokens([end])
+    made.save(str(folder / "tokenizer.json"))
+    return shard
+
+
+def measure(name: str, precision: str, sides: list[str], seconds: float, common: dict) -> dict:
+    """One size in one precision: all sides, in turn."""
+    size, device = SIZES[name], torch.device(common["device"])
+    experiment = load_experiment(resolve(common["exp"]))
+    config = experiment.config(
+        vocab_size=size.vocab_size,
+        max_len=size.max_len,
+        num_blocks=size.num_blocks,
+        width=size.width,
+        num_heads=size.num_heads,
+    )
+    flops = count(experiment, config).flops_per_token
+    steps = 1 if device.type == "cpu" else CADENCE
+    peaks = [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
+    with tempfile.TemporaryDirectory() as folder:
+        shard = write_data(Path(folder), size)
+        running = []
+        try:
+            for side in sides:
+                kind, _, compiled = side.partition("+")
+                settings = common | {
+                    "size": vars(size),
+                    "precision": precision,
+                    "compiled": bool(compiled),
+                    "steps": steps,
+                    "folder": folder,
+                    "shard": str(shard),
+                }
+                running.append(Side(__file__, kind, settings))
+                running[-1].name = side
+            measured = interleave(running, seconds, warm_up=2)
+        finally:
+            for side in running:
+                side.close()
+    peaks += [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
+    return _report(name, precision, measured, steps * size.tokens, flops, max(peaks))
+
+
+def _report(name, precision, measured, tokens, flops, peak) -> dict:
+    rows = []
+    for side, turns in measured.items():
+        first, timed = turns[0], turns[2:]
+        speed = tokens / statistics.median(turn["seconds"] for turn in timed)
+        rows.append(
+            {
+                "side": side,
+                "tokens_per_second": speed,
+                "mfu": speed * flops / peak,
+                "memory": timed[-1]["memory"],
+                "first_seconds": first["seconds"],
+                "first_loss": first["loss"],
+                "rounds": len(timed),
+            }
+        )
+    made = {
+        "size": name,
+        "precision": precision,
+        "flops_per_token": flops,
+        "matmul_flops": peak,
+        "sides": rows,
+    }
+    ours = [row for row in rows if row["side"].startswith("lmplay")]
+    peers = [row for row in rows if not row["side"].startswith("lmplay")]
+    if ours and peers:
+        mine, best = (
+            max(group, key=lambda row: row["tokens_per_second"]) for group in (ours, peers)
+        )
+        times = [[turn["seconds"] for turn in measured[row["side"]][2:]] for row in (mine, best)]
+        middle, least, most = median_ratio(*times)
+        made |= {
+            "ours": mine["side"],
+            "best_peer": best["side"],
+            "ratio": middle,
+            "ratio_range": [least, most],
+            "memory_ratio": mine["memory"] / best["memory"],
+        }
+    return made
+
+
+@app.command()
+def main(
+    sizes: Annotated[
+        str, Option(help=f"Of {', '.join(SIZES)}; several with commas.", metavar="NAMES")
+    ] = "small,base",
+    precisions: Annotated[str, Option(help="Of fp32, bf16.", metavar="NAMES")] = "bf16,fp32",
+    sides: Annotated[
+        str, Option(help=f"Of {', '.join(SIDES)}, trainer+compile.", metavar="NAMES")
+    ] = ",".join(SIDES),
+    nanogpt: Annotated[
+        Path | None, Option(help="A checkout of nanoGPT, to run it too.", metavar="PATH")
+    ] = None,
+    seconds: Annotated[
+        float, Option(help="Of timed steps at each size and precision; two rounds at least.")
+    ] = 60,
+    exp: Annotated[
+        str, Option(help="Another experiment in the place of gpt2; peers stay GPT-2.")
+    ] = "gpt2",
+    device: Device = "auto",
+    threads: Annotated[int | None, Option(help="Of every side; without it, one a core.")] = None,
+    as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure training against transformers' GPT2LMHeadModel.
+
+    Example: python benchmarks/train.py --sizes small --precisions bf16
+    """
+    wanted = sides.split(",")
+    if nanogpt is not None:
+        wanted += ["nanogpt", "nanogpt+compile"]
+    if not has_peer():
+        without_peer(note)
+        wanted = [side for side in wanted if not side.startswith(("loop", "trainer"))]
+    for name in sizes.split(","):
+        if name not in SIZES:
+            raise UserError(f"--sizes {name}: no such size", hint=f"there are {', '.join(SIZES)}")
+    where = resolve_device(device)
+    common = {
+        "device": str(where),
+        "threads": threads or os.cpu_count(),
+        "exp": exp,
+        "nanogpt": str(nanogpt),
+    }
+    torch.set_num_threads(common["threads"])
+    cases = []
+    for name in sizes.split(","):
+        for precision in precisions.split(","):
+            note(f"measuring {name} in {precision}: {', '.join(wanted)}")
+            cases.append(measure(name, precision, wanted, seconds, common))
+            if not as_json:
+                print_case(cases[-1])
+    if as_json:
+        machine = facts(where, common["threads"])
+        print_json({"schema_version": 1, "benchmark": "train", "machine": machine, "cases": cases})
+
+
+def print_case(case: dict) -> None:
+    """One row for each side, the fastest first."""
+    columns = ["side", "tokens/s", "of peak", "memory (GiB)", "first step (s)"]
+    rows = [
+        [
+            row["side"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['mfu']:.0%}",
+            f"{row['memory'] / 2**30:.2f}",
+            f"{row['first_seconds']:.1f}",
+        ]
+        for row in sorted(case["sides"], key=lambda row: -row["tokens_per_second"])
+    ]
+    title = f"{case['size']} in {case['precision']}, peak {case['matmul_flops'] / 1e9:,.0f} GFLOP/s"
+    show(table(title, columns, rows, right=columns[1:]))
+    if "ratio" in case:
+        least, most = case["ratio_range"]
+        note(
+            f"{case['ours']} is {case['ratio']:.2f}x {case['best_peer']} ({least:.2f} to "
+            f"{most:.2f} in {case['sides'][0]['rounds']} rounds) in {case['memory_ratio']:.2f}x "
+            "its memory"
+        )
+
+
+if __name__ == "__main__" and not serve(
+    {"lmplay": lmplay, "loop": loop, "trainer": trainer, "nanogpt": nanogpt}
+):
+    run_app(app)
