@@ -174,7 +174,7 @@ class FoldableBlocks(nn.ModuleList):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads a normed copy of the stream and is weighed against it."""
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()

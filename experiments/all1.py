@@ -1,0 +1,494 @@
+"""Unified embeddings, shared predictors and learned adds: sac2 with gates on the stream.
+
+Idea: sac2 trains the table and the layers through networks that fold away; lra weighs what a layer
+    adds against the stream, by gates that stay. `all1` is both at their own sizes. all1_0 is sac2_4
+    with one alpha and one beta at each position, and only the rows of the head's weight multiplied.
+    all1_1 has gates for each channel, from an MLP, above 0.7 and below 1.4; all1_2 lets them fall
+    to 0.6. In all1_3 the head has all adjusters and the nets are unified layers themselves; all1_4
+    has a table half as wide, with a network 16 times as wide. The blocks have no norms: what
+    is left after training, no_block_norms+lra, is also the control.
+Source: Jeff Ward, jmward01/lmplay.
+Folds to: no_block_norms+lra.
+Changed from sac2: Config, SharedNet, SharedNets, UnifiedLinear, UnifiedNet, layer_of, LearnedAdd,
+    Block, Model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, I inputs and O outputs of a linear layer, N either of them or rows
+# of a table, W width of a vector's input or of a wide row, M width between the two layers of a
+# table's network, K vectors from one net, A any dimensions of positions or ids, E = 2 C, G = C
+# weights or one for all channels
+
+VARIANTS = {
+    "all1_0": {
+        "front_mul": 16,
+        "input_mul": 64,
+        "table_kind": "predicted",
+        "by_role": True,
+        "max_predicted": 4,
+        "per_channel": False,
+        "adjusters": "rows",
+    },
+    "all1_1": {
+        "front_mul": 16,
+        "input_mul": 64,
+        "table_kind": "predicted",
+        "by_role": True,
+        "max_predicted": 4,
+        "gate": "mlp",
+        "floor": 0.7,
+        "ceil": 1.4,
+        "adjusters": "rows",
+    },
+    "all1_2": {
+        "front_mul": 16,
+        "input_mul": 64,
+        "table_kind": "predicted",
+        "by_role": True,
+        "max_predicted": 4,
+        "gate": "mlp",
+        "floor": 0.6,
+        "ceil": 1.4,
+        "adjusters": "rows",
+    },
+    "all1_3": {
+        "front_mul": 16,
+        "input_mul": 64,
+        "table_kind": "predicted",
+        "by_role": True,
+        "max_predicted": 4,
+        "gate": "mlp",
+        "floor": 0.6,
+        "ceil": 1.4,
+        "unified_nets": True,
+    },
+    "all1_4": {
+        "input_mul": 64,
+        "table_kind": "predicted",
+        "by_role": True,
+        "max_predicted": 4,
+        "mid_mul": 16,
+        "gate": "mlp",
+        "floor": 0.6,
+        "ceil": 1.4,
+        "unified_nets": True,
+    },
+}
+TINY = {
+    "vocab_size": 61,
+    "max_len": 16,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "input_mul": 1,  # noise on wider inputs, as the check makes, has no norm to stop it
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    embed_dropout: float = 0.1  # after token + position
+    ff_dropout: float = 0.1  # after attention's output projection and after the MLP
+    final_norm: bool = True  # before the head
+    input_mul: int = 32  # width of the input of a predicted vector, in model widths
+    by_role: bool = False  # queries share nets with queries alone, keys with keys, and so on
+    head_kind: str = "unified"  # "unified", "plain" or "predicted"
+    block_kind: str = "predicted"  # of the layers in the blocks: "predicted" or "unified"
+    table_kind: str = "unified"  # of the layers of the table's network: the same two
+    max_predicted: int | None = None  # model widths; a longer vector is plain, None is no limit
+    front_mul: int = 8  # width of a wide row, in model widths
+    mid_mul: int = 1  # width between the network's two layers, in model widths
+    gate: str = "linear"  # made by: "linear", "mlp" (both from x and y) or "constant"
+    per_channel: bool = True
+    floor: float = 0.4  # below every alpha and beta
+    ceil: float = 1.5  # above them
+    adjusters: str = "all"  # of unified layers: "all", or the multipliers of "rows" alone
+    unified_nets: bool = False  # the nets are unified layers, with all adjusters
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
+        if self.input_mul < 1:
+            raise ValueError(f"input_mul={self.input_mul} is below 1")
+        if self.head_kind not in ("unified", "plain", "predicted"):
+            raise ValueError(f"head_kind={self.head_kind!r} is not unified, plain or predicted")
+        for key in ("block_kind", "table_kind"):
+            if getattr(self, key) not in ("predicted", "unified"):
+                raise ValueError(f"{key}={getattr(self, key)!r} is not predicted or unified")
+        if self.max_predicted is not None and self.max_predicted < 1:
+            raise ValueError(f"max_predicted={self.max_predicted} is below 1")
+        if min(self.front_mul, self.mid_mul) < 1:
+            raise ValueError(f"front_mul={self.front_mul} and mid_mul={self.mid_mul} start at 1")
+        if self.gate not in ("linear", "mlp", "constant"):
+            raise ValueError(f"gate={self.gate!r} is none of 'linear', 'mlp' and 'constant'")
+        if not 0 < self.floor < self.ceil:
+            raise ValueError(f"floor={self.floor} and ceil={self.ceil} are not 0 < floor < ceil")
+        if self.adjusters not in ("all", "rows"):
+            raise ValueError(f"adjusters={self.adjusters!r} is neither 'all' nor 'rows'")
+
+
+class SharedNet(nn.Linear):
+    """Predicts vectors of one size, each from an input of its own."""
+
+    def __init__(self, num_outputs: int, config: Config):
+        super().__init__(config.input_mul * config.width, num_outputs, bias=False)
+        self.inputs = nn.ParameterList()
+        self.rows = None
+
+    def add(self) -> int:
+        """The place of a new vector."""
+        self.inputs.append(torch.empty(self.in_features).uniform_(-0.01, 0.01))
+        return len(self.inputs) - 1
+
+    def open(self) -> None:
+        """Predict all vectors in one product, until `close`."""
+        inputs_KW = torch.stack(list(self.inputs))
+        rows_KN = self(inputs_KW)
+        self.rows = rows_KN.unbind()
+
+    def close(self) -> None:
+        self.rows = None
+
+    def row(self, place: int) -> Tensor:
+        """The vector at that place, shape (N,)."""
+        if self.rows is not None:
+            return self.rows[place]
+        return self(self.inputs[place])
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Nothing: its users become ordinary layers, with the vectors as a pass predicts them."""
+        self.open()
+
+
+class SharedNets(nn.ModuleDict):
+    """A net for each size of vector, or for each role and size; made when first asked for."""
+
+    def net(self, role: str, size: int, config: Config) -> SharedNet | None:
+        if config.max_predicted is not None and size > config.max_predicted * config.width:
+            return None
+        name = f"{role}_{size}" if config.by_role else f"size_{size}"
+        if name not in self:
+            kind = UnifiedNet if config.unified_nets else SharedNet
+            self[name] = kind(size, config)
+        return self[name]
+
+
+class Vector(nn.Module):
+    """A trained vector, predicted by a net or plain, that starts at a given value."""
+
+    def __init__(self, start_N: Tensor, net: SharedNet | None):
+        super().__init__()
+        self.nets = ()
+        self.offset = nn.Parameter(start_N)
+        self.scalar = nn.Parameter(torch.zeros(1))
+        if net is not None:
+            self.nets = (net,)  # in a tuple, so that its parameters are the Model's
+            self.place = net.add()
+            self.offset.data -= net.row(self.place).detach()
+
+    def forward(self) -> Tensor:
+        vector_N = self.offset + self.scalar
+        for net in self.nets:
+            vector_N = vector_N + net.row(self.place)
+        return vector_N
+
+
+class PredictedLinear(nn.Linear):
+    """A linear layer with multipliers of its weight's columns and rows, and a bias, as Vectors."""
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, nets: SharedNets, role: str, config: Config
+    ):
+        super().__init__(num_inputs, num_outputs, bias=False)
+        is_head = role == "head"  # of whose vectors only the one of the model's width is predicted
+        bias_O = torch.empty(num_outputs).uniform_(-0.01, 0.01)
+        column_net = nets.net(role, num_inputs, config)
+        row_net = None if is_head else nets.net(role, num_outputs, config)
+        self.column_scale = Vector(torch.ones(num_inputs), column_net)
+        self.row_scale = Vector(torch.ones(num_outputs), row_net)
+        self.shift = Vector(bias_O, row_net)
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the ordinary layer that this one is."""
+        weight_OI = self.weight * self.column_scale()
+        weight_OI = weight_OI * self.row_scale()[:, None]
+        bias_O = self.shift()
+        return weight_OI, bias_O
+
+    def forward(self, x_AI: Tensor) -> Tensor:
+        weight_OI, bias_O = self.effective()
+        y_AO = F.linear(x_AI, weight_OI, bias_O)
+        return y_AO
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """The ordinary layer."""
+        weight_OI, bias_O = self.effective()
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain.weight = nn.Parameter(weight_OI)
+        plain.bias = nn.Parameter(bias_O)
+        return plain
+
+
+class Adjuster(nn.Module):
+    """A vector and a scalar that is added to all of it."""
+
+    def __init__(self, size: int, start: float):
+        super().__init__()
+        self.vector = nn.Parameter(torch.full((size,), start))
+        self.scalar = nn.Parameter(torch.zeros(1))
+
+    def forward(self) -> Tensor:
+        sum_N = self.vector + self.scalar
+        return sum_N
+
+
+class UnifiedLinear(nn.Linear):
+    """A linear layer whose weight is adjusted along its rows and columns."""
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, adjusters: str = "all", bias: bool = True
+    ):
+        super().__init__(num_inputs, num_outputs, bias)
+        self.row_scale = Adjuster(num_outputs, 1.0)
+        self.row_shift = Adjuster(num_outputs, 0.0) if adjusters == "all" else None
+        self.column_scale = Adjuster(num_inputs, 1.0) if adjusters == "all" else None
+        self.column_shift = Adjuster(num_inputs, 0.0) if adjusters == "all" else None
+        self.bias_shift = nn.Parameter(torch.zeros(1)) if bias else None
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the ordinary layer that this one is."""
+        weight_OI = self.weight * self.row_scale()[:, None]
+        if self.row_shift is not None:
+            weight_OI = weight_OI + self.row_shift()[:, None]
+            weight_OI = weight_OI * self.column_scale()
+            weight_OI = weight_OI + self.column_shift()
+        bias_O = None if self.bias is None else self.bias + self.bias_shift
+        return weight_OI, bias_O
+
+    def forward(self, x_AI: Tensor) -> Tensor:
+        weight_OI, bias_O = self.effective()
+        y_AO = F.linear(x_AI, weight_OI, bias_O)
+        return y_AO
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """The ordinary layer."""
+        weight_OI, bias_O = self.effective()
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain.weight = nn.Parameter(weight_OI)
+        plain.bias = nn.Parameter(bias_O)
+        return plain
+
+
+class UnifiedNet(SharedNet, UnifiedLinear):
+    """A shared net that is a UnifiedLinear where the others are an nn.Linear."""
+
+
+def layer_of(
+    num_inputs: int, num_outputs: int, nets: SharedNets, role: str, config: Config
+) -> nn.Module:
+    """A linear layer of the kind that its role has."""
+    kinds = {"front": config.table_kind, "back": config.table_kind}
+    if kinds.get(role, config.block_kind) == "unified":
+        return UnifiedLinear(num_inputs, num_outputs, config.adjusters)
+    return PredictedLinear(num_inputs, num_outputs, nets, role, config)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H."""
+
+    def __init__(self, config: Config, nets: SharedNets):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = layer_of(config.width, config.width, nets, "query", config)
+        self.key = layer_of(config.width, config.width, nets, "key", config)
+        self.value = layer_of(config.width, config.width, nets, "value", config)
+        self.output = layer_of(config.width, config.width, nets, "output", config)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        y_BTC = self.dropout(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4 C wide between them."""
+
+    def __init__(self, config: Config, nets: SharedNets):
+        super().__init__()
+        self.up = layer_of(config.width, 4 * config.width, nets, "up", config)
+        self.down = layer_of(4 * config.width, config.width, nets, "down", config)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTC)
+        h_BTF = F.gelu(h_BTF)
+        y_BTC = self.down(h_BTF)
+        y_BTC = self.dropout(y_BTC)
+        return y_BTC
+
+
+class LearnedAdd(nn.Module):
+    """alpha x + beta y, with alpha and beta between floor and ceil."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = config.gate
+        self.floor = config.floor
+        self.ceil = config.ceil
+        num_raw = 2 * (config.width if config.per_channel else 1)
+        if config.gate == "constant":
+            self.raw = nn.Parameter(torch.zeros(num_raw))
+        elif config.gate == "linear":
+            self.predictor = nn.Linear(2 * config.width, num_raw)
+        else:
+            self.predictor = nn.Sequential(
+                nn.Linear(2 * config.width, config.width),
+                nn.ReLU(),
+                nn.Linear(config.width, num_raw),
+            )
+
+    def bounded(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.sigmoid(raw)
+        weights = self.floor + (self.ceil - self.floor) * share
+        alpha, beta = weights.chunk(2, dim=-1)
+        return alpha, beta
+
+    def forward(self, x_BTC: Tensor, y_BTC: Tensor) -> Tensor:
+        if self.gate == "constant":
+            alpha_G, beta_G = self.bounded(self.raw)
+            x_BTC = alpha_G * x_BTC + beta_G * y_BTC
+            return x_BTC
+        xy_BTE = torch.cat([x_BTC, y_BTC], dim=-1)
+        raw_BTG = self.predictor(xy_BTE)
+        alpha_BTG, beta_BTG = self.bounded(raw_BTG)
+        x_BTC = alpha_BTG * x_BTC + beta_BTG * y_BTC
+        return x_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int, nets: SharedNets):
+        super().__init__()
+        self.index = index
+        self.attention = Attention(config, nets)
+        self.mlp = MLP(config, nets)
+        self.attention_add = LearnedAdd(config)
+        self.mlp_add = LearnedAdd(config)
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        y_BTC = self.attention(x_BTC, cache)
+        x_BTC = self.attention_add(x_BTC, y_BTC)
+        y_BTC = self.mlp(x_BTC)
+        x_BTC = self.mlp_add(x_BTC, y_BTC)
+        return x_BTC
+
+
+class UnifiedEmbedding(nn.Module):
+    """A table of wide rows, each brought to width C by one network that all rows share."""
+
+    def __init__(self, num_rows: int, nets: SharedNets, config: Config):
+        super().__init__()
+        self.wide_table = nn.Embedding(num_rows, config.front_mul * config.width)
+        self.front = layer_of(
+            config.front_mul * config.width, config.mid_mul * config.width, nets, "front", config
+        )
+        self.back = layer_of(config.mid_mul * config.width, config.width, nets, "back", config)
+
+    def network(self, wide_NW: Tensor) -> Tensor:
+        h_NM = self.front(wide_NW)
+        h_NM = F.gelu(h_NM)
+        e_NC = self.back(h_NM)
+        return e_NC
+
+    def forward(self, ids_A: Tensor) -> Tensor:
+        distinct_N, index_A = torch.unique(ids_A, return_inverse=True)
+        wide_NW = self.wide_table(distinct_N)
+        e_NC = self.network(wide_NW)
+        e_NC = e_NC.to(wide_NW.dtype)  # where a token recurs, its gradients add up unrounded
+        e_AC = F.embedding(index_A, e_NC)
+        return e_AC
+
+    @torch.no_grad()
+    def fold(self) -> nn.Embedding:
+        """The plain table of what every row becomes."""
+        parts = [self.network(wide_NW) for wide_NW in self.wide_table.weight.split(1024)]
+        return nn.Embedding.from_pretrained(torch.cat(parts), freeze=False)
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.position_table = nn.Embedding(config.max_len, config.width)
+        self.dropout = nn.Dropout(config.embed_dropout)
+        nets = SharedNets()
+        self.blocks = nn.ModuleList(
+            Block(config, index, nets) for index in range(config.num_blocks)
+        )
+        self.final_norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
+        if config.head_kind == "plain":
+            self.head = nn.Linear(config.width, config.vocab_size)
+        elif config.head_kind == "unified":
+            self.head = UnifiedLinear(config.width, config.vocab_size, config.adjusters)
+        else:
+            self.head = PredictedLinear(config.width, config.vocab_size, nets, "head", config)
+        nn.init.zeros_(self.position_table.weight)
+        self.nets = nets
+        self.token_table = UnifiedEmbedding(config.vocab_size, nets, config)
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        for net in self.nets.values():
+            net.open()
+        e_BTC = self.token_table(tokens_BT)
+        p_TC = self.position_table(positions_T)
+        x_BTC = e_BTC + p_TC
+        x_BTC = self.dropout(x_BTC)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, cache)
+        for net in self.nets.values():
+            net.close()
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
