@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -153,6 +155,48 @@ def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str
     return Scale(config, differs)
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Keep the parameters of these names from being trained; a tied one is frozen by either name.
+
+    Args:
+        patterns: names in which * stands for any characters and ? for one, such as "blocks.0.*".
+    Returns:
+        The names of all frozen parameters, in the model's order.
+    Raises:
+        UserError: a pattern matches no name (with those that exist), or nothing is left to train.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matched = [name for name in named if fnmatchcase(name, pattern)]
+        if not matched:
+            hint = nearest(pattern, [*named, *_prefixes(named)]) + f"there are {_summed_up(named)}"
+            raise UserError(f"freeze: no parameter is called {pattern!r}", hint=hint)
+        for name in matched:
+            named[name].requires_grad_(False)
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if patterns and all(not weight.requires_grad for weight in named.values()):
+        raise UserError("freeze leaves no parameter to train", hint="freeze fewer of them")
+    return frozen
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What freezes a whole module: blocks.*, blocks.0.*, blocks.0.mlp.* and so on."""
+    parts = [name.split(".") for name in names]
+    found = {".".join([*some[:end], "*"]): None for some in parts for end in range(1, len(some))}
+    return list(found)
+
+
+def _summed_up(names: Iterable[str]) -> str:
+    """Names in few words, layers that differ in a number only as one: blocks.*.norm.weight (12)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        parts = ["*" if part.isdecimal() else part for part in name.split(".")]
+        alike.setdefault(".".join(parts), []).append(name)
+    return ", ".join(
+        some[0] if len(some) == 1 else f"{form} ({len(some)})" for form, some in alike.items()
+    )
+
+
 def _run(entry: Entry) -> ModuleType:
     name = f"lmplay_experiment_{hashlib.sha256(entry.source.encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -187,31 +231,41 @@ class Counts:
     trained: int  # parameters that training changes
     matmul: int  # of these, matrices that every position is multiplied with
     lookup: int  # of these, tables of which a position reads one row; the rest are vectors
+    frozen: int  # that training leaves as they are
     folded: int  # that are left once what only training needs is folded away
     flops_per_token: float  # forward and backward, attention with the keys really attended
 
 
-def count(experiment: Experiment, config) -> Counts:
+def count(experiment: Experiment, config, patterns: Sequence[str] = ()) -> Counts:
     """Count parameters and FLOPs by running one row of `max_len` tokens on the meta device.
 
     Training costs three times the forward pass: two matrix products in the backward pass for each
     one in the forward pass. Causal scaled-dot-product attention is counted with the (T + 1) / 2
     keys that a position attends to on average. A network that runs on the distinct tokens of a
-    batch is counted as if every token were distinct: an upper bound.
+    batch is counted as if every token were distinct, and a frozen matrix as if it were trained:
+    upper bounds.
+
+    Args:
+        patterns: of what the plan freezes, as `freeze` takes them.
+    Raises:
+        UserError: as `freeze` does.
     """
     model = experiment.model(config, device="meta")
+    freeze(model, patterns)
     tokens_BT = torch.zeros(1, config.max_len, dtype=torch.int64, device="meta")
     counter, attention, reads = FlopCounterMode(display=False), _Attention(), _Reads()
     with torch.no_grad(), counter, attention, reads:
         model(tokens_BT)
     flops = counter.get_total_flops() + attention.flops
     trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     lookup = [p for p in trained if id(p) in reads.tables]
     matmul = [p for p in trained if p.dim() > 1 and id(p) not in reads.tables]
     return Counts(
         trained=sum(p.numel() for p in trained),
         matmul=sum(p.numel() for p in matmul),
         lookup=sum(p.numel() for p in lookup),
+        frozen=sum(p.numel() for p in frozen),
         folded=sum(p.numel() for p in folded(model).parameters()),
         flops_per_token=3 * flops / config.max_len,
     )

@@ -167,6 +167,11 @@ class Plan(_Strict):
         description="Budget, rounded up to whole steps; the last stage goes on until it is spent. "
         "Without it every stage runs its epochs.",
     )
+    freeze: list[str] = Field(
+        [],
+        description="Names of parameters that training leaves as they are; * and ? stand for more "
+        "of a name, as in blocks.0.*",
+    )
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for no limit.")

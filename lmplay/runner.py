@@ -19,7 +19,7 @@ from torch import nn
 
 from lmplay.checkpoint import read_checkpoint
 from lmplay.errors import BAD_CHECKPOINT, UserError
-from lmplay.experiment import Experiment, load_source
+from lmplay.experiment import Experiment, freeze, load_source
 from lmplay.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder
@@ -153,13 +153,14 @@ def open_run(
     mini_batch_size: int,
     compiled: bool = False,
 ) -> Run:
-    """Build the model from its seed and wrap it once, so that every pass goes through accelerate.
+    """Build the model from its seed, freeze what the plan freezes, and wrap it once for accelerate.
 
     Args:
         compiled: compile the wrapper in place (names in the state stay). On the CPU this turns
             deterministic algorithms on: without them two equal compiled runs differ.
     """
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
+    freeze(model, plan.freeze)  # before it is wrapped: DDP waits for the gradients it then expects
     torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
     objective = accelerator.prepare_model(Objective(model))
     if compiled:

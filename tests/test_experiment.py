@@ -5,7 +5,7 @@ import torch
 
 from lmplay.catalog import read_source, resolve
 from lmplay.errors import UserError
-from lmplay.experiment import count, load_experiment, scale
+from lmplay.experiment import count, freeze, load_experiment, scale
 from lmplay.plan import read_plan
 
 GOOD = '''"""One line."""
@@ -134,3 +134,36 @@ def test_a_tied_table_counts_as_a_matrix(tmp_path):
     counts = count(experiment, experiment.config(vocab_size=6))
 
     assert (counts.matmul, counts.lookup) == (36, 0)
+
+
+def test_patterns_freeze_the_parameters_of_these_names():
+    experiment = load_experiment(resolve("gpt2ish"))
+    model = experiment.model(experiment.config(**experiment.tiny))
+    frozen = freeze(model, ["blocks.0.mlp.*", "head.bia?", "blocks.0.*.bias"])
+
+    expected = [
+        name for name, _ in model.named_parameters()
+        if name.startswith("blocks.0.") and (".mlp." in name or name.endswith("bias"))
+    ] + ["head.bias"]  # fmt: skip
+    assert frozen == expected
+    assert freeze(experiment.model(experiment.config(**experiment.tiny)), []) == []
+
+
+@pytest.mark.parametrize("name", ["table.weight", "head.weight"])
+def test_a_tied_parameter_is_frozen_by_either_of_its_names(name):
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
+    model["head"].weight = model["table"].weight
+
+    assert freeze(model, [name]) == ["table.weight"]
+    assert not model["head"].weight.requires_grad and model["head"].bias.requires_grad
+
+
+def test_frozen_parameters_are_counted_apart_and_their_flops_are_an_upper_bound():
+    experiment = load_experiment(resolve("gpt2ish"))
+    config = experiment.config(**experiment.tiny)
+    whole, partly = count(experiment, config), count(experiment, config, ["blocks.0.*", "head.*"])
+
+    assert whole.frozen == 0 < partly.frozen
+    assert partly.trained + partly.frozen == whole.trained
+    assert partly.matmul < whole.matmul and partly.lookup == whole.lookup
+    assert partly.folded == whole.folded and partly.flops_per_token == whole.flops_per_token

@@ -131,6 +131,8 @@ def test_a_misspelt_key_is_reported_before_the_one_that_it_leaves_missing(plans)
         (("batch_size",), 0, "batch_size"),
         (("batch_size",), 10**30, "batch_size"),
         (("clip",), 0, "clip"),
+        (("freeze",), "blocks.*", "freeze"),
+        (("freeze",), [0], "freeze.0"),
         (("precision",), "bfloat16", "precision"),
         (("schedule",), "cosine", "schedule"),
         (("schedule",), {"name": "cosin"}, "schedule.name"),

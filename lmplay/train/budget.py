@@ -116,7 +116,7 @@ def _flops_per_token(request: Request) -> float:
     experiment = load_experiment(request.entry)
     vocab_size = vocab_size_of(request.plan.tokenizer)
     config = scale(experiment, request.plan, vocab_size, request.config).config
-    return count(experiment, config).flops_per_token
+    return count(experiment, config, request.plan.freeze).flops_per_token
 
 
 def _session(request: Request, data, vocab_size: int) -> Session:

@@ -12,7 +12,13 @@ from lmplay.stats.judge import judge
 from lmplay.train.apart import Relay, apart
 from lmplay.train.budget import sized
 from lmplay.train.display import GridDisplay
-from lmplay.train.session import Request, finished, refuse_unproven, run_experiment
+from lmplay.train.session import (
+    Request,
+    finished,
+    refuse_unknown_names,
+    refuse_unproven,
+    run_experiment,
+)
 
 WAIT_SECONDS = 2.0  # between two looks at runs that others hold
 
@@ -46,7 +52,9 @@ class Bench:
         root = replace(self.request, entry=self.root)
         of_first = []
         for entry in entries:
-            refuse_unproven(load_experiment(entry))
+            experiment = load_experiment(entry)
+            refuse_unproven(experiment)
+            refuse_unknown_names(self.request, experiment)
             request = replace(self.request, entry=entry, seed=seeds[0])
             of_first.append(sized(request, root, self.budget, self.display))
         requests = [replace(first, seed=seed) for seed in seeds for first in of_first]

@@ -45,14 +45,15 @@ def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_
         sys.stdout.flush()  # this much needs no torch
     from dataclasses import asdict
 
-    from lmplay.experiment import count, load_experiment, scale
+    from lmplay.experiment import count, freeze, load_experiment, scale
     from lmplay.generate.sampling import uses_cache
     from lmplay.tokens import vocab_size_of
 
     experiment = load_experiment(entry)
     made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
-    counts = asdict(count(experiment, made.config))
+    counts = asdict(count(experiment, made.config, plan.freeze))
     flops_per_token = counts.pop("flops_per_token")
+    frozen = freeze(experiment.model(made.config, device="meta"), plan.freeze)
     is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
     if as_json:
         return print_json(
@@ -68,6 +69,7 @@ def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_
                 "config": asdict(made.config),
                 "scale_differs": made.differs,
                 "parameters": counts,
+                "frozen": frozen,
                 "flops_per_token": flops_per_token,
                 "uses_cache": is_cached,
             }
@@ -77,6 +79,8 @@ def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_
     rows = [[name, f"{value:,}"] for name, value in counts.items()]
     rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
     show(table("\nParameters", ["", " "], rows, right={" "}))
+    if frozen:
+        out.print(f"Frozen: {', '.join(frozen)}", markup=False)
     if not is_cached:
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
     if show_plan:

@@ -17,7 +17,8 @@ def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer
 
     Weight decay falls on matrices (two dimensions or more) and never on vectors. A model's
     `parameter_groups()` may claim parameters first, each group with `lr_scale` and `weight_decay`
-    of its own. Fused kernels are used where torch has them for the parameters' device.
+    of its own. Frozen parameters are in no group. Fused kernels are used where torch has them for
+    the parameters' device.
 
     Raises:
         UserError: torch.optim has no such class, the class no such option, or it refuses a value.
@@ -99,7 +100,7 @@ def _groups(model: nn.Module, wanted: Optimizer) -> list[dict]:
         unknown = set(own) - {"params", "lr_scale", "weight_decay", "role"}
         if unknown:
             raise UserError(f"parameter_groups: unknown {sorted(unknown)}")
-        params = list(own["params"])
+        params = [p for p in own["params"] if p.requires_grad]
         claimed |= {id(p) for p in params}
         decay = own.get("weight_decay", wanted.weight_decay)
         groups.append(_group(params, own.get("lr_scale", 1.0), decay))

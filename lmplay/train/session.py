@@ -14,7 +14,15 @@ from lmplay import check
 from lmplay.catalog import Entry, canonical_name
 from lmplay.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
 from lmplay.errors import UserError
-from lmplay.experiment import Experiment, Scale, count, load_experiment, load_source, scale
+from lmplay.experiment import (
+    Experiment,
+    Scale,
+    count,
+    freeze,
+    load_experiment,
+    load_source,
+    scale,
+)
 from lmplay.generate.sampling import greedy_text
 from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder, run_path
@@ -29,7 +37,7 @@ from lmplay.runner import (
     stream_seed,
 )
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
-from lmplay.tokens import Tokenizer
+from lmplay.tokens import Tokenizer, vocab_size_of
 from lmplay.train.batches import Data, open_data
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
@@ -121,6 +129,7 @@ def run_experiment(request: Request, display: Display) -> dict:
         plan, experiment = _own_copies(request, facts, folder, display)
         if facts is None:
             refuse_unproven(experiment)
+            refuse_unknown_names(request, experiment)
         tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
         stack.callback(data.close)
         if accelerator.is_main_process and not folder.tokenizer_json.exists():
@@ -199,7 +208,7 @@ def _facts(
             "validation_tokens": data.validation_tokens,
             "validation_bytes": data.validation_bytes,
         },
-        **_sizes(experiment, made.config),
+        **_sizes(experiment, made.config, plan),
         "num_steps": data.num_steps,
         "tokens_per_step": plan.tokens_per_step,
         **machine_facts(run.device),
@@ -271,6 +280,15 @@ def refuse_unproven(experiment: Experiment) -> None:
         )
 
 
+def refuse_unknown_names(request: Request, experiment: Experiment) -> None:
+    """Raise a UserError where the plan freezes what the model does not have, or all of it."""
+    plan = request.plan
+    if plan.freeze:
+        vocab_size = vocab_size_of(plan.tokenizer)
+        config = scale(experiment, plan, vocab_size, request.config).config
+        freeze(experiment.model(config, device="meta"), plan.freeze)
+
+
 def _own_copies(
     request: Request, facts: dict | None, folder: RunFolder, display: Display
 ) -> tuple[Plan, Experiment]:
@@ -339,8 +357,8 @@ def rows_at_once(plan: Plan, device: torch.device) -> int:
     return max(1, min(plan.batch_size, AUTO_TOKENS // plan.sequence_length))
 
 
-def _sizes(experiment: Experiment, config) -> dict:
-    counts = dataclasses.asdict(count(experiment, config))
+def _sizes(experiment: Experiment, config, plan: Plan) -> dict:
+    counts = dataclasses.asdict(count(experiment, config, plan.freeze))
     return {"flops_per_token": counts.pop("flops_per_token"), "parameters": counts}
 
 

@@ -55,8 +55,7 @@ class Update:
         if self.scaler is not None:
             self.scaler.update()
         if hasattr(self.run.model, "after_step"):
-            with torch.no_grad():
-                self.run.model.after_step()
+            self._after_step()
         self.run.model.zero_grad(set_to_none=True)
         return norm
 
@@ -68,6 +67,13 @@ class Update:
             self.optimizer.step()
         elif wanted:
             self.optimizer.step()
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        frozen = [(p, p.clone()) for p in self.run.model.parameters() if not p.requires_grad]
+        self.run.model.after_step()
+        for parameter, value in frozen:
+            parameter.copy_(value)
 
     def state(self) -> dict:
         """The scaler's numbers, for a checkpoint."""

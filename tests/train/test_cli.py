@@ -141,6 +141,15 @@ def test_describe_shows_docstring_diff_values_and_counts(place):
         assert words in done.stdout
 
 
+def test_describe_shows_what_is_frozen(place):
+    args = ("--exp", "gpt2ish", "--plan", "words.json", "--set", 'freeze=["head.*"]', "--describe")
+    table, document = lmp_trainer(*args), json.loads(lmp_trainer(*args, "--json").stdout)
+
+    assert "Frozen: head.weight, head.bias" in table.stdout
+    assert document["frozen"] == ["head.weight", "head.bias"]
+    assert document["parameters"]["frozen"] == 257 * 16 + 257
+
+
 def test_a_described_plan_is_a_plan_file_and_its_json_a_document(place):
     file = json.loads(lmp_trainer("--plan", "words.json", "--describe").stdout)
     document = json.loads(lmp_trainer("--plan", "words.json", "--describe", "--json").stdout)
