@@ -23,6 +23,7 @@ from lmplay.experiment import Experiment, freeze, load_source
 from lmplay.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder
+from lmplay.shard import no_sync, shard, spread_model, whole
 from lmplay.tokens import Tokenizer, open_tokenizer
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,8 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     """accelerate for placement, process group and autocast; accumulation and loss stay ours.
 
     Raises:
-        UserError: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set, which would scale gradients.
+        UserError: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set, which would scale gradients, or
+            the processes that were started did not become one group.
     """
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
@@ -96,9 +98,17 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     # else a second run of this process keeps the first's device and precision
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(**wanted):
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
         )
+    started = os.environ.get("WORLD_SIZE", "1")
+    if str(accelerator.num_processes) != started:
+        raise UserError(
+            f"WORLD_SIZE={started} processes were started, but this one is in a group of "
+            f"{accelerator.num_processes}",
+            hint="start them with lmp-trainer --gpus N, torchrun or accelerate launch",
+        )
+    return accelerator
 
 
 def leave_processes() -> None:
@@ -120,7 +130,10 @@ class Run:
     objective: nn.Module  # the model and its loss, as accelerate gave it back
     accelerator: Accelerator
     mini_batch_size: int  # rows that go through the model at once
+    sharded: bool = False  # every process holds a slice of each parameter
+    compiled: bool = False
     may_shrink: bool = False  # halve mini_batch_size where the device's memory does not suffice
+    warn: Callable[[str], None] = print  # told, once, of a change that the user should know of
     step: int = 0  # updates done
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # spent training, not validating
@@ -135,11 +148,42 @@ class Run:
         """Processes that share a step."""
         return self.accelerator.num_processes
 
-    def shrink(self) -> bool:
+    def no_sync(self) -> AbstractContextManager:
+        """While entered, a backward pass leaves its gradients in this process."""
+        if self.sharded:
+            return no_sync(self.objective)
+        return self.accelerator.no_sync(self.objective)
+
+    def whole_model(self) -> nn.Module:
+        """The model itself, or a whole copy on the device; then all processes must take part."""
+        if not self.sharded:
+            return self.model
+        copy = self.experiment.model(self.config, device="meta")
+        copy.load_state_dict(whole(self.model.state_dict(keep_vars=True)), assign=True)
+        return copy.train(self.model.training)
+
+    def can_go_on(self, error: Exception) -> bool:
+        """Whether what failed may be tried again, with a smaller micro-batch or not compiled."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return self._shrink()
+        is_compilers = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        return is_compilers and self._uncompile(error)
+
+    def _shrink(self) -> bool:
         """Halve the micro-batch, where that is ours to choose and can be done."""
         if not self.may_shrink or self.mini_batch_size == 1 or self.world_size > 1:
             return False
         self.mini_batch_size //= 2
+        return True
+
+    def _uncompile(self, error: Exception) -> bool:
+        if not self.compiled:
+            return False
+        self.compiled = False
+        self.objective._compiled_call_impl = None  # what Module.compile had set
+        torch.use_deterministic_algorithms(False)
+        why = str(error).strip().splitlines()[0]
+        self.warn(f"the model does not compile, so it goes on without: {why}")
         return True
 
 
@@ -152,24 +196,30 @@ def open_run(
     accelerator: Accelerator,
     mini_batch_size: int,
     compiled: bool = False,
+    sharded: bool = False,
 ) -> Run:
     """Build the model from its seed, freeze what the plan freezes, and wrap it once for accelerate.
 
     Args:
         compiled: compile the wrapper in place (names in the state stay). On the CPU this turns
             deterministic algorithms on: without them two equal compiled runs differ.
+        sharded: spread the parameters over the processes instead of holding them in each.
     """
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
     freeze(model, plan.freeze)  # before it is wrapped: DDP waits for the gradients it then expects
     torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
-    objective = accelerator.prepare_model(Objective(model))
+    # in evaluation mode accelerate gives it a device and autocast, but no DDP
+    objective = accelerator.prepare_model(Objective(model), evaluation_mode=sharded)
+    if sharded:
+        shard(objective, accelerator.device)
     if compiled:
         torch.use_deterministic_algorithms(accelerator.device.type == "cpu")
         torch._dynamo.config.recompile_limit = 64  # past it the rest would silently run eagerly
         objective.compile(dynamic=False)  # else the kernels depend on the order of shapes seen
     return Run(
-        folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size
-    )
+        folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size,
+        sharded, compiled,
+    )  # fmt: skip
 
 
 @dataclass
@@ -221,7 +271,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         UserError: names or shapes differ; the first few are listed.
     """
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(spread_model(weights, model), strict=True)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:4]]
         raise UserError(

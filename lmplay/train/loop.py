@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, unchanged_rng
 from lmplay.objective import Objective, Sums
 from lmplay.runner import Run
+from lmplay.shard import whole
 from lmplay.stats.record import Record
 from lmplay.train.batches import Batch, Data
 from lmplay.train.curves import Curves
@@ -92,7 +93,7 @@ def take_step(session: Session, batch: Batch) -> None:
     """One update from one batch: the gradient of sum(loss) / count(targets), whatever the parts.
 
     A signal between two parts drops the step. So does a device without enough memory, and then
-    the parts become half as large.
+    the parts become half as large; and a compiler that fails, and then the model runs without.
     """
     run, plan = session.run, session.run.plan
     before = rng_state()
@@ -103,12 +104,12 @@ def take_step(session: Session, batch: Batch) -> None:
         for part in parts:
             if session.signals.code is not None and run.world_size == 1:
                 return drop_step(session, before)
-            with nullcontext() if part is parts[-1] else run.accelerator.no_sync(run.objective):
+            with nullcontext() if part is parts[-1] else run.no_sync():
                 scored = score(run, part)
                 run.accelerator.backward(scored.objective * share)
             session.curves.add(scored)
-    except torch.OutOfMemoryError:
-        if not run.shrink():
+    except Exception as error:
+        if not run.can_go_on(error):
             raise
         return drop_step(session, before)
     norm = session.update(session.curves.objective, lr)
@@ -191,23 +192,24 @@ def first_bad_place(run: Run, batch: Batch) -> str | None:
     def look(name: str):
         return lambda module, given, made: bad.extend([name] * _is_bad(made))
 
-    modules = [(name, module) for name, module in run.model.named_modules() if name]
+    model = run.whole_model()
+    modules = [(name, module) for name, module in model.named_modules() if name]
     hooks = [module.register_forward_hook(look(name)) for name, module in modules]
-    objective = Objective(run.model)  # neither compiled, which drops hooks, nor averaging gradients
+    objective = Objective(model)  # neither compiled, which drops hooks, nor averaging gradients
     try:
         for part in batch.of_rank(run.accelerator.process_index, run.world_size, 1):
             with run.accelerator.autocast():
                 scored = objective(part.tokens_BT.to(run.device), part.targets_BT.to(run.device))
             if not bad:
                 scored.objective.backward()
-        gradients = [(name, p.grad) for name, p in run.model.named_parameters()]
+        gradients = [(name, p.grad) for name, p in model.named_parameters()]
         bad += [f"the gradient of {name}" for name, grad in reversed(gradients) if _is_bad(grad)]
     except RuntimeError:  # a model that cannot stand its own numbers has been seen by then
         pass
     finally:
         for hook in hooks:
             hook.remove()
-        run.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     return bad[0] if bad else None
 
 
@@ -238,8 +240,8 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
                     scored = score(run, part)
                     hits = scored.loss * float("nan") if scored.hits is None else scored.hits
                     sums.append(torch.stack([scored.loss, hits]))
-    except torch.OutOfMemoryError:
-        if not run.shrink():
+    except Exception as error:
+        if not run.can_go_on(error):
             raise
         sums = None
     finally:
@@ -261,11 +263,14 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
 def save(run: Run, update: Update) -> None:
     """Write a checkpoint of everything that the next step depends on."""
     rng = gathered_rng(run)
-    if run.accelerator.is_main_process:
+    is_main = run.accelerator.is_main_process
+    model = whole(run.model.state_dict(keep_vars=True), is_main, "cpu")
+    optimizer = whole(update.optimizer.state_dict(), is_main, "cpu")
+    if is_main:
         checkpoint = Checkpoint(
             step=run.step,
-            model=run.model.state_dict(),
-            optimizer=update.optimizer.state_dict(),
+            model=model,
+            optimizer=optimizer,
             rng=rng,
             state={"tokens": run.tokens, "seconds": run.seconds, "scaler": update.state()},
         )

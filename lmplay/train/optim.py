@@ -10,6 +10,12 @@ from lmplay.errors import UserError, nearest
 from lmplay.plan import Optimizer, Schedule
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
+# each number of a weight is updated from its own gradient alone, so a slice as in the whole weight;
+# of the others in torch 2.13, Adafactor looks at whole rows and columns, Muon at whole matrices
+_ELEMENTWISE = {
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
+    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+}
 
 
 def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -49,6 +55,15 @@ def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer
         return kind(groups, lr=wanted.lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: torch.optim.{wanted.name} refuses: {error}") from None
+
+
+def refuse_sharding(wanted: Optimizer) -> None:
+    """Raise a UserError unless the optimizer updates a slice of a weight as in the whole."""
+    if wanted.name not in _ELEMENTWISE:
+        raise UserError(
+            f"--shard: {wanted.name} needs whole matrices, and each process has a slice of them",
+            hint=f"these do not: {', '.join(sorted(_ELEMENTWISE))}",
+        )
 
 
 def has_fused_kernel(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:

@@ -36,6 +36,7 @@ from lmplay.runner import (
     resolve_precision,
     stream_seed,
 )
+from lmplay.shard import spread_optimizer
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.tokens import Tokenizer, vocab_size_of
 from lmplay.train.batches import Data, open_data
@@ -50,7 +51,7 @@ from lmplay.train.loop import (
     scattered_rng,
     train,
 )
-from lmplay.train.optim import make_optimizer
+from lmplay.train.optim import make_optimizer, refuse_sharding
 from lmplay.train.update import Update
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
@@ -73,6 +74,7 @@ class Request:
     out_dir: Path = Path("runs")
     budget: dict | None = None  # the league that the plan's tokens were sized for
     initial: Initial | None = None  # the weights that it begins with
+    sharded: bool = False  # over the processes
 
     @property
     def all_changes(self) -> dict[str, object]:
@@ -116,6 +118,8 @@ def run_experiment(request: Request, display: Display) -> dict:
     if request.resume and folder.run_json.is_file():  # on another device too, or with another plan
         precision = resolve_precision(folder.read()["precision"], device)
     accelerator = make_accelerator(device, precision)
+    if request.sharded:
+        _refuse_sharding(request, precision, accelerator.num_processes)
     if not request.resume and accelerator.is_main_process:
         _set_aside(folder, display)
     accelerator.wait_for_everyone()
@@ -150,15 +154,29 @@ def run_experiment(request: Request, display: Display) -> dict:
             or (facts or {}).get("mini_batch_size")
             or rows_at_once(plan, device),
             request.compiled,
+            request.sharded,
         )
         run.may_shrink = request.mini_batch_size is None
         now = _facts(request, run, data, tokenizer, made, precision)
         now = _continued(now, facts, display)
         session = _open_session(run, data, stack, display)
         if request.initial and session.saved < 0:
-            now["initial_model"] = begin_from(request.initial, run, tokenizer)
+            beginner = dataclasses.replace(run, model=run.whole_model())
+            now["initial_model"] = begin_from(request.initial, beginner, tokenizer)
+            load_weights(run.model, beginner.model.state_dict(), str(request.initial.path))
             display.note(told(now["initial_model"]))
         return _train(session, now, tokenizer, display)
+
+
+def _refuse_sharding(request: Request, precision: str, num_processes: int) -> None:
+    refuse_sharding(request.plan.optimizer)
+    if num_processes == 1:
+        hint = "--gpus N or torchrun starts several"
+        raise UserError("--shard needs several processes, and there is one", hint=hint)
+    if precision == "fp16":
+        raise UserError("--shard and fp16 do not go together", hint="bf16 and fp32 do")
+    if request.compiled:
+        raise UserError("--shard and --compile do not go together", hint="leave out one of them")
 
 
 def finished(request: Request, display: Display) -> dict | None:
@@ -216,6 +234,7 @@ def _facts(
         "world_size": run.world_size,
         "mini_batch_size": run.mini_batch_size,
         "compiled": request.compiled,
+        "sharded": request.sharded,
         "initial_model": None,  # how its weights came about, where it did not begin afresh
         "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
         "command": sys.argv,
@@ -232,22 +251,30 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
 
     def write(status: str, reason: str | None = None) -> None:
         now.update(status=status, exit_reason=reason, mini_batch_size=run.mini_batch_size)
+        if run.step and now["compiled"] and not run.compiled:
+            now["changed_midway"] = sorted({*now["changed_midway"], "compiled"})
+        now["compiled"] = run.compiled
         if is_main:
             folder.write(now)
 
+    def warn(text: str) -> None:
+        display.note(text)
+        write("running")
+
     def show(kind: str, row: dict) -> None:
+        model = run.whole_model() if kind == "validation" else None
         if not is_main:
             return
         display.row(kind, row)
         if kind == "validation":
             prompt, truth = session.data.example()
             with run.accelerator.autocast(), unchanged_rng():
-                said = greedy_text(run.model, prompt, len(truth), run.config.max_len)
+                said = greedy_text(model, prompt, len(truth), run.config.max_len)
             texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
             display.example(*texts)
             _write_sample(folder, row["step"], *texts)
 
-    session.show = show
+    session.show, run.warn = show, warn
     write("running")
     display.start(session.data.num_steps, run.step)
     try:
@@ -262,9 +289,6 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
         reason = getattr(error, "problem", str(error)) or type(error).__name__
         with suppress(OSError):  # a full disk is the error itself
             write("stopped" if is_stopped else "failed", reason)
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            problem = f"the model does not compile: {str(error).strip().splitlines()[0]}"
-            raise UserError(problem, hint="it trains without --compile") from error
         raise
     write("finished")
     return _result(folder, now)
@@ -372,8 +396,9 @@ def _continued(now: dict, facts: dict | None, display: Display) -> dict:
             f"the data has changed since this run began: {', '.join(changed)}",
             hint="--resume none starts again with the new data and keeps the old run aside",
         )
-    exact = ("device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size")
-    differs = [key for key in exact if facts[key] != now[key]]
+    exact = ["device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size"]
+    exact += ["sharded"]  # runs of before it existed do not say
+    differs = [key for key in exact if facts.get(key, False) != now[key]]
     if differs:
         display.note(f"not the same bit by bit from here on: other {', '.join(differs)}")
     changed = sorted({*facts.get("changed_midway", []), *differs})
@@ -389,7 +414,7 @@ def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> S
         checkpoint = newest_checkpoint(folder, display.note)
     if checkpoint is not None:
         load_weights(run.model, checkpoint.model, str(folder.path))
-        update.optimizer.load_state_dict(checkpoint.optimizer)
+        update.optimizer.load_state_dict(spread_optimizer(checkpoint.optimizer, update.optimizer))
         update.load_state(checkpoint.state["scaler"])
         rng = scattered_rng(run, checkpoint.rng)
         if rng:

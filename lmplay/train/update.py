@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lmplay.runner import Run
+from lmplay.shard import whole
 from lmplay.train.optim import is_maskable, set_learning_rate
 
 MOST_OVERFLOWS = 20  # in a row: by then the scaler has divided its scale of 65,536 by a million
@@ -47,7 +48,7 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.run.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         most = 1 if self.scaler is None else MOST_OVERFLOWS
         self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
         self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)

@@ -596,35 +596,64 @@ def test_a_compiled_run_has_the_same_names_and_no_graph_break(place, monkeypatch
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # dropout draws other numbers
 
 
-def test_a_model_that_does_not_compile_is_told_to_train_without(place, monkeypatch):
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
+def break_the_compiler(monkeypatch, after=0):
+    """Make every compilation fail; or leave this many graphs as they are, and fail then."""
 
+    def broken(graph, inputs):
+        compiled.append(graph)
+        if len(compiled) > after:
+            raise RuntimeError("no compiler here")
+        return graph
+
+    compiled = []
     real = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: real(self, backend=broken, **options)
     )
-    with pytest.raises(UserError, match="does not compile") as raised:
-        run(compiled=True)
 
-    assert "--compile" in raised.value.hint
+
+def test_a_model_that_does_not_compile_goes_on_without_and_says_so_once(place, monkeypatch):
+    plain = folder_of(run("plain"))
+    break_the_compiler(monkeypatch)
+    display = Silent()
+    fell_back = folder_of(run("broken", compiled=True, display=display))
+
+    assert len([note for note in display.notes if "does not compile" in note]) == 1
+    assert not fell_back.read()["compiled"] and fell_back.read()["changed_midway"] == []
+    assert_equal_runs(fell_back, plain)
+
+
+def test_a_compiler_that_fails_within_a_step_costs_that_step_nothing(place, monkeypatch):
+    plain = folder_of(run("plain"))
+    break_the_compiler(monkeypatch, after=1)  # validation compiles, the first step does not
+    fell_back = folder_of(run("broken", compiled=True))
+
+    assert_equal_runs(fell_back, plain)
+
+
+def two_processes(*args):
+    """Run two_processes.py in two processes; the run's folder."""
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, script, *args], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return RunFolder(next(Path(args[0]).rglob("run.json")).parent)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(place):
+@pytest.mark.parametrize("shard", [[], ["shard"]], ids=["whole", "sharded"])
+def test_two_processes_train_as_one(place, shard):
     plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
     one = folder_of(run("one", config=plain, mini_batch_size=1, device="cpu"))
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, script], capture_output=True, text=True, timeout=100)
-    two = RunFolder(Path("two") / one.path.relative_to("one"))
+    two = two_processes("two", "gpt2ish", *shard)
 
-    assert done.returncode == 0, done.stderr
-    assert two.read()["world_size"] == 2 and trained_state(two)[0] == NUM_STEPS
+    assert two.read()["world_size"] == 2 and two.read()["sharded"] == bool(shard)
+    assert trained_state(two)[0] == NUM_STEPS
     for name in ("train_csv", "validation_csv"):
         for row, expected in zip(*(read_rows(getattr(f, name)) for f in (two, one)), strict=True):
             for column in ("step", "tokens", "loss", "accuracy"):
                 assert row[column] == pytest.approx(expected[column], rel=1e-5)
+    assert two.samples_md.read_text() == one.samples_md.read_text()
 
 
 def test_accumulation_by_accelerate_is_refused(place, monkeypatch):
