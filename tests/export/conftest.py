@@ -26,6 +26,7 @@ def write_run(path: Path, entry: Entry, steps=(10,), tokenizer="byte", **values)
             "file": entry.file,
             "plan_name": "quick",
             "seed": 0,
+            "precision": "fp32",
             "plan": {"tokenizer": tokenizer},
             "config": dataclasses.asdict(config),
         }

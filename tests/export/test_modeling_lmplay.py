@@ -1,0 +1,191 @@
+"""The wrapper keeps the promises that users of transformers rely on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmplay.catalog import resolve
+from lmplay.export.files import export
+
+GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 8}
+
+
+def tokens(B=2, T=10):
+    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model(make_run, opened, tmp_path):
+    export(make_run("ue"), None, "hf", True, tmp_path / "out")
+    return opened(tmp_path / "out")
+
+
+def padded(rows, side):
+    """Rows of one length, and their mask."""
+    T = max(map(len, rows))
+    pads = [torch.full((T - len(row),), 7) for row in rows]
+    pairs = zip(rows, pads, strict=True)
+    parts = [(pad, row) if side == "left" else (row, pad) for row, pad in pairs]
+    mask_BT = torch.stack([torch.arange(T) < len(row) for row in rows]).long()
+    return torch.stack([torch.cat(p) for p in parts]), mask_BT.flip(
+        1
+    ) if side == "left" else mask_BT
+
+
+ROWS = [tokens(1, T)[0] for T in (9, 4, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logits(model, side):
+    tokens_BT, mask_BT = padded(ROWS, side)
+    logits_BTV = model(tokens_BT, attention_mask=mask_BT).logits
+    kept_BTV = model(tokens_BT, attention_mask=mask_BT, logits_to_keep=3).logits
+
+    assert torch.equal(kept_BTV, logits_BTV[:, -3:])
+    for row, logits_TV, mask_T in zip(ROWS, logits_BTV, mask_BT.bool(), strict=True):
+        torch.testing.assert_close(logits_TV[mask_T], model(row[None]).logits[0])
+
+
+def test_rows_of_different_lengths_are_written_as_each_alone(model):
+    tokens_BT, mask_BT = padded(ROWS, "left")
+    written_BT = model.generate(tokens_BT, attention_mask=mask_BT, **GREEDY)
+
+    for row, written_T in zip(ROWS, written_BT, strict=True):
+        alone_1T = model.generate(row[None], **GREEDY)
+        assert torch.equal(written_T[-8:], alone_1T[0, -8:])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_cache_changes_no_text_and_is_used(model, beams, monkeypatch):
+    lengths = []
+    hidden = model.model.hidden
+    monkeypatch.setattr(
+        model.model, "hidden", lambda t, **k: lengths.append(t.shape[1]) or hidden(t, **k)
+    )
+    cached = model.generate(tokens(), num_beams=beams, **GREEDY)
+    seen = list(lengths)
+    plain = model.generate(tokens(), num_beams=beams, use_cache=False, **GREEDY)
+
+    assert torch.equal(cached, plain)
+    assert seen[0] == 10 and (seen[1:] == [1] * 7 or beams > 1)
+
+
+def test_an_experiment_without_a_cache_reads_the_whole_text_at_each_step(
+    make_run, opened, tmp_path
+):
+    entry = resolve("gpt2ish")
+    signature = "def forward(self, tokens_BT: Tensor, cache=None)"
+    plain = entry.source.replace("block(x_BTC, cache)", "block(x_BTC)")
+    texts = {
+        "ignores": plain,
+        "lacks": plain.replace(signature, signature.replace(", cache=None", ""))
+        .replace("self.hidden(tokens_BT, cache)", "self.hidden(tokens_BT)")
+        .replace("def hidden(self, tokens_BT: Tensor, cache=None)", "def hidden(self, tokens_BT)")
+        .replace("cache.length if cache is not None else 0", "0"),
+        "reads": entry.source,
+    }
+    written = {}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        own = tmp_path / name / "gpt2ish.py"
+        own.write_text(text)
+        export(make_run(str(own)), None, "hf", True, tmp_path / name / "out")
+        model = opened(tmp_path / name / "out")
+        written[name] = model.generate(tokens(), **GREEDY)
+        past = model(tokens(), use_cache=True).past_key_values
+        assert (past is None) is (name != "reads")
+
+    assert texts["ignores"] != texts["lacks"] != texts["reads"]
+    assert torch.equal(written["ignores"], written["reads"])
+    assert torch.equal(written["lacks"], written["reads"])
+
+
+@torch.no_grad()
+def test_a_past_goes_on_with_several_tokens(model):
+    whole = model(tokens()).logits
+    first = model(tokens()[:, :4], use_cache=True)
+    second = model(tokens()[:, 4:], past_key_values=first.past_key_values)
+
+    assert second.past_key_values.get_seq_length() == 10
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
+
+
+@torch.no_grad()
+def test_labels_are_shifted_once_and_ignored_where_they_say_so(model):
+    labels_BT = tokens().clone()
+    labels_BT[0, :5] = -100
+    logits_BTV = model(tokens()).logits
+    nats = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+
+    torch.testing.assert_close(model(tokens(), labels=labels_BT).loss, nats)
+    torch.testing.assert_close(model(tokens(), labels=labels_BT, return_dict=False)[0], nats)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [{}, {"use_cache": True}])
+def test_a_text_longer_than_the_context_is_refused(model, given):
+    with pytest.raises(ValueError, match="has 25 tokens, the context holds 24"):
+        model(tokens(T=25), **given)
+    with pytest.raises(ValueError, match="has 25 tokens, the context holds 24"):
+        model.generate(tokens(), do_sample=False, eos_token_id=-1, max_new_tokens=16)
+    assert model.generate(tokens(), do_sample=False, max_new_tokens=14).shape[1] <= 24
+
+
+def test_what_the_cache_cannot_express_is_refused(model):
+    holes_BT = torch.ones(2, 10, dtype=torch.long)
+    holes_BT[0, 4] = 0
+    with pytest.raises(ValueError, match="holes"):
+        model(tokens(), attention_mask=holes_BT)
+    past = model(tokens(), use_cache=True).past_key_values
+    before_BT = torch.ones(2, 11, dtype=torch.long)
+    before_BT[0, 0] = 0
+    with pytest.raises(ValueError, match="padding before them have no past"):
+        model(tokens(T=1), attention_mask=before_BT, past_key_values=past)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(tokens(1), assistant_model=model, max_new_tokens=4)
+
+
+def test_text_comes_out_of_a_pipeline_as_out_of_lmp_generator(
+    make_run, transformers, tmp_path, capsys, monkeypatch
+):
+    from lmplay.generate.cli import app
+
+    folder = make_run("value_norm")
+    export(folder, None, "hf", True, tmp_path / "out")
+    write = transformers.pipeline("text-generation", str(tmp_path / "out"), trust_remote_code=True)
+    [made] = write("def", max_new_tokens=12, do_sample=False)
+    capsys.readouterr()
+    app(
+        [str(folder.path), "def", "--greedy", "--max-tokens", "12", "--device", "cpu"],
+        standalone_mode=False,
+    )
+
+    assert made["generated_text"] == capsys.readouterr().out.removesuffix("\n")
+
+
+@torch.no_grad()
+def test_weights_are_trained_saved_and_opened_in_half_precision(
+    model, opened, transformers, tmp_path
+):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.enable_grad():
+        losses = []
+        for _ in range(5):
+            loss = model.train()(tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    model.eval().save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again")
+    half = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", trust_remote_code=True, dtype=torch.bfloat16
+    )
+
+    assert losses[-1] < losses[0]
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert half.dtype == half(tokens()).logits.dtype == torch.bfloat16
+    assert Path(tmp_path / "again/experiment.py").is_file()
