@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -37,13 +36,14 @@ class Side:
 
     Args:
         file: the benchmark that holds the side.
-        name: one of the sides that it gives to `serve`.
-        settings: what the side is told; JSON.
+        kind: one of those that it gives to `serve`.
+        settings: what it is told; JSON.
+        name: what the table calls it.
     """
 
-    def __init__(self, file: str, name: str, settings: dict):
+    def __init__(self, file: str, kind: str, settings: dict, name: str):
         self.name = name
-        command = [sys.executable, file, "--side", name, json.dumps(settings)]
+        command = [sys.executable, file, "--side", kind, json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -126,6 +126,44 @@ def median_ratio(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float,
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def row(
+    what: str,
+    unit: str,
+    ours: float,
+    theirs: float | None = None,
+    ratio: float | None = None,
+    wanted: float | None = None,
+    spread: Sequence[float] | None = None,
+) -> dict:
+    """A line of the table that `make bench` writes.
+
+    Args:
+        what: was measured, and against whom.
+        ratio: how many times as good as the other side ours is; `spread` over the rounds.
+        wanted: the ratio that it should reach; for memory, the share that it should stay under.
+    """
+    return {
+        "what": what,
+        "unit": unit,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ratio,
+        "spread": spread,
+        "wanted": wanted,
+    }
+
+
+def report(name: str, device: torch.device, threads: int, cases: list[dict], rows: list[dict]):
+    """The JSON document of a benchmark."""
+    return {
+        "schema_version": 1,
+        "benchmark": name,
+        "machine": facts(device, threads),
+        "rows": rows,
+        "cases": cases,
+    }
+
+
 def facts(device: torch.device, threads: int) -> dict:
     """The machine, the versions and the commit that a table was made with."""
     made = machine_facts(device) | {"threads": threads}
@@ -134,6 +172,7 @@ def facts(device: torch.device, threads: int) -> dict:
     return made
 
 
-def write_report(path: Path, report: dict) -> None:
-    """A report as JSON."""
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

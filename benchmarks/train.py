@@ -19,7 +19,6 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,14 +29,17 @@ from measure import (
     DTYPES,
     Side,
     Turns,
-    facts,
     has_peer,
     interleave,
     median_ratio,
+    report,
+    row,
     serve,
+    synchronize,
     without_peer,
 )
 from rich.console import Console
+from sizes import SIZES, Size, transformers_gpt2
 from typer import Option
 
 from lmplay.catalog import resolve
@@ -48,38 +50,17 @@ from lmplay.plan import Plan
 from lmplay.runner import resolve_device
 from lmplay.train.curves import CADENCE, matmul_rate, peak_memory
 from lmplay.train.display import Display
-from lmplay.train.layout import map_shard, write_shard
+from lmplay.train.layout import map_shard, token_dtype, write_shard
 
 # B rows, T positions
 
 SIDES = ("lmplay", "lmplay+compile", "loop", "loop+compile", "trainer")
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 ROWS_OF_DATA = 512
+SHARD = "tokens.bin"
+WANTED = {"bf16": 1.35, "fp32": 1.1, "memory": 0.6}  # at the sizes base and small
 
 app = typer.Typer(pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class Size:
-    num_blocks: int
-    width: int
-    num_heads: int
-    max_len: int
-    rows: int
-    vocab_size: int = 50257
-
-    @property
-    def tokens(self) -> int:
-        """In a step."""
-        return self.rows * self.max_len
-
-
-SIZES = {
-    "base": Size(6, 768, 12, 1024, 4),
-    "small": Size(4, 256, 4, 256, 16),
-    "tiny": Size(2, 32, 2, 32, 4, vocab_size=512),
-    "124m": Size(12, 768, 12, 1024, 32),
-}
 
 
 def lmplay(turns: Turns, settings: dict) -> None:
@@ -144,7 +125,7 @@ def lmplay(turns: Turns, settings: dict) -> None:
 
 def loop(turns: Turns, settings: dict) -> None:
     """transformers' model in the shortest loop that does the same work."""
-    model = _gpt2(settings).to(settings["device"])
+    model = _peer(settings).to(settings["device"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True
     )
@@ -195,7 +176,7 @@ def trainer(turns: Turns, settings: dict) -> None:
             self.step += 1
             if self.step % settings["steps"] == 0:
                 device = torch.device(settings["device"])
-                _synchronize(device)
+                synchronize(device)
                 turns.done(memory=peak_memory(device), loss=None)
 
     class Dataset(torch.utils.data.Dataset):
@@ -228,28 +209,18 @@ def trainer(turns: Turns, settings: dict) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    Trainer(_gpt2(settings), arguments, train_dataset=Dataset(), callbacks=[TurnByTurn()]).train()
+    Trainer(
+        _peer(settings),
+        arguments,
+        train_dataset=Dataset(),
+        callbacks=[TurnByTurn()],
+    ).train()
 
 
-def _gpt2(settings: dict) -> torch.nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    size = Size(**settings["size"])
-    config = GPT2Config(
-        vocab_size=size.vocab_size,
-        n_positions=size.max_len,
-        n_embd=size.width,
-        n_layer=size.num_blocks,
-        n_head=size.num_heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=size.vocab_size - 1,
-        eos_token_id=size.vocab_size - 1,
-        use_cache=False,
-    )
-    config.loss_type = "ForCausalLM"
-    return GPT2LMHeadModel(config).train()
+def _peer(settings: dict) -> torch.nn.Module:
+    model = transformers_gpt2(Size(**settings["size"])).train()
+    model.config.use_cache = False
+    return model
 
 
 def _rows(settings: dict):
@@ -282,18 +253,12 @@ def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> Non
         turns.done(loss=loss.item(), memory=peak_memory(device))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def write_data(folder: Path, size: Size) -> Path:
+def write_data(folder: Path, size: Size) -> None:
     """A shard of random tokens, and a tokenizer that has as many."""
     draw = np.random.default_rng(0)
-    shard = folder / "tokens.bin"
-    with shard.open("wb") as file:
+    with (folder / SHARD).open("wb") as file:
         ids = draw.integers(0, size.vocab_size, ROWS_OF_DATA * size.max_len + 1)
-        write_shard(file, ids.astype("<u2"))
+        write_shard(file, ids.astype(token_dtype(size.vocab_size)))
     import tokenizers
 
     words = {f"w{i}": i for i in range(size.vocab_size - 1)}
@@ -301,53 +266,48 @@ def write_data(folder: Path, size: Size) -> Path:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     made.add_special_tokens([end])
     made.save(str(folder / "tokenizer.json"))
-    return shard
+
+
+def side_settings(size: Size, folder: Path, common: dict, side: str) -> dict:
+    """What a side of this benchmark is told; the folder holds what `write_data` wrote."""
+    return common | {
+        "size": vars(size),
+        "compiled": side.endswith("+compile"),
+        "folder": str(folder),
+        "shard": str(folder / SHARD),
+    }
 
 
 def measure(name: str, precision: str, sides: list[str], seconds: float, common: dict) -> dict:
     """One size in one precision: all sides, in turn."""
     size, device = SIZES[name], torch.device(common["device"])
     experiment = load_experiment(resolve(common["exp"]))
-    config = experiment.config(
-        vocab_size=size.vocab_size,
-        max_len=size.max_len,
-        num_blocks=size.num_blocks,
-        width=size.width,
-        num_heads=size.num_heads,
-    )
-    flops = count(experiment, config).flops_per_token
-    steps = 1 if device.type == "cpu" else CADENCE
+    flops = count(experiment, size.config(experiment)).flops_per_token
+    steps = 1 if device.type == "cpu" else CADENCE  # until the trainer looks at the device
+    common = common | {"precision": precision, "steps": steps}
     peaks = [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
-        shard = write_data(Path(folder), size)
+        write_data(Path(folder), size)
         running = []
         try:
             for side in sides:
-                kind, _, compiled = side.partition("+")
-                settings = common | {
-                    "size": vars(size),
-                    "precision": precision,
-                    "compiled": bool(compiled),
-                    "steps": steps,
-                    "folder": folder,
-                    "shard": str(shard),
-                }
-                running.append(Side(__file__, kind, settings))
-                running[-1].name = side
+                kind = side.removesuffix("+compile")
+                settings = side_settings(size, Path(folder), common, side)
+                running.append(Side(__file__, kind, settings, side))
             measured = interleave(running, seconds, warm_up=2)
         finally:
             for side in running:
                 side.close()
     peaks += [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
-    return _report(name, precision, measured, steps * size.tokens, flops, max(peaks))
+    return _case(name, precision, measured, steps * size.tokens, flops, max(peaks))
 
 
-def _report(name, precision, measured, tokens, flops, peak) -> dict:
-    rows = []
+def _case(name, precision, measured, tokens, flops, peak) -> dict:
+    found = []
     for side, turns in measured.items():
         first, timed = turns[0], turns[2:]
         speed = tokens / statistics.median(turn["seconds"] for turn in timed)
-        rows.append(
+        found.append(
             {
                 "side": side,
                 "tokens_per_second": speed,
@@ -363,15 +323,15 @@ def _report(name, precision, measured, tokens, flops, peak) -> dict:
         "precision": precision,
         "flops_per_token": flops,
         "matmul_flops": peak,
-        "sides": rows,
+        "sides": found,
     }
-    ours = [row for row in rows if row["side"].startswith("lmplay")]
-    peers = [row for row in rows if not row["side"].startswith("lmplay")]
+    ours = [one for one in found if one["side"].startswith("lmplay")]
+    peers = [one for one in found if not one["side"].startswith("lmplay")]
     if ours and peers:
         mine, best = (
-            max(group, key=lambda row: row["tokens_per_second"]) for group in (ours, peers)
+            max(group, key=lambda one: one["tokens_per_second"]) for group in (ours, peers)
         )
-        times = [[turn["seconds"] for turn in measured[row["side"]][2:]] for row in (mine, best)]
+        times = [[turn["seconds"] for turn in measured[one["side"]][2:]] for one in (mine, best)]
         middle, least, most = median_ratio(*times)
         made |= {
             "ours": mine["side"],
@@ -434,8 +394,43 @@ def main(
             if not as_json:
                 print_case(cases[-1])
     if as_json:
-        machine = facts(where, common["threads"])
-        print_json({"schema_version": 1, "benchmark": "train", "machine": machine, "cases": cases})
+        rows = [line for case in cases for line in rows_of(case)]
+        print_json(report("train", where, common["threads"], cases, rows))
+
+
+def rows_of(case: dict) -> list[dict]:
+    """Speed, peak of memory and use of the machine of one case, for the common table."""
+    by_name = {side["side"]: side for side in case["sides"]}
+    best = max(case["sides"], key=lambda side: side["tokens_per_second"])
+    mine = by_name[case["ours"]] if "ours" in case else best
+    what = f"train {case['size']} {case['precision']}"
+    rows = [row(f"{what}: share of the matmul peak", "", mine["mfu"])]
+    if "ratio" not in case:
+        return [row(f"{what}: {mine['side']}", "tokens/s", mine["tokens_per_second"]), *rows]
+    peer = by_name[case["best_peer"]]
+    rows[0]["theirs"] = peer["mfu"]
+    wanted = WANTED if case["size"] in ("base", "small") else {}
+    both = f"{what}: {mine['side']} / {peer['side']}"
+    return [
+        row(
+            both,
+            "tokens/s",
+            mine["tokens_per_second"],
+            peer["tokens_per_second"],
+            case["ratio"],
+            wanted.get(case["precision"]),
+            case["ratio_range"],
+        ),
+        row(
+            f"{both}: memory",
+            "bytes",
+            mine["memory"],
+            peer["memory"],
+            case["memory_ratio"],
+            wanted.get("memory"),
+        ),
+        *rows,
+    ]
 
 
 def print_case(case: dict) -> None:
@@ -443,13 +438,13 @@ def print_case(case: dict) -> None:
     columns = ["side", "tokens/s", "of peak", "memory (GiB)", "first step (s)"]
     rows = [
         [
-            row["side"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['mfu']:.0%}",
-            f"{row['memory'] / 2**30:.2f}",
-            f"{row['first_seconds']:.1f}",
+            side["side"],
+            f"{side['tokens_per_second']:,.0f}",
+            f"{side['mfu']:.0%}",
+            f"{side['memory'] / 2**30:.2f}",
+            f"{side['first_seconds']:.1f}",
         ]
-        for row in sorted(case["sides"], key=lambda row: -row["tokens_per_second"])
+        for side in sorted(case["sides"], key=lambda side: -side["tokens_per_second"])
     ]
     title = f"{case['size']} in {case['precision']}, peak {case['matmul_flops'] / 1e9:,.0f} GFLOP/s"
     show(table(title, columns, rows, right=columns[1:]))

@@ -1,0 +1,216 @@
+"""How fast text is generated, against transformers' `generate` with its static cache.
+
+    python benchmarks/generate.py
+
+writes 200 new tokens behind prompts of 32, always the likeliest token, with one GPT-2 (the
+experiment gpt2, which is transformers' GPT2LMHeadModel weight for weight). Sides are processes of
+their own that write in turn, so a machine that slows down slows all of them.
+
+* lmplay: what lmp-generator does, in bf16 under autocast.
+* static, dynamic: transformers' `generate` with that cache; in bf16 its weights are bf16.
+
+At batch 1 a step reads every weight once and computes little, so its limit is the memory. The bytes
+of the weights times the steps per second are printed: the bandwidth that was reached.
+"""
+
+import os
+import statistics
+from contextlib import nullcontext
+from typing import Annotated
+
+import torch
+import typer
+from measure import (
+    DTYPES,
+    Side,
+    Turns,
+    has_peer,
+    interleave,
+    median_ratio,
+    report,
+    row,
+    serve,
+    synchronize,
+    without_peer,
+)
+from sizes import SIZES, Size, transformers_gpt2
+from typer import Option
+
+from lmplay.catalog import resolve
+from lmplay.console import Device, note, print_json, run_app, show, table
+from lmplay.experiment import load_experiment
+from lmplay.runner import resolve_device
+
+# B rows, T positions
+
+SIDES = ("lmplay", "static", "dynamic")
+PROMPT = 32
+WANTED = {("base", 8, "fp32"): 1.25, ("base", 8, "bf16"): 3.0, ("base", 1, "bf16"): 1.8}
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def lmplay(turns: Turns, settings: dict) -> None:
+    """The harness's own loop, under autocast as lmp-generator enters it."""
+    from lmplay.generate.sampling import GREEDY, generate
+
+    size, device = Size(**settings["size"]), torch.device(settings["device"])
+    experiment = load_experiment(resolve(settings["exp"]))
+    model = experiment.model(size.config(experiment), seed=0, device=device).eval()
+    prompts = _prompts(settings).tolist()
+    is_low = settings["precision"] != "fp32"
+    while True:
+        turns.wait()
+        with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():
+            steps = generate(model, prompts, settings["num_tokens"], GREEDY, size.max_len)
+            num_steps = sum(1 for _ in steps)
+        synchronize(device)
+        assert num_steps == settings["num_tokens"]
+        turns.done()
+
+
+def transformers(turns: Turns, settings: dict) -> None:
+    """transformers' own loop."""
+    size, device = Size(**settings["size"]), torch.device(settings["device"])
+    model = transformers_gpt2(size).eval().to(device, DTYPES[settings["precision"]])
+    prompt_BT = _prompts(settings).to(device)
+    N = settings["num_tokens"]
+    while True:
+        turns.wait()
+        made_BT = model.generate(
+            prompt_BT,
+            attention_mask=torch.ones_like(prompt_BT),
+            max_new_tokens=N,
+            min_new_tokens=N,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=settings["cache"],
+        )
+        synchronize(device)
+        assert made_BT.shape[1] == PROMPT + N
+        turns.done()
+
+
+def _prompts(settings: dict) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    shape = settings["batch"], PROMPT
+    return torch.randint(settings["size"]["vocab_size"], shape, generator=draw)
+
+
+def measure(
+    name: str, batch: int, precision: str, sides: list[str], seconds: float, common: dict
+) -> dict:
+    """One batch size in one precision: all sides, in turn."""
+    size = SIZES[name]
+    common = common | {"size": vars(size), "batch": batch, "precision": precision}
+    running: list[Side] = []
+    try:
+        for side in sides:
+            kind = "lmplay" if side == "lmplay" else "transformers"
+            cache = None if side == "dynamic" else side
+            running.append(Side(__file__, kind, common | {"cache": cache}, side))
+        measured = interleave(running, seconds)
+    finally:
+        for side in running:
+            side.close()
+    experiment = load_experiment(resolve(common["exp"]))
+    model = experiment.model(size.config(experiment), device="meta")
+    tables = [p for name, p in model.named_parameters() if name == "position_table.weight"]
+    numbers = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tables)
+    weights = numbers * DTYPES[precision].itemsize
+    found = []
+    for side, turns in measured.items():
+        seconds = statistics.median(turn["seconds"] for turn in turns[1:])
+        steps = common["num_tokens"] / seconds
+        found.append(
+            {
+                "side": side,
+                "tokens_per_second": batch * steps,
+                "bandwidth": weights * steps,
+                "rounds": len(turns) - 1,
+            }
+        )
+    made = {"size": name, "batch": batch, "precision": precision, "sides": found}
+    if {"lmplay", "static"} <= set(sides):
+        times = [[turn["seconds"] for turn in measured[s][1:]] for s in ("lmplay", "static")]
+        middle, least, most = median_ratio(*times)
+        made |= {"ratio": middle, "ratio_range": [least, most]}
+    return made
+
+
+@app.command()
+def main(
+    size: Annotated[str, Option(help=f"Of {', '.join(SIZES)}.", metavar="NAME")] = "base",
+    cases: Annotated[
+        str, Option(help="Batch and precision, several with commas.", metavar="CASES")
+    ] = "8:fp32,8:bf16,1:fp32,1:bf16",
+    sides: Annotated[str, Option(help=f"Of {', '.join(SIDES)}.", metavar="NAMES")] = ",".join(
+        SIDES
+    ),
+    num_tokens: Annotated[int, Option(help="New tokens of each row.", min=1)] = 200,
+    seconds: Annotated[float, Option(help="Of timed work in each case; two rounds at least.")] = 20,
+    exp: Annotated[str, Option(help="Another experiment in the place of gpt2.")] = "gpt2",
+    device: Device = "auto",
+    threads: Annotated[int | None, Option(help="Of every side; without it, one a core.")] = None,
+    as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure generating against transformers.
+
+    Example: python benchmarks/generate.py --cases 1:bf16
+    """
+    wanted = sides.split(",")
+    if not has_peer():
+        without_peer(note)
+        wanted = ["lmplay"]
+    where = resolve_device(device)
+    common = {
+        "device": str(where),
+        "threads": threads or os.cpu_count(),
+        "exp": exp,
+        "num_tokens": num_tokens,
+    }
+    made = []
+    for case in cases.split(","):
+        batch, _, precision = case.partition(":")
+        note(f"measuring batch {batch} in {precision}: {', '.join(wanted)}")
+        made.append(measure(size, int(batch), precision, wanted, seconds, common))
+        if not as_json:
+            print_case(made[-1])
+    if as_json:
+        rows = [row_of(case) for case in made]
+        print_json(report("generate", where, common["threads"], made, rows))
+
+
+def row_of(case: dict) -> dict:
+    """A case for the common table."""
+    speeds = {side["side"]: side["tokens_per_second"] for side in case["sides"]}
+    what = f"generate {case['size']}, batch {case['batch']} {case['precision']}"
+    if "ratio" not in case:
+        return row(f"{what}: lmplay", "tokens/s", speeds["lmplay"])
+    return row(
+        f"{what}: lmplay / static",
+        "tokens/s",
+        speeds["lmplay"],
+        speeds["static"],
+        case["ratio"],
+        WANTED.get((case["size"], case["batch"], case["precision"])),
+        case["ratio_range"],
+    )
+
+
+def print_case(case: dict) -> None:
+    """One row for each side, the fastest first."""
+    columns = ["side", "tokens/s", "weights read (GB/s)"]
+    rows = [
+        [side["side"], f"{side['tokens_per_second']:,.0f}", f"{side['bandwidth'] / 1e9:.1f}"]
+        for side in sorted(case["sides"], key=lambda side: -side["tokens_per_second"])
+    ]
+    title = f"{case['size']}, batch {case['batch']} in {case['precision']}"
+    show(table(title, columns, rows, right=columns[1:]))
+    if "ratio" in case:
+        least, most = case["ratio_range"]
+        note(f"lmplay is {case['ratio']:.2f}x static ({least:.2f} to {most:.2f})")
+
+
+if __name__ == "__main__" and not serve({"lmplay": lmplay, "transformers": transformers}):
+    run_app(app)
