@@ -76,6 +76,7 @@ COMMANDS = [
     ["lmplay.train", "--tokns", "3"],
     ["lmplay.generate", "--help"],
     ["lmplay.stats", "--help"],
+    ["lmplay.export", "--help"],
     ["lmplay", "--help"],
     ["lmplay", "--version"],
 ]

@@ -58,8 +58,8 @@ def main(
 ) -> None:
     """Export the model of a run, in fp32.
 
-    For transformers, gpt2 becomes the class it has; any other experiment brings its own file
-    along and needs trust_remote_code=True. OUT appears whole or not at all.
+    For transformers, gpt2 becomes its GPT2LMHeadModel; other experiments bring their code along.
+    OUT appears whole or not at all.
 
     Example: lmp-export quick/ue/seed-0 ue-model --to hf
     """

@@ -139,9 +139,9 @@ def _write_with_code(
 
 def _write_for_transformers(part: Path, trained: Trained, config: dict[str, object]) -> None:
     end = trained.tokenizer.end
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ends = {"bos_token_id": end, "eos_token_id": end}
     _write_json(part / "config.json", config | ends | {"dtype": "float32"})
-    _write_json(part / "generation_config.json", ends)
+    _write_json(part / "generation_config.json", ends | {"pad_token_id": end})
     save_tokenizer(trained.tokenizer, part, trained.config.max_len)
 
 

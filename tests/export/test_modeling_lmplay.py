@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lmplay.catalog import resolve
 from lmplay.export.files import export
+from lmplay.runner import open_trained
 
 GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 8}
 
@@ -189,3 +190,24 @@ def test_weights_are_trained_saved_and_opened_in_half_precision(
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     assert half.dtype == half(tokens()).logits.dtype == torch.bfloat16
     assert Path(tmp_path / "again/experiment.py").is_file()
+
+
+@pytest.mark.slow
+def test_the_evaluation_harness_scores_as_lmplay_does(make_run, transformers, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = make_run("ue")
+    export(folder, None, "hf", True, tmp_path / "out")
+    scorer = HFLM(str(tmp_path / "out"), trust_remote_code=True, device="cpu", batch_size=4)
+    pairs = [("import", " os"), ("", "for i in\n"), ("def main(", "self):")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    trained = open_trained(folder, None, "cpu", "fp32")
+    end = trained.tokenizer.end
+
+    for (before, after), (scored, _) in zip(pairs, scorer.loglikelihood(asked), strict=True):
+        ids = torch.tensor([end, *trained.tokenizer.encode(before + after)])
+        logp_TV = trained.model(ids[None, :-1])[0].log_softmax(-1)
+        logp_T = logp_TV.gather(1, ids[1:, None])[-len(after) :]
+        assert scored == pytest.approx(logp_T.sum().item(), abs=1e-4)
