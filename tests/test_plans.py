@@ -7,10 +7,28 @@ import pytest
 
 from lmplay.plan import Plan, read_plan
 from lmplay.roots import bundled_root
+from lmplay.train import text
 
 FOLDER = bundled_root() / "plans"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.json"))
 THREE = ["openorca", "orcamathword200", "smoltalk_all"]
+INSTRUCTIONS = {  # a row of each as its hub has it, and how it is rendered
+    "openorca": (
+        {"id": "1", "system_prompt": "Be brief.", "question": "2+2?", "response": "4"},
+        "Be brief.\n\n2+2?\n\n",
+    ),
+    "orcamathword200": ({"question": "2+2?", "answer": "4"}, "2+2?\n\n"),
+    "smoltalk_all": (
+        {
+            "messages": [
+                {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "content": "4"},
+            ],
+            "source": "a",
+        },
+        "User:\n2+2?\n\nAssistant:\n",
+    ),
+}
 SEVEN = ["wiki_en", "wiki_es", "tinystories", "cosmopedia_v2", *THREE]
 
 every_plan = pytest.mark.parametrize("name", NAMES)
@@ -179,3 +197,16 @@ def test_datasets_are_those_of_the_original():
     assert datasets["orcamathword200"].prompt == ["question"]
     assert datasets["orcamathword200"].truth == "answer"
     assert datasets["smoltalk_all"].messages == "messages"
+
+
+@every_plan
+def test_of_instructions_every_plan_learns_the_answer_only(name, monkeypatch):
+    datasets = read_plan(name).datasets
+    for key in datasets.keys() & INSTRUCTIONS:
+        row, prompt = INSTRUCTIONS[key]
+        monkeypatch.setattr(text, "open_hub", lambda dataset, split, skip, row=row: iter([row]))
+        (document,) = text.documents(datasets[key], "train", 0.0)
+
+        assert document.parts(datasets[key].learn_prompt) == [(prompt, False), ("4", True)]
+    for key in datasets.keys() - INSTRUCTIONS:
+        assert datasets[key].truth is None and datasets[key].messages is None

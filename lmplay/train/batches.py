@@ -97,13 +97,13 @@ class Data:
         note = cache_calls(note)  # each sentence once
         share = max(1, plan.validation.tokens // len(plan.datasets))
         validation = plan.validation.model_copy(update={"tokens": share})
-        self._held_out: list[Shards] = []
+        self._held_out: dict[str, Shards] = {}
         self._training: dict[str, Shards] = {}
         self._rows: dict[str, Rows] = {}
         try:
             for name, dataset in plan.datasets.items():
                 arguments = (dataset, name, tokenizer, validation, on_progress, note)
-                self._held_out.append(prepare(*arguments, split="validation"))
+                self._held_out[name] = prepare(*arguments, split="validation")
             for name, dataset in plan.datasets.items():
                 arguments = (dataset, name, tokenizer, validation, on_progress, note)
                 self._training[name] = prepare(*arguments, split="train")
@@ -112,12 +112,13 @@ class Data:
         except BaseException:
             self.close()
             raise
-        self.validation_bytes = sum(shards.text_bytes() for shards in self._held_out)
+        held_out = self._held_out.values()
+        self.validation_bytes = sum(shards.text_bytes() for shards in held_out)
         self.validation_tokens = sum(
-            int(shards.window(1, _all(shards))[1].sum()) for shards in self._held_out
+            int(shards.window(1, _all(shards))[1].sum()) for shards in held_out
         )
         self.validation_fingerprint = cache.fingerprint(
-            [shards.content_fingerprint() for shards in self._held_out]
+            [shards.content_fingerprint() for shards in held_out]
         )
         self.fingerprint = cache.fingerprint(
             [[name, shards.fingerprint] for name, shards in self._training.items()],
@@ -143,7 +144,7 @@ class Data:
         """The held-out text in batches of `size` rows, every target once; the last has fewer."""
         T = self._plan.sequence_length
         windows = []
-        for shards in self._held_out:
+        for shards in self._held_out.values():
             for start in range(0, _all(shards) - 1, T):
                 windows.append(shards.window(start, T + 1))
                 if len(windows) == size:
@@ -152,14 +153,22 @@ class Data:
         if windows:
             yield self._batch(windows)
 
-    def example(self) -> tuple[list[int], list[int]]:
-        """The beginning of the held-out text and what follows: a prompt and its truth, as tokens.
+    def examples(self, step: int) -> list[tuple[str, list[int], list[int]]]:
+        """Name, prompt and truth, as tokens, of each dataset of the stage that was trained last.
+
+        Args:
+            step: how many are done.
+        """
+        stage = self._stage_of(max(0, step * self._plan.batch_size - 1))
+        return [(name, *self._example(self._held_out[name])) for name in stage.names]
+
+    def _example(self, shards: Shards) -> tuple[list[int], list[int]]:
+        """The beginning of the held-out text and what follows.
 
         Of a document with a prompt of its own, that; else the text is cut in the middle. Both are
         cut to the sides' nearest 64 tokens, or half a row.
         """
         most = max(1, min(_EXAMPLE_TOKENS, self._plan.sequence_length // 2))
-        shards = self._held_out[0]
         tokens, learned = shards.window(1, min(_all(shards), 1 << 16))
         ends = np.append(np.flatnonzero(tokens == self._end), len(tokens))
         begins = np.append(0, ends[:-1] + 1)
@@ -173,7 +182,7 @@ class Data:
 
     def close(self) -> None:
         """Stop preparations in the background; what they finished stays in the cache."""
-        for shards in [*self._training.values(), *self._held_out]:
+        for shards in [*self._training.values(), *self._held_out.values()]:
             shards.close()
 
     def _known(self, name: str) -> Rows:
@@ -207,6 +216,14 @@ class Data:
                 before[name] += stage.mixture.drawn(length, index)
             number -= length
         return None
+
+    def _stage_of(self, number: int) -> "_Stage":
+        """The stage of a row of the whole training; the last one's for what is beyond."""
+        for stage in self._stages[:-1]:
+            if stage.holds(number, self._wait):
+                return stage
+            number -= stage.rows(self._wait)
+        return self._stages[-1]
 
     def _window(self, name: str, drawn: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a dataset's row, and which are learned, with the first one's context."""

@@ -267,12 +267,12 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
             return
         display.row(kind, row)
         if kind == "validation":
-            prompt, truth = session.data.example()
-            with run.accelerator.autocast(), unchanged_rng():
-                said = greedy_text(model, prompt, len(truth), run.config.max_len)
-            texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
-            display.example(*texts)
-            _write_sample(folder, row["step"], *texts)
+            for name, prompt, truth in session.data.examples(row["step"]):
+                with run.accelerator.autocast(), unchanged_rng():
+                    said = greedy_text(model, prompt, len(truth), run.config.max_len)
+                texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
+                display.example(*texts)
+                _write_sample(folder, f"step {row['step']:,}, {name}", *texts)
 
     session.show, run.warn = show, warn
     write("running")
@@ -441,8 +441,8 @@ def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> S
     )
 
 
-def _write_sample(folder: RunFolder, step: int, prompt: str, truth: str, said: str) -> None:
-    parts = [f"## step {step:,}"]
+def _write_sample(folder: RunFolder, title: str, prompt: str, truth: str, said: str) -> None:
+    parts = [f"## {title}"]
     for name, text in (("prompt", prompt), ("truth", truth), ("the model", said)):
         parts.append(f"**{name}**\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
     with folder.samples_md.open("a", encoding="utf-8") as file:

@@ -390,7 +390,9 @@ class _Renderer:
                 dict(zip(turns, values, strict=True))
                 for values in zip(*turns.values(), strict=True)
             ]
-        if not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        if not isinstance(turns, list) or not all(
+            isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns
+        ):
             raise UserError(
                 f"column {self._messages!r} of {self._where} is no list of role and content",
                 hint="name a column of chats as messages in the plan",
@@ -399,6 +401,7 @@ class _Renderer:
         if last is None:
             return "", ""
         said = [
-            f"{t['role'].capitalize()}:\n{self._string(t, 'content')}\n\n" for t in turns[:last]
+            f"{self._string(t, 'role').capitalize()}:\n{self._string(t, 'content')}\n\n"
+            for t in turns[:last]
         ]
         return "".join([*said, "Assistant:\n"]), self._string(turns[last], "content")

@@ -413,16 +413,28 @@ def test_the_example_is_a_prompt_and_what_follows_it(folder):
     path = folder / "chat.jsonl"
     rows = [f'{{"prompt": "question {i}?", "truth": "answer {i}."}}\n' for i in range(60)]
     path.write_text("".join(rows))
-    plain = opened(make_plan({"a": files(folder, "a", 200)})).example()
-    chat = opened(make_plan({"a": {"files": [str(path)]}}, sequence_length=64)).example()
+    plan = make_plan({"a": files(folder, "a", 200)})
+    ((_, *plain),) = opened(plan).examples(0)
+    ((_, *chat),) = opened(make_plan({"a": {"files": [str(path)]}}, sequence_length=64)).examples(0)
 
     assert all(0 < len(part) <= 8 for part in plain)
-    first = next(
-        text.documents(make_plan({"a": files(folder, "a", 200)}).datasets["a"], "validation", 0.1)
-    )
+    first = next(text.documents(plan.datasets["a"], "validation", 0.1))
     assert first.text.startswith(BYTE.decode(plain[0] + plain[1]))
     assert BYTE.decode(chat[0]).startswith("question") and BYTE.decode(chat[0]).endswith("\n\n")
     assert BYTE.decode(chat[1]).startswith("answer") and BYTE.decode(chat[1]).endswith(".")
+
+
+def test_examples_are_of_the_stage_that_was_trained_last(folder):
+    datasets = {name: files(folder, name, 60) for name in "abc"}
+    data = opened(make_plan(datasets, [{"datasets": ["a"]}, {"datasets": ["c", "b"]}]))
+    names = [[name for name, *_ in data.examples(step)] for step in range(data.num_steps + 1)]
+    rows_of_first = -(-(len(training_stream(make_plan(datasets), "a")) - 1) // 16)
+
+    assert names == [
+        ["a"] if step * 4 <= rows_of_first else ["c", "b"] for step in range(len(names))
+    ]
+    for name, prompt, _ in data.examples(data.num_steps):
+        assert BYTE.decode(prompt).startswith(name)
 
 
 def test_bpe_is_trained_on_the_plans_training_text_once(folder, monkeypatch):

@@ -127,6 +127,12 @@ def test_rows_that_say_nothing_are_left_out(tmp_path):
         ({"q": "a", "a": "b"}, {"prompt": ["q"], "truth": "answer"}, "no column 'answer'"),
         ({"text": 3}, {}, "'text' of .* holds int"),
         ({"messages": ["hi"]}, {}, "no list of role and content"),
+        ({"messages": 3}, {}, "no list of role and content"),
+        (
+            {"messages": [{"role": 3, "content": ""}, {"role": "assistant", "content": "a"}]},
+            {},
+            "'role' of .* holds int",
+        ),
     ],
 )
 def test_a_wrong_column_is_explained(tmp_path, row, columns, message):
