@@ -133,6 +133,7 @@ def run_app(app: typer.Typer) -> None:
     try:
         app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
     except UserError as error:
+        err.quiet = False  # also where another process of the group does the talking
         err.print(Text.assemble(("error:", "red"), f" {error.problem}"))
         if error.hint:
             err.print(Text(error.hint, style="dim"))

@@ -180,7 +180,8 @@ class Run:
         if not self.compiled:
             return False
         self.compiled = False
-        self.objective._compiled_call_impl = None  # what Module.compile had set
+        for module in self.objective.modules():
+            module._compiled_call_impl = None  # what Module.compile had set
         torch.use_deterministic_algorithms(False)
         why = str(error).strip().splitlines()[0]
         self.warn(f"the model does not compile, so it goes on without: {why}")
@@ -201,8 +202,9 @@ def open_run(
     """Build the model from its seed, freeze what the plan freezes, and wrap it once for accelerate.
 
     Args:
-        compiled: compile the wrapper in place (names in the state stay). On the CPU this turns
-            deterministic algorithms on: without them two equal compiled runs differ.
+        compiled: compile the wrapper, or each block that is sharded, in place (names in the state
+            stay). On the CPU this turns deterministic algorithms on: without them two equal
+            compiled runs differ.
         sharded: spread the parameters over the processes instead of holding them in each.
     """
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
@@ -210,12 +212,15 @@ def open_run(
     torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
     # in evaluation mode accelerate gives it a device and autocast, but no DDP
     objective = accelerator.prepare_model(Objective(model), evaluation_mode=sharded)
-    if sharded:
-        shard(objective, accelerator.device)
+    parts = shard(objective, accelerator.device) if sharded else [objective]
+    if compiled and not parts:
+        problem = f"--shard: {experiment.name} has no repeated blocks to compile"
+        raise UserError(problem, hint="leave out --compile or --shard")
     if compiled:
         torch.use_deterministic_algorithms(accelerator.device.type == "cpu")
         torch._dynamo.config.recompile_limit = 64  # past it the rest would silently run eagerly
-        objective.compile(dynamic=False)  # else the kernels depend on the order of shapes seen
+        for part in parts:
+            part.compile(dynamic=False)  # else the kernels depend on the order of shapes seen
     return Run(
         folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size,
         sharded, compiled,

@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_map
 from lmplay.errors import UserError
 
 
-def shard(objective: nn.Module, device: torch.device) -> None:
+def shard(objective: nn.Module, device: torch.device) -> list[nn.Module]:
     """Spread the parameters over all processes, in place: a group for each block, one for the rest.
 
     Only calls of `objective` see whole weights: a method called around it sees slices. Precision
     stays autocast's, so weights and gradients travel as they are stored.
 
+    Returns:
+        The blocks, each of which may be compiled; the whole may not.
     Raises:
         UserError: a parameter without dimensions, which cannot be spread.
     """
@@ -31,10 +33,12 @@ def shard(objective: nn.Module, device: torch.device) -> None:
         if parameter.dim() == 0:
             raise UserError(f"--shard: {name} is a single number", "give it the shape (1,)")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in blocks(objective):
+    found = blocks(objective)
+    for block in found:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in objective.parameters())
+    return found
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
 from typer import Option
 
 from lmplay import catalog
 from lmplay.catalog import Entry
-from lmplay.console import Device, Version, note, out, precision_option, print_json, run_app
+from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.errors import NUMERIC, UserError, nearest
 from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
 from lmplay.stack import Conflict
@@ -101,6 +102,24 @@ def main(
         bool, Option("--amp", metavar="", help="Mixed precision: bf16 where it works, else fp16.")
     ] = False,
     precision: Annotated[str | None, precision_option("what the plan says")] = None,
+    gpus: Annotated[
+        int | None,
+        Option(
+            help="GPUs of this machine to share each step, one process for each. Several machines "
+            "need torchrun.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    shard: Annotated[
+        bool,
+        Option(
+            "--shard",
+            metavar="",
+            help="With several processes, give each a slice of every weight, gradient and moment "
+            "(FSDP2) instead of them all; results stay equal.",
+        ),
+    ] = False,
     mini_batch_size: Annotated[
         str,
         Option(
@@ -232,8 +251,14 @@ def main(
     if ideas and (seeds or 1) < 2:
         raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     if is_grid:
-        _refuse_for_many(resumes)
+        _refuse_for_many(resumes, gpus is not None or shard)
     rows, precision = _mini_batch_size(mini_batch_size), _precision(amp, precision)
+    if gpus is not None and "WORLD_SIZE" not in os.environ:
+        raise typer.Exit(_launch(gpus, device))
+    if gpus is not None:
+        _refuse_other_count(gpus)
+    if not _is_first():
+        err.quiet = True  # the first process speaks
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{what} on {resolved.name}: loading torch")
@@ -243,6 +268,7 @@ def main(
     request = Request(
         entries[0], resolved, changes, of_config, seed, device, precision, rows, compile, resumes,
         out_dir, initial=find_initial(initial_model, out_dir) if initial_model else None,
+        sharded=shard,
     )  # fmt: skip
     if ideas:
         _search(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
@@ -285,11 +311,31 @@ def _baseline(entries: list[Entry], name: str | None) -> Entry:
     return by_name.get("gpt2ish", entries[0])
 
 
-def _refuse_for_many(resumes: bool) -> None:
+def _launch(gpus: int, device: str) -> int:
+    """This very command in a process for each GPU; its exit code."""
+    from lmplay.train.launch import launch, refuse_missing_gpus
+
+    refuse_missing_gpus(gpus, device)
+    return launch([sys.executable, *sys.orig_argv[1:]], gpus)
+
+
+def _refuse_other_count(gpus: int) -> None:
+    """Raise a UserError unless this is one of `gpus` processes of this machine."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if here != str(gpus):
+        problem = f"--gpus {gpus}: the launcher started {here} processes on this machine"
+        raise UserError(problem, hint="without --gpus, the launcher's own number holds")
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse_for_many(resumes: bool, is_shared: bool) -> None:
     if not resumes:
         hint = "--out-dir gives them a place of their own"
         raise UserError("--resume none is for one run, not for many", hint=hint)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_shared or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "many runs are not trained by one group of processes",
             hint="start the command once for each device (CUDA_VISIBLE_DEVICES=0, 1, ...) on one "
@@ -308,7 +354,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
 
     name, plan = request.entry.name, request.plan.name
     try:
-        with Display(f"{name} on {plan}, seed {request.seed}") as display:
+        console = err if _is_first() else Console(quiet=True, force_terminal=False)
+        with Display(f"{name} on {plan}, seed {request.seed}", console) as display:
             if rival is not None:
                 request = sized(request, replace(request, entry=rival), budget, display)
             result = run_experiment(request, display)
@@ -317,6 +364,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
         raise typer.Exit(stop.code) from None
     finally:
         leave_processes()
+    if not _is_first():
+        return None
     if as_json:
         return print_json(result)
     row = result["validation"]

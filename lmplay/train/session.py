@@ -175,8 +175,6 @@ def _refuse_sharding(request: Request, precision: str, num_processes: int) -> No
         raise UserError("--shard needs several processes, and there is one", hint=hint)
     if precision == "fp16":
         raise UserError("--shard and fp16 do not go together", hint="bf16 and fp32 do")
-    if request.compiled:
-        raise UserError("--shard and --compile do not go together", hint="leave out one of them")
 
 
 def finished(request: Request, display: Display) -> dict | None:

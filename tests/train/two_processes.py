@@ -1,6 +1,5 @@
-"""One of the processes of the tests of two: trains what the options after the script's name say."""
+"""One of the processes of test_two_processes_train_as_one."""
 
-import sys
 from pathlib import Path
 
 from lmplay.catalog import resolve
@@ -16,19 +15,16 @@ class Silent:
     preparing = start = row = example = note
 
 
-out_dir, exp, *options = sys.argv[1:]
 plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
 run_experiment(
     Request(
-        entry=resolve(exp),
+        entry=resolve("gpt2ish"),
         plan=read_plan("words"),
         changes=plain,
         config=plain,
         mini_batch_size=1,
         device="cpu",
-        precision="bf16" if "bf16" in options else None,
-        sharded="shard" in options,
-        out_dir=Path(out_dir),
+        out_dir=Path("two"),
     ),
     Silent(),
 )
