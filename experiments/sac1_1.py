@@ -214,6 +214,27 @@ class UnifiedEmbedding(nn.Module):
         parts = [self.network(wide_NW) for wide_NW in self.wide_table.weight.split(1024)]
         return nn.Embedding.from_pretrained(torch.cat(parts), freeze=False)
 
+    def unfold(self, plain: nn.Embedding) -> None:
+        """Start from a trained table and learn to give its rows, more or less."""
+        wanted_NC = plain.weight.detach()
+        weights = list(self.parameters())
+        are_trained = [weight.requires_grad for weight in weights]
+        self.requires_grad_(True)
+        self.wide_table.weight.data[:, : wanted_NC.shape[1]] = wanted_NC
+        optimizer = torch.optim.Adagrad(weights, lr=5e-3)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.9)
+        for _ in range(50):
+            order_N = torch.randperm(len(wanted_NC)).to(wanted_NC.device)
+            for ids_N in order_N.split(8192):
+                e_NC = self.network(self.wide_table(ids_N))
+                loss = F.mse_loss(e_NC, wanted_NC[ids_N])
+                loss.backward(inputs=weights)  # not of a network that other layers share
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+        for weight, is_trained in zip(weights, are_trained, strict=True):
+            weight.requires_grad_(is_trained)
+
 
 class Model(nn.Module):
     """Tokens to the logits of the token after each."""

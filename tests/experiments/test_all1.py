@@ -1,5 +1,6 @@
 """sac2 with learned adds: sizes before and after folding, and what is sac2's and what is lra's."""
 
+import functools
 import re
 
 import pytest
@@ -28,6 +29,7 @@ KEPT = {
 }
 
 
+@functools.cache
 def experiment(name: str) -> Experiment:
     return load_experiment(resolve(name))
 

@@ -1,5 +1,6 @@
 """Relatives of ue: sizes, exact folding after training, and what each file says of itself."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -23,15 +24,19 @@ COUNTS = {
     "ue2_0": 130_005_841,
     "ue_linear": 395_461_201,
     "ue1_4_old": 395_461_201,
+    "ue1_3": 396_068_699,  # not counted there: ue8x + 2 (in + out + 2) + 1 for each layer
+    "ue_mapped": 396_051_793,
+    "ue8x1": 396_051_793,
 }
+FILES = [
+    *("gpt2ish", "ue", "value_norm", "ue_value_norm", "ue_normed", "ue_linear", "ue_unified"),
+    *("ue_mapped", "sac1_1"),
+]
 
 
+@functools.cache
 def experiment(name: str) -> Experiment:
-    entries = [
-        e
-        for file in ("gpt2ish", "ue", "value_norm", "ue_value_norm", "ue_normed", "ue_linear")
-        for e in read_file(FOLDER / f"{file}.py")
-    ]
+    entries = [entry for file in FILES for entry in read_file(FOLDER / f"{file}.py")]
     return load_experiment(next(entry for entry in entries if entry.name == name))
 
 
@@ -139,6 +144,74 @@ def test_the_linear_kind_is_a_product_of_two_matrices():
     expected = table.wide_table.weight @ table.front.weight.T + table.front.bias
 
     torch.testing.assert_close(table.fold().weight, expected)
+
+
+def unfolded(name: str, seed: int = 0, **values) -> tuple[nn.Module, nn.Module]:
+    """A model whose token table has become that of another, and that other, an ordinary one."""
+    model, plain = tiny(name, **values), tiny("gpt2ish", seed=7, **values)
+    torch.manual_seed(seed)
+    model.token_table.unfold(plain.token_table)
+    return model.eval(), plain.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "bound"),  # measured: 0.0015, 0.023, 0.067, 0.025, 0.14, 0.0001
+    [
+        ("ue8x", 128, 0.005),
+        ("ue1x", 128, 0.06),
+        ("ue_unified", 64, 0.15),
+        ("ue8x1", 128, 0.06),
+        ("ue_normed", 64, 0.25),
+        ("ue_linear", 64, 0.001),
+    ],
+)
+def test_an_unfolded_table_gives_a_few_rows_to_within_its_bound(name, width, bound):
+    model, plain = unfolded(name, vocab_size=16, width=width)
+    rows_VC, wanted_VC = model.token_table.fold().weight, plain.token_table.weight
+    rest = {k: v for k, v in plain.state_dict().items() if not k.startswith("token_table.")}
+    model.load_state_dict(rest, strict=False)
+    tokens_BT = random_tokens(B=4, T=16, V=16)
+    answer_BTV = plain(tokens_BT)
+
+    assert (rows_VC - wanted_VC).norm() < bound * wanted_VC.norm()
+    assert (model(tokens_BT) - answer_BTV).norm() < bound * answer_BTV.norm()
+
+
+@pytest.mark.parametrize("name", ["ue", "ue_mapped"])
+def test_one_seed_unfolds_to_the_same_numbers(name):
+    states = [unfolded(name, seed)[0].token_table.state_dict() for seed in (1, 1, 2)]
+
+    for key, weight in states[0].items():
+        assert torch.equal(weight, states[1][key])
+    if name == "ue_mapped":  # a single batch of ue's is the same in any order, but for rounding
+        assert not torch.equal(states[0]["wide_table.weight"], states[2]["wide_table.weight"])
+
+
+@pytest.mark.parametrize("name", ["ue", "ue_mapped"])
+def test_unfolding_takes_every_row_but_no_more_than_8192_at_a_time(name):
+    values = {"vocab_size": 8200, "width": 2, "num_heads": 1}
+    model, plain = tiny(name, **values), tiny("gpt2ish", seed=7, **values)
+    table, met = model.token_table, []
+    before = table.wide_table.weight.detach().clone()
+    network = table.network
+    table.network = lambda wide_NW: met.append(len(wide_NW)) or network(wide_NW)
+    table.unfold(plain.token_table)
+    moved_N = (table.wide_table.weight - before)[:, 2:].abs().amax(1)
+
+    assert met == [8192, 8] * (100 if name == "ue_mapped" else 50)
+    assert (moved_N > 0).all()
+
+
+@pytest.mark.parametrize("name", ["ue", "ue_mapped", "sac1_1"])
+def test_unfolding_leaves_no_gradients_and_nothing_unfrozen_and_the_rest_alone(name):
+    model = tiny(name)
+    model.token_table.front.requires_grad_(False)
+    before = {key: (w.detach().clone(), w.requires_grad) for key, w in model.named_parameters()}
+    model.token_table.unfold(tiny("gpt2ish", seed=7).token_table)
+
+    for key, weight in model.named_parameters():
+        assert weight.grad is None and weight.requires_grad == before[key][1], key
+        assert torch.equal(weight, before[key][0]) != key.startswith("token_table."), key
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""Mapped unified embeddings: start ue's wide rows as a learned map of a trained table.
+
+Idea: where training starts from a model with an ordinary table, ue copies its rows and trains its
+    wide table and its network to give them. Here the wide rows are a linear map of the rows at
+    first, trained together with the network under dropout, so that all of a row is made from the
+    one it shall give; the map is then written out and thrown away. Begun without a trained model,
+    it is ue8x. The original's dropout was on still when it wrote the map out, and its target moved
+    along with the rows that it trained, both by mistake.
+Source: Jeff Ward, jmward01/lmplay.
+Folds to: gpt2ish.
+Changed from ue: UnifiedEmbedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, N rows of a table, W width of a wide row, M width between the two
+# layers of a table's network, A any dimensions of ids
+
+VARIANTS = {
+    "ue8x1": {},
+}
+TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    embed_dropout: float = 0.1  # after token + position
+    ff_dropout: float = 0.1  # after attention's output projection and after the MLP
+    front_mul: int = 8  # width of a wide row, in model widths
+    mid_mul: int = 1  # width between the network's two layers, in model widths
+    unify: str = "tokens"  # the table made wide: "tokens" or "positions"
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
+        if min(self.front_mul, self.mid_mul) < 1:
+            raise ValueError(f"front_mul={self.front_mul} and mid_mul={self.mid_mul} start at 1")
+        if self.unify not in ("tokens", "positions"):
+            raise ValueError(f"unify={self.unify!r} is neither 'tokens' nor 'positions'")
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.width, config.width)
+        self.value = nn.Linear(config.width, config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        y_BTC = self.dropout(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4 C wide between them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTC)
+        h_BTF = F.gelu(h_BTF)
+        y_BTC = self.down(h_BTF)
+        y_BTC = self.dropout(y_BTC)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class UnifiedEmbedding(nn.Module):
+    """A table of wide rows, each brought to width C by one network that all rows share."""
+
+    def __init__(self, num_rows: int, config: Config):
+        super().__init__()
+        self.wide_table = nn.Embedding(num_rows, config.front_mul * config.width)
+        self.front = nn.Linear(config.front_mul * config.width, config.mid_mul * config.width)
+        self.back = nn.Linear(config.mid_mul * config.width, config.width)
+
+    def network(self, wide_NW: Tensor) -> Tensor:
+        h_NM = self.front(wide_NW)
+        h_NM = F.gelu(h_NM)
+        e_NC = self.back(h_NM)
+        return e_NC
+
+    def forward(self, ids_A: Tensor) -> Tensor:
+        distinct_N, index_A = torch.unique(ids_A, return_inverse=True)
+        wide_NW = self.wide_table(distinct_N)
+        e_NC = self.network(wide_NW)
+        e_NC = e_NC.to(wide_NW.dtype)  # where a token recurs, its gradients add up unrounded
+        e_AC = F.embedding(index_A, e_NC)
+        return e_AC
+
+    @torch.no_grad()
+    def fold(self) -> nn.Embedding:
+        """The plain table of what every row becomes."""
+        parts = [self.network(wide_NW) for wide_NW in self.wide_table.weight.split(1024)]
+        return nn.Embedding.from_pretrained(torch.cat(parts), freeze=False)
+
+    def unfold(self, plain: nn.Embedding) -> None:
+        """Start from a trained table: learn to give its rows, from a map of them."""
+        wanted_NC = plain.weight.detach()
+        rows_NC = nn.Parameter(wanted_NC.clone())
+        to_wide = nn.Linear(wanted_NC.shape[1], self.wide_table.embedding_dim)
+        to_wide = to_wide.to(wanted_NC.device)
+        layers = nn.ModuleList([self.front, self.back])
+        weights = [rows_NC, *to_wide.parameters(), *layers.parameters()]
+        are_trained = [weight.requires_grad for weight in weights]
+        layers.requires_grad_(True)
+        optimizer = torch.optim.Adagrad(weights, lr=5e-3)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.9)
+        for _ in range(100):
+            order_N = torch.randperm(len(wanted_NC)).to(wanted_NC.device)
+            for ids_N in order_N.split(8192):
+                wide_NW = to_wide(rows_NC[ids_N])
+                e_NC = self.network(F.dropout(wide_NW, 0.1))
+                loss = F.mse_loss(e_NC, wanted_NC[ids_N])
+                loss.backward(inputs=weights)
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+        for weight, is_trained in zip(weights, are_trained, strict=True):
+            weight.requires_grad_(is_trained)
+        with torch.no_grad():
+            for ids_N in order_N.split(8192):
+                self.wide_table.weight[ids_N] = to_wide(rows_NC[ids_N])
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.position_table = nn.Embedding(config.max_len, config.width)
+        self.dropout = nn.Dropout(config.embed_dropout)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size)
+        nn.init.zeros_(self.position_table.weight)
+        if config.unify == "tokens":  # last, so that one seed draws the same blocks as in gpt2ish
+            self.token_table = UnifiedEmbedding(config.vocab_size, config)
+        else:
+            self.position_table = UnifiedEmbedding(config.max_len, config)
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        e_BTC = self.token_table(tokens_BT)
+        p_TC = self.position_table(positions_T)
+        x_BTC = e_BTC + p_TC
+        x_BTC = self.dropout(x_BTC)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
