@@ -3,6 +3,7 @@ there; its parameter count joins COUNTS."""
 
 import ast
 import dataclasses
+import functools
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.catalog import Entry, parent_of, read_file
+from lmplay.catalog import Entry, parent_of, read_file, resolve
 from lmplay.check import check
 from lmplay.experiment import Experiment, folded, load_experiment
 from lmplay.objective import Objective
@@ -21,9 +22,11 @@ FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = [read_file(path)[0] for path in sorted(FOLDER.glob("[!_]*.py"))]
 NAMES = [entry for file in FILES for entry in read_file(file.path)]
 CHILDREN = [entry for entry in FILES if entry.parent]
+FOLDING = [entry for entry in NAMES if "def fold(" in entry.source]
 
 every_file = pytest.mark.parametrize("entry", FILES, ids=attrgetter("name"))
 every_name = pytest.mark.parametrize("entry", NAMES, ids=attrgetter("name"))
+every_folding = pytest.mark.parametrize("entry", FOLDING, ids=attrgetter("name"))
 every_child = pytest.mark.parametrize("entry", CHILDREN, ids=attrgetter("name"))
 
 NAMES_OF_COUNTS = ("COUNTS", "CONTROLS")
@@ -54,8 +57,10 @@ COUNTS = {
 OWN_SIZES = {"gpt2": {"num_blocks"}}  # a name that people know for its size
 
 
+@functools.cache
 def experiment(name: str) -> Experiment:
-    return load_experiment(next(entry for entry in NAMES if entry.name == name))
+    found = [entry for entry in NAMES if entry.name == name] or [resolve(name)]  # else a stack
+    return load_experiment(found[0])
 
 
 def tiny(name: str, seed: int = 0, **values) -> nn.Module:
@@ -110,6 +115,40 @@ def counts() -> dict[str, int]:
 def test_the_parameter_count_is_the_catalogues(entry: Entry):
     assert entry.name in counts(), f"add {entry.name!r} to the COUNTS of its family"
     assert num_parameters(on_meta(entry.name)) == counts()[entry.name]
+
+
+def target_of(entry: Entry, model: nn.Module, **values) -> nn.Module:
+    """A fresh model of what this one folds to, which is itself where none of its modules folds."""
+    name = re.search(r"^Folds to: (.+)\.$", entry.docstring, re.MULTILINE)[1]
+    folds = any(hasattr(module, "fold") for module in model.modules())
+    target = experiment(name if folds else entry.name)
+    mine = dataclasses.asdict(model.config)
+    shared = {key: mine[key] for key in target.fields if key in mine}
+    return target.model(target.config(**shared), **values)
+
+
+@every_folding
+def test_a_trained_model_answers_as_the_one_that_it_folds_to(entry: Entry):
+    model = tiny(entry.name)
+    start = {key: weight.clone() for key, weight in model.state_dict().items()}
+    model = trained(model, num_steps=3)
+    plain = target_of(entry, model, seed=9).eval()
+    plain.load_state_dict(folded(model).state_dict())
+    tokens_BT = random_tokens(B=3, T=16)
+    answer_BTV = model(tokens_BT)
+
+    assert not [key for key, weight in model.named_parameters() if torch.equal(weight, start[key])]
+    assert (plain(tokens_BT) - answer_BTV).abs().max() < 1e-5 * answer_BTV.abs().max()
+
+
+@every_folding
+def test_folding_gives_the_size_and_the_shapes_of_what_it_folds_to(entry: Entry):
+    model = on_meta(entry.name)
+    plain = target_of(entry, model, device="meta").state_dict()
+
+    assert {key: weight.shape for key, weight in folded(model).state_dict().items()} == {
+        key: weight.shape for key, weight in plain.items()
+    }
 
 
 @every_file
@@ -198,30 +237,6 @@ def test_with_one_seed_what_an_idea_leaves_alone_starts_as_in_the_baseline(name,
     assert len(shared) >= len(baseline) - 2
     for key in shared:
         assert torch.equal(start[key], baseline[key]), key
-
-
-UNIFIED = [entry.name for entry in NAMES if entry.file == "ue"]
-
-
-@pytest.mark.parametrize("name", UNIFIED)
-def test_ue_folds_to_the_baselines_size_and_shapes(name):
-    plain = folded(on_meta(name))
-    baseline = on_meta("gpt2ish")
-
-    assert num_parameters(plain) == COUNTS["gpt2ish"]
-    assert {k: v.shape for k, v in plain.state_dict().items()} == {
-        k: v.shape for k, v in baseline.state_dict().items()
-    }
-
-
-@pytest.mark.parametrize("name", UNIFIED)
-def test_a_trained_ue_answers_as_the_baseline_that_it_folds_to(name):
-    model = trained(tiny(name))
-    baseline = tiny("gpt2ish", seed=9).eval()
-    baseline.load_state_dict(folded(model).state_dict())
-    tokens_BT = random_tokens(B=3, T=16)
-
-    torch.testing.assert_close(baseline(tokens_BT), model(tokens_BT), rtol=0, atol=1e-5)
 
 
 def test_ue_folds_a_table_longer_than_one_part():

@@ -55,9 +55,8 @@ def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", KEPT)
 def test_folding_keeps_the_gates_and_gives_the_catalogues_size(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
     assert num_parameters(folded(on_meta(name))) == KEPT[name]
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lmplay.catalog import read_file
 from lmplay.experiment import Experiment, folded, load_experiment
-from lmplay.objective import Objective
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
@@ -45,16 +44,6 @@ def num_parameters(model: nn.Module) -> int:
 
 def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
 
 
 def moved(changed: Tensor, answer: Tensor) -> float:
@@ -99,13 +88,11 @@ def test_each_query_and_head_is_divided_by_twice_a_sigmoid():
     assert (share_BTH - 0.5).abs().max() < 0.4
 
 
-@pytest.mark.parametrize("log_divisor", [None, -2.0, 2.0])
-def test_foc1_1_folds_after_training(log_divisor):
-    model = trained(tiny("foc1_1"))
+@pytest.mark.parametrize("log_divisor", [-2.0, 2.0])
+def test_foc1_1_folds_with_a_large_or_small_divisor(log_divisor):
+    model = tiny("foc1_1").eval()
     for block in model.blocks:
-        assert block.attention.query.log_divisor.abs() > 1e-4
-        if log_divisor is not None:
-            nn.init.constant_(block.attention.query.log_divisor, log_divisor)
+        nn.init.constant_(block.attention.query.log_divisor, log_divisor)
     baseline = tiny("gpt2ish", seed=9).eval()
     baseline.load_state_dict(folded(model).state_dict())
     tokens_BT = random_tokens(B=3, T=16)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmplay.catalog import read_file
-from lmplay.experiment import Experiment, folded, load_experiment
+from lmplay.experiment import Experiment, load_experiment
 from lmplay.objective import Objective
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
@@ -53,7 +53,6 @@ CONTROLS = {
     "nnm1_direct": 150_291_025,
     "nnm2_direct": 142_018_129,
 }
-FOLDING = [name for name in COUNTS if name[:4] in ("nnm1", "nnm2")]
 
 
 def experiment(name: str) -> Experiment:
@@ -86,16 +85,6 @@ def random_stream(B: int = 3, T: int = 7, C: int = 16) -> Tensor:
     return torch.randn(B, T, C, generator=torch.Generator().manual_seed(2))
 
 
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
-
-
 def moved(changed: Tensor, answer: Tensor) -> float:
     """The largest difference, against the largest answer."""
     return ((changed - answer).abs().max() / answer.abs().max()).item()
@@ -104,23 +93,6 @@ def moved(changed: Tensor, answer: Tensor) -> float:
 @pytest.mark.parametrize("name", COUNTS | CONTROLS)
 def test_the_parameter_count_is_the_catalogues(name):
     assert num_parameters(on_meta(name)) == (COUNTS | CONTROLS)[name]
-
-
-@pytest.mark.parametrize("name", FOLDING)
-def test_a_trained_memory_answers_as_the_plain_one_that_it_folds_to(name):
-    model = trained(tiny(name))
-    values = {k: v for k, v in experiment(name).variant.items() if not k.endswith("_mul")}
-    values |= {"num_blocks": 2, "num_cells": 8, "memory_heads": 2}
-    direct = tiny(f"{name[:4]}_direct", seed=9, **values).eval()
-    direct.load_state_dict(folded(model).state_dict())
-    tokens_BT = random_tokens(B=3, T=16)
-
-    assert moved(direct(tokens_BT), model(tokens_BT)) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["nnm1", "nnm2"])
-def test_a_folded_memory_has_the_size_of_its_control(name):
-    assert num_parameters(folded(on_meta(name))) == CONTROLS[f"{name}_direct"]
 
 
 def test_keys_and_values_come_from_the_rows_through_the_network():

@@ -28,36 +28,13 @@ COUNTS = {
     "sac2_4": 1_319_264_618,
 }
 ALL_ADJUSTERS = {"sac1_0": 396_336_822, "sac1_0_1": 709_846_710}  # the original's, as it stands
-TARGETS = {  # what a file folds to
-    "sac1": "gpt2ish",
-    "sac1_1": "gpt2ish",
-    "sac2": "no_block_norms",
-}
-DEPLOYED = {"gpt2ish": 120_560_209, "no_block_norms": 120_541_777}
-DEPLOYED_OF_A_NAME = {"sac2_0_med": 248_055_377}  # where it is another size
+FILES = ["sac1", "sac1_1", "sac2"]
 PARTS = ["ue", "uw1", "uw2", "uw6"]  # files whose names the tests compare with
-
-every_name = pytest.mark.parametrize("name", COUNTS)
 
 
 def experiment(name: str) -> Experiment:
-    files = [*TARGETS, *TARGETS.values(), *PARTS]
-    entries = [entry for file in files for entry in read_file(FOLDER / f"{file}.py")]
+    entries = [entry for file in FILES + PARTS for entry in read_file(FOLDER / f"{file}.py")]
     return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def target_of(name: str) -> tuple[str, dict[str, object]]:
-    """What this name folds to, and the values of its Config that are not the defaults."""
-    entry = experiment(name).entry
-    target = TARGETS[entry.file]
-    fields = experiment(target).fields
-    return target, {key: value for key, value in entry.variant.items() if key in fields}
-
-
-def tiny_target_of(name: str) -> nn.Module:
-    target, values = target_of(name)
-    made = experiment(name).tiny
-    return tiny(target, seed=9, **{**values, **made}).eval()
 
 
 def tiny(name: str, seed: int = 0, **values) -> nn.Module:
@@ -75,10 +52,6 @@ def on_meta(name: str, **values) -> nn.Module:
 
 def num_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
-
-
-def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in model.state_dict().items()}
 
 
 def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
@@ -101,16 +74,6 @@ def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
     return model.eval()
 
 
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@every_name
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
-
-
 @pytest.mark.parametrize("name", ALL_ADJUSTERS)
 def test_with_all_adjusters_on_the_count_is_todays_originals(name):
     values = dict.fromkeys(("scale_columns", "shift_columns", "shift_rows"), True)
@@ -118,23 +81,8 @@ def test_with_all_adjusters_on_the_count_is_todays_originals(name):
     assert num_parameters(on_meta(name, **values)) == ALL_ADJUSTERS[name]
 
 
-@every_name
-def test_folding_gives_the_size_and_the_shapes_of_what_it_folds_to(name):
-    target, values = target_of(name)
-    plain = folded(on_meta(name))
-
-    assert num_parameters(plain) == DEPLOYED_OF_A_NAME.get(name, DEPLOYED[target])
-    assert shapes(plain) == shapes(on_meta(target, **values))
-
-
-@every_name
-def test_a_trained_model_answers_as_the_one_that_it_folds_to(name):
-    model = trained(tiny(name))
-    plain = tiny_target_of(name)
-    plain.load_state_dict(folded(model).state_dict())
-    tokens_BT = random_tokens(B=3, T=16)
-
-    assert moved(plain(tokens_BT), model(tokens_BT)) < 1e-5
+def test_sac2_0_med_deploys_the_catalogues_size():
+    assert num_parameters(folded(on_meta("sac2_0_med"))) == 248_055_377
 
 
 @pytest.mark.parametrize(("name", "table"), [("sac1_0", "ue8x"), ("sac1_0_1", "ue16x")])

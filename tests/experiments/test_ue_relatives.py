@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.catalog import read_file
-from lmplay.experiment import Experiment, folded, load_experiment
-from lmplay.objective import Objective
+from lmplay.experiment import Experiment, load_experiment
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
@@ -47,70 +46,8 @@ def tiny(name: str, seed: int = 0, **values) -> nn.Module:
     return made.model(config, seed=seed)
 
 
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
 def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
-
-
-def plain_of(name: str, seed: int = 9) -> nn.Module:
-    """What this name folds to, at the size of TINY."""
-    made = experiment(name)
-    if made.entry.file != "ue_value_norm":
-        return tiny("gpt2ish", seed)
-    return tiny("value_norm", seed, start_block=made.variant.get("start_block", 0))
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_a_trained_model_answers_as_the_one_that_it_folds_to(name):
-    model = trained(tiny(name))
-    plain = plain_of(name).eval()
-    plain.load_state_dict(folded(model).state_dict())
-    tokens_BT = random_tokens(B=3, T=16)
-
-    assert moved(plain(tokens_BT), model(tokens_BT)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "deployed"),
-    [
-        ("ue1_9", 120_560_977),
-        ("ue1_10", 120_560_849),
-        ("ue1_2", 120_560_209),
-        ("ue2_0", 120_560_209),
-        ("ue1_4_old", 120_560_209),
-    ],
-)
-def test_folding_gives_the_catalogues_size(name, deployed):
-    assert num_parameters(folded(on_meta(name))) == deployed
 
 
 @pytest.mark.parametrize(("name", "normed"), [("ue1_9", [True, True]), ("ue1_10", [False, True])])
