@@ -285,7 +285,7 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
     flops = count(experiment, size.config(experiment)).flops_per_token
     steps = 1 if device.type == "cpu" else CADENCE  # until the trainer looks at the device
     common = common | {"precision": precision, "steps": steps}
-    peaks = [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
+    peaks = [matmul_rate(device, precision) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), size)
         running = []
@@ -298,7 +298,7 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
         finally:
             for side in running:
                 side.close()
-    peaks += [matmul_rate(device, DTYPES[precision]) for _ in range(3)]
+    peaks += [matmul_rate(device, precision) for _ in range(3)]
     return _case(name, precision, measured, steps * size.tokens, flops, max(peaks))
 
 

@@ -138,15 +138,20 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product: the most that this device can do, measured now.
 
-    The best of a few products, in about 0.1 s. What a model's FLOPs per second are of it is the
-    MFU that training shows.
-    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B, but for the measured peak.
+    The best of a few products, in about 0.1 s. The share of it that a model's FLOPs reach is the
+    MFU that training shows: like that of Chowdhery et al. 2022, arXiv:2204.02311, appendix B, but
+    against a measured peak.
+
+    Args:
+        precision: fp32, bf16 or fp16.
     """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    draw = torch.Generator(device).manual_seed(0)  # of its own: training's numbers stay the same
+    a, b = (torch.rand(size, size, generator=draw, device=device).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):
         _wait_for(device)

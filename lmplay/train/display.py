@@ -28,6 +28,7 @@ class Display:
         self.title = title
         self.console = console
         self.num_steps = 0
+        self.fastest: float | None = None
         self.live: Live | None = None
         self._bar = Progress(
             TextColumn("step"),
@@ -61,9 +62,15 @@ class Display:
         elif self._is_time():
             self.note(text)
 
-    def start(self, num_steps: int, step: int) -> None:
-        """Training begins at `step`."""
+    def start(self, num_steps: int, step: int, fastest: float | None = None) -> None:
+        """Training begins at `step`.
+
+        Args:
+            fastest: seconds that a step would take if it were nothing but matrix products at the
+                speed of the largest, which is an MFU of 100 %.
+        """
         self.num_steps = num_steps
+        self.fastest = fastest
         self._bar.update(self._task, total=num_steps, completed=step)
 
     def row(self, kind: str, row: dict) -> None:
@@ -108,30 +115,32 @@ class Display:
         room = self.console.width - len("  prompt ") if self.console.is_terminal else 160
         return shown if cell_len(shown) <= room else f"{set_cell_size(shown, room - 1)}…"
 
-    def _speed(self) -> tuple[float, str]:
-        """Tokens per second and the time left, both from the mean since the first row."""
+    def _speed(self) -> tuple[float, str, str]:
+        """Tokens per second, the time left and the MFU, all from the mean since the first row."""
         first, now = self._began, self._train
         seconds = now["seconds"] - first["seconds"]
         if not seconds:
-            return now["tokens_per_second"], "?"
+            return now["tokens_per_second"], "?", "?"
         left = self.num_steps - now["step"]
         each = seconds / (now["step"] - first["step"])
-        return (now["tokens"] - first["tokens"]) / seconds, _clock(each * left)
+        share = "?" if self.fastest is None else f"{self.fastest / each:.1%}"
+        return (now["tokens"] - first["tokens"]) / seconds, _clock(each * left), share
 
     def _line(self) -> str:
         row = self._train
-        speed, left = self._speed()
+        speed, left, share = self._speed()
+        mfu = "" if self.fastest is None else f"  MFU {share}"
         return (
             f"step {row['step']:,}/{self.num_steps:,}  {row['tokens']:,} tokens  "
             f"{_loss(row)}  lr {row['learning_rate']:.2e}  |grad| {row['grad_norm']:.2f}  "
-            f"{speed:,.0f} tokens/s  {row['memory'] / 2**30:.2f} GiB  {left} left"
+            f"{speed:,.0f} tokens/s{mfu}  {row['memory'] / 2**30:.2f} GiB  {left} left"
         )
 
     def _state(self) -> RenderableType:
         lines: list[RenderableType] = [self._bar]
         if self._train:
             row = self._train
-            speed, left = self._speed()
+            speed, left, share = self._speed()
             accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
             grid = Table.grid(padding=(0, 2))  # fits into 80 columns
             grid.add_row(
@@ -146,6 +155,8 @@ class Display:
                 f"lr [bold]{row['learning_rate']:.2e}[/bold]",
                 f"gradient norm [bold]{row['grad_norm']:.2f}[/bold]",
             )
+            if self.fastest is not None:
+                grid.add_row(f"MFU [bold]{share}[/bold]")
             lines.append(grid)
         if self._validation:
             lines.append(f"validation {_scores(self._validation)}")

@@ -40,7 +40,7 @@ from lmplay.shard import spread_optimizer
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.tokens import Tokenizer, vocab_size_of
 from lmplay.train.batches import Data, open_data
-from lmplay.train.curves import Curves, NotFinite
+from lmplay.train.curves import Curves, NotFinite, matmul_rate
 from lmplay.train.display import Display
 from lmplay.train.initial import Initial, begin_from, told
 from lmplay.train.loop import (
@@ -273,8 +273,10 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
                 _write_sample(folder, f"step {row['step']:,}, {name}", *texts)
 
     session.show, run.warn = show, warn
+    now["matmul_flops"] = run.world_size * matmul_rate(run.device, now["precision"])
+    fastest = now["flops_per_token"] * now["tokens_per_step"] / now["matmul_flops"]
     write("running")
-    display.start(session.data.num_steps, run.step)
+    display.start(session.data.num_steps, run.step, fastest)
     try:
         with session.signals:
             train(session)

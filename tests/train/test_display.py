@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+import lmplay.train.display as display_module
 from lmplay.train.display import Display, GridDisplay
 
 TRAIN = {
@@ -43,6 +44,21 @@ def test_the_panel_and_the_scores_fit_into_80_columns_without_a_wrap(shown):
     for words in ("tokens 512,000,000", "time left", "lr 4.17e-05", "gradient norm 0.66"):
         assert any(words in line for line in lines), words
     assert any(line.startswith("step 40: validation 1.4221 nats") for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_mfu_is_the_least_time_of_a_step_over_the_time_it_takes(shown, monkeypatch, terminal):
+    monkeypatch.setattr(display_module, "LINE_SECONDS", 0)
+
+    def act(display):
+        display.start(80, 0, fastest=100.0)
+        for step, seconds in ((1, 10.0), (11, 2510.0)):  # 250 s a step
+            display.row("train", TRAIN | {"step": step, "seconds": seconds})
+
+    lines = shown(act, terminal=terminal)
+
+    assert "MFU 40.0%" in "\n".join(lines)
+    assert max(map(len, lines)) <= 80 or not terminal
 
 
 def test_no_panel_is_drawn_before_there_is_something_to_show(shown):
