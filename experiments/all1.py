@@ -13,6 +13,7 @@ Changed from sac2: Config, SharedNet, SharedNets, UnifiedLinear, UnifiedNet, lay
     Block, Model.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -453,11 +454,11 @@ class UnifiedEmbedding(nn.Module):
         are_trained = [weight.requires_grad for weight in weights]
         self.requires_grad_(True)
         self.wide_table.weight.data[:, : wanted_NC.shape[1]] = wanted_NC
-        optimizer = torch.optim.Adagrad(weights, lr=5e-3)
+        optimizer = torch.optim.Adam(weights, lr=1e-3)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.9)
         for _ in range(50):
             order_N = torch.randperm(len(wanted_NC)).to(wanted_NC.device)
-            for ids_N in order_N.split(8192):
+            for ids_N in order_N.split(math.ceil(len(order_N) / 7)):
                 e_NC = self.network(self.wide_table(ids_N))
                 loss = F.mse_loss(e_NC, wanted_NC[ids_N])
                 loss.backward(inputs=weights)  # not of a network that other layers share

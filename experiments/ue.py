@@ -6,13 +6,15 @@ Idea: a rare token's row is seldom trained, so it lags behind the rest of the mo
     training the network is run once for each row and thrown away.
     The vectors start with a spread of about 0.2, where gpt2ish's start with 1: its variant
     gpt2ish_small_init is the control for that. ue1_5 unifies the positions, which are never rare.
-    Begun from a trained gpt2ish it copies the rows and learns to give them: an error of 0.2 % of
-    their length is left with 16 rows of width 128, but of 22 % with 500 rows of width 768.
+    Begun from a trained gpt2ish it copies the rows and learns to give them, in 350 steps of Adam:
+    of the trained rows' length 8 % is left at 4,096 rows of width 192. The original's 50 epochs of
+    Adagrad over 8,192 rows at a time left 58 %.
 Source: Jeff Ward, jmward01/lmplay.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, UnifiedEmbedding, Model.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -166,11 +168,11 @@ class UnifiedEmbedding(nn.Module):
         are_trained = [weight.requires_grad for weight in weights]
         self.requires_grad_(True)
         self.wide_table.weight.data[:, : wanted_NC.shape[1]] = wanted_NC
-        optimizer = torch.optim.Adagrad(weights, lr=5e-3)
+        optimizer = torch.optim.Adam(weights, lr=1e-3)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.9)
         for _ in range(50):
             order_N = torch.randperm(len(wanted_NC)).to(wanted_NC.device)
-            for ids_N in order_N.split(8192):
+            for ids_N in order_N.split(math.ceil(len(order_N) / 7)):
                 e_NC = self.network(self.wide_table(ids_N))
                 loss = F.mse_loss(e_NC, wanted_NC[ids_N])
                 loss.backward(inputs=weights)  # not of a network that other layers share

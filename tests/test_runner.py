@@ -66,10 +66,11 @@ def test_streams_of_randomness_differ_by_seed_and_purpose():
 def test_processes_begin_with_the_same_weights_and_drop_out_different_ones():
     experiment = load_experiment(resolve("gpt2ish"))
     config = experiment.config(**experiment.tiny)
+    plan = SimpleNamespace(freeze=[])
     weights, draws = [], []
     for rank in (0, 1):
-        accelerator = SimpleNamespace(device=CPU, process_index=rank, prepare_model=lambda m: m)
-        run = open_run(None, None, experiment, 0, config, accelerator, 1)
+        accelerator = SimpleNamespace(device=CPU, process_index=rank, prepare_model=lambda m, **_: m)
+        run = open_run(None, plan, experiment, 0, config, accelerator, 1)
         weights.append(run.model.state_dict())
         draws.append(torch.rand(3).tolist())
 

@@ -92,14 +92,14 @@ def unfolded(name: str, seed: int = 0, **values) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "bound"),  # measured: 0.0015, 0.023, 0.067, 0.025, 0.14, 0.0001
+    ("name", "width", "bound"),  # measured: 0.039, 0.0006, 0.0054, 0.025, 0.13, 0.00002
     [
-        ("ue8x", 128, 0.005),
-        ("ue1x", 128, 0.06),
-        ("ue_unified", 64, 0.15),
+        ("ue8x", 128, 0.08),
+        ("ue1x", 128, 0.002),
+        ("ue_unified", 64, 0.02),
         ("ue8x1", 128, 0.06),
         ("ue_normed", 64, 0.25),
-        ("ue_linear", 64, 0.001),
+        ("ue_linear", 64, 0.0001),
     ],
 )
 def test_an_unfolded_table_gives_a_few_rows_to_within_its_bound(name, width, bound):
@@ -120,12 +120,11 @@ def test_one_seed_unfolds_to_the_same_numbers(name):
 
     for key, weight in states[0].items():
         assert torch.equal(weight, states[1][key])
-    if name == "ue_mapped":  # a single batch of ue's is the same in any order, but for rounding
-        assert not torch.equal(states[0]["wide_table.weight"], states[2]["wide_table.weight"])
+    assert not torch.equal(states[0]["wide_table.weight"], states[2]["wide_table.weight"])
 
 
 @pytest.mark.parametrize("name", ["ue", "ue_mapped"])
-def test_unfolding_takes_every_row_but_no_more_than_8192_at_a_time(name):
+def test_unfolding_takes_every_row_in_each_epoch(name):
     values = {"vocab_size": 8200, "width": 2, "num_heads": 1}
     model, plain = tiny(name, **values), tiny("gpt2ish", seed=7, **values)
     table, met = model.token_table, []
@@ -135,7 +134,8 @@ def test_unfolding_takes_every_row_but_no_more_than_8192_at_a_time(name):
     table.unfold(plain.token_table)
     moved_N = (table.wide_table.weight - before)[:, 2:].abs().amax(1)
 
-    assert met == [8192, 8] * (100 if name == "ue_mapped" else 50)
+    epoch = [8192, 8] * 2 if name == "ue_mapped" else [1172] * 6 + [1168]
+    assert met == epoch * 50
     assert (moved_N > 0).all()
 
 

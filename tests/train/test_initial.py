@@ -86,12 +86,12 @@ def test_weights_are_copied_exactly(parent):
         torch.testing.assert_close(ours[key], weight, rtol=0, atol=1e-20)
 
 
-def test_a_unified_embedding_reproduces_its_parents_table(parent):
-    folder = run("ue", parent.path)
-    began = folder.read()["initial_model"]
+def test_a_unified_embedding_reproduces_its_parents_table(place):
+    parent = run(config={"width": 192})
+    began = run("ue", parent.path, config={"width": 192}).read()["initial_model"]
 
     assert began["unfolded"] == ["token_table"] and began["fresh"] == []
-    assert began["logits_differ"] < 0.1
+    assert began["logits_differ"] < 0.15  # measured: 0.045
     assert run("ue").read()["initial_model"] is None
 
 

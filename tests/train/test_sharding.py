@@ -76,6 +76,9 @@ def test_a_sharded_run_takes_the_steps_of_a_plain_one(place, alone, monkeypatch,
     rows = [read_rows(folder.validation_csv) for folder in (plain, sharded)]
 
     assert sharded.read()["sharded"] and sharded.read()["compiled"] == ("compiled" in options)
+    for state in states:  # a softmax is blind to a key's bias: Adam scales up rounding errors there
+        for key in [key for key in state.model if key.endswith("key.bias")]:
+            del state.model[key]
     assert_close(states[1].model, states[0].model)
     assert_close(states[1].optimizer, states[0].optimizer)
     assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]])
