@@ -69,7 +69,9 @@ def test_processes_begin_with_the_same_weights_and_drop_out_different_ones():
     plan = SimpleNamespace(freeze=[])
     weights, draws = [], []
     for rank in (0, 1):
-        accelerator = SimpleNamespace(device=CPU, process_index=rank, prepare_model=lambda m, **_: m)
+        accelerator = SimpleNamespace(
+            device=CPU, process_index=rank, prepare_model=lambda m, **_: m
+        )
         run = open_run(None, plan, experiment, 0, config, accelerator, 1)
         weights.append(run.model.state_dict())
         draws.append(torch.rand(3).tolist())

@@ -232,11 +232,11 @@ def test_a_failed_run_of_a_grid_is_in_the_verdict_and_the_exit_code_is_3(place):
 
 @pytest.mark.slow
 def test_a_stopped_grid_goes_on_where_it_stopped(place):
-    args = grid("--tokens", str(300 * 128), exp="gpt2ish")
+    args = grid("--tokens", str(120 * 128), exp="gpt2ish")
     process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
-    folder = place / "runs/words/gpt2ish,tokens=38400"
+    folder = place / "runs/words/gpt2ish,tokens=15360"
     curve = folder / "seed-1/train.csv"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
         time.sleep(0.05)  # until it trains the second run
     process.send_signal(signal.SIGINT)
@@ -303,7 +303,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
         text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores SIGHUP
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
         time.sleep(0.05)  # until it trains
     process.send_signal(number)
@@ -331,10 +331,10 @@ def torchrun(*args):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on_bit_for_bit(place):
-    args = ["--plan", "words.json", "--tokens", str(300 * 128)]
+    args = ["--plan", "words.json", "--tokens", str(120 * 128)]
     for out in ("whole", "cut"):
         process = subprocess.Popen(torchrun(*args, "--out-dir", out), stderr=subprocess.PIPE)
-        curve = place / out / "words/gpt2ish,tokens=38400/seed-0/train.csv"
+        curve = place / out / "words/gpt2ish,tokens=15360/seed-0/train.csv"
         while out == "cut" and process.poll() is None:
             if curve.exists() and len(read_rows(curve)) > 3:
                 process.send_signal(signal.SIGTERM)
@@ -342,7 +342,7 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(place):
             time.sleep(0.02)
         process.communicate(timeout=100)
     cut = read_rows(curve)
-    assert 3 < len(cut) < 300
+    assert 3 < len(cut) < 120
     subprocess.run(torchrun(*args, "--out-dir", "cut"), check=True, timeout=100)
     losses = [
         [row["loss"] for row in read_rows(next(Path(out).rglob("train.csv")))]
@@ -360,10 +360,12 @@ def test_two_processes_train_as_one(place):
         torchrun(*plain, "--out-dir", "two"), capture_output=True, text=True, timeout=110
     )
     assert one.returncode == two.returncode == 0, two.stderr
+    state = json.loads(next(Path("two").rglob("run.json")).read_text())
     rows = [read_rows(next(Path(name).rglob("train.csv"))) for name in ("one", "two")]
     scores = [read_rows(next(Path(name).rglob("validation.csv"))) for name in ("one", "two")]
 
+    assert state["world_size"] == 2
     assert len(rows[0]) == len(rows[1]) == 40
     for a, b in zip(rows[0] + scores[0], rows[1] + scores[1], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["tokens"] == b["tokens"]
+        for column in ("step", "tokens", "loss", "accuracy"):
+            assert a[column] == pytest.approx(b[column], rel=1e-5)

@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -629,23 +627,6 @@ def test_a_compiler_that_fails_within_a_step_costs_that_step_nothing(place, monk
     fell_back = folder_of(run("broken", compiled=True))
 
     assert_equal_runs(fell_back, plain)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(place):
-    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
-    one = folder_of(run("one", config=plain, mini_batch_size=1, device="cpu"))
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, script], capture_output=True, text=True, timeout=100)
-    two = RunFolder(Path("two") / one.path.relative_to("one"))
-
-    assert done.returncode == 0, done.stderr
-    assert two.read()["world_size"] == 2 and trained_state(two)[0] == NUM_STEPS
-    for name in ("train_csv", "validation_csv"):
-        for row, expected in zip(*(read_rows(getattr(f, name)) for f in (two, one)), strict=True):
-            for column in ("step", "tokens", "loss", "accuracy"):
-                assert row[column] == pytest.approx(expected[column], rel=1e-5)
 
 
 def test_accumulation_by_accelerate_is_refused(place, monkeypatch):
