@@ -11,6 +11,11 @@ from lmplay.errors import UserError, nearest
 from lmplay.roots import files, looks_like_path
 from lmplay.stack import Part, compose
 
+_HEAD = re.compile(
+    r".*?^class Config\b[^\n]*\n(?:[ \t)#][^\n]*\n|[ \t]*\n)*", re.DOTALL | re.MULTILINE
+)
+_OFFERS = re.compile(r"^(?:VARIANTS|TINY|class Config)\b", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -43,13 +48,13 @@ def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[s
     """Every experiment and variant that can be found, by name; files come before their variants.
 
     Args:
-        refused: gets the error of each file that cannot be listed: it is not Python, or it claims
-            a name that an earlier file has. The others are listed all the same.
+        refused: gets the error of each file that cannot be listed: its head is not Python, or it
+            claims a name that an earlier file has. The others are listed all the same.
     """
     found: dict[str, Entry] = {}
     for path in files("experiments", ".py").values():
         try:
-            new = {entry.name: entry for entry in read_file(path)}
+            new = {entry.name: entry for entry in read_file(path, head_only=True)}
             for name in new.keys() & found.keys():
                 raise UserError(f"{path} names {name!r}, as {found[name].path} does", "rename one")
         except UserError as error:
@@ -84,7 +89,7 @@ def resolve(text: str) -> Entry:
 
 def _named(text: str, known: dict[str, Entry]) -> Entry:
     if text in known:
-        return known[text]
+        return next(entry for entry in read_file(known[text].path) if entry.name == text)
     unlisted = files("experiments", ".py")
     if text in unlisted:
         return read_file(unlisted[text])[0]  # which says what is wrong with it
@@ -152,22 +157,24 @@ def _is_in(entry: Entry, line: list[Entry]) -> bool:
     return any(entry.path == other.path for other in line)
 
 
-def read_file(path: Path) -> list[Entry]:
+def read_file(path: Path, head_only: bool = False) -> list[Entry]:
     """The experiment in a file and its variants; the file is parsed, not run.
 
+    Args:
+        head_only: parse no further than Config, which is enough for a list.
     Raises:
         UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
     """
     try:
-        return read_source(path.read_text(encoding="utf-8"), path)
+        return read_source(path.read_text(encoding="utf-8"), path, head_only)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
 
 
-def read_source(source: str, path: Path) -> list[Entry]:
+def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]:
     """As `read_file`, for source that is already at hand; `path` gives the name."""
     try:
-        tree = ast.parse(source)
+        tree = _parsed_head(source) if head_only else ast.parse(source)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"{path}, line {line}: not valid Python: {error}") from None
@@ -235,6 +242,17 @@ def definitions(source: str) -> dict[str, str]:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
+
+
+def _parsed_head(source: str) -> ast.Module:
+    """The file up to the end of Config; all of it where more than that may say what it offers."""
+    head = _HEAD.match(source)
+    if head and not _OFFERS.search(source, head.end()):
+        try:
+            return ast.parse(head[0])
+        except SyntaxError:
+            pass  # "class Config" in a text, or a mistake, of which the whole tells more
+    return ast.parse(source)
 
 
 def _config_fields(tree: ast.Module) -> dict[str, str]:

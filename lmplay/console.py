@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -112,6 +111,8 @@ def print_json(value: object) -> None:
 def show_version(wanted: bool) -> None:
     """The callback of --version."""
     if wanted:
+        from importlib.metadata import version
+
         sys.stdout.write(f"lmplay {version('lmplay')}\n")
         raise typer.Exit
 

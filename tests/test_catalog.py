@@ -106,6 +106,36 @@ def test_a_broken_file_is_reported_and_hides_no_other(root):
         catalog.resolve("broken")
 
 
+def test_a_mistake_below_config_is_told_once_the_file_is_named(root):
+    write(root, "late", IDEA + "x = (")
+
+    assert "late" in catalog.entries()
+    with pytest.raises(UserError, match="not valid Python"):
+        catalog.resolve("late")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        IDEA.replace("width: int = 4\n", "width: int = 4\n# a comment\n\n    depth: int = 2\n"),
+        IDEA.replace("VARIANTS", "UNUSED").replace("TINY", "SMALL") + "VARIANTS = {'late': {}}\n",
+        IDEA.replace("Idea: one", "Idea: class Config\nclass Config: one"),
+        IDEA.replace("class Config", "class Other"),
+    ],
+)
+def test_a_list_says_what_the_whole_file_says(root, source):
+    path = write(root, "idea", source)
+
+    assert catalog.read_file(path, head_only=True) == catalog.read_file(path)
+
+
+def test_a_list_of_the_bundled_files_says_what_they_say():
+    listed = list(catalog.entries().values())
+    paths = dict.fromkeys(entry.path for entry in listed)
+
+    assert listed == [entry for path in paths for entry in catalog.read_file(path)]
+
+
 def test_of_two_files_that_claim_one_name_the_second_is_refused(root):
     write(root, "one")
     write(root, "two")

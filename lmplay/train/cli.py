@@ -15,7 +15,6 @@ from lmplay import catalog
 from lmplay.catalog import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.errors import NUMERIC, UserError, nearest
-from lmplay.plan import Plan, has_key, plan_paths, plan_schema, read_plan
 from lmplay.stack import Conflict
 from lmplay.stats.table import print_verdicts
 from lmplay.train.files import existing
@@ -28,6 +27,7 @@ from lmplay.train.listing import (
 )
 
 if TYPE_CHECKING:
+    from lmplay.plan import Plan
     from lmplay.train.session import Request
 
 app = typer.Typer(
@@ -40,6 +40,8 @@ def _experiment_names() -> list[str]:
 
 
 def _plan_names() -> list[str]:
+    from lmplay.plan import plan_paths
+
     return ["list", "schema", *plan_paths()]
 
 
@@ -218,6 +220,8 @@ def main(
         return list_experiments(as_json)
     if plan == "list":
         return list_plans(as_json)
+    from lmplay.plan import has_key, plan_schema, read_plan  # here, not at the top: pydantic
+
     if plan == "schema":
         return print_json(plan_schema())
     names = (exp or "gpt2ish").split(",")
@@ -460,12 +464,14 @@ def _parsed(text: str) -> tuple[str, object]:
 def _know_config_keys(entry: Entry, changes: dict[str, object]) -> None:
     for key in changes:
         if key not in entry.fields:
+            from lmplay.plan import Plan
+
             known = [*entry.fields, *Plan.model_fields, "optimizer.lr", "schedule.name"]
             hint = nearest(key, known) + f"{entry.name} has {', '.join(entry.fields)}"
             raise UserError(f"--set {key}: neither in Config nor in the plan", hint=hint)
 
 
-def _know_config_values(entry: Entry, plan: Plan, changes: dict[str, object]) -> None:
+def _know_config_values(entry: Entry, plan: "Plan", changes: dict[str, object]) -> None:
     """Refuse what Config would take and the model could not use."""
     if "vocab_size" in changes:
         raise UserError(

@@ -2,14 +2,15 @@
 
 import sys
 from pathlib import Path
-
-from rich.syntax import Syntax
+from typing import TYPE_CHECKING
 
 from lmplay import catalog
 from lmplay.catalog import Entry
 from lmplay.console import note, out, print_json, show, table
 from lmplay.errors import UserError
-from lmplay.plan import Plan, plan_paths, read_plan
+
+if TYPE_CHECKING:
+    from lmplay.plan import Plan
 
 
 def print_check(entry: Entry, as_json: bool) -> None:
@@ -30,7 +31,9 @@ def print_check(entry: Entry, as_json: bool) -> None:
         raise UserError(f"{entry.name} fails {len(failed)} of {len(proofs)} proofs")
 
 
-def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_json: bool) -> None:
+def describe(
+    entry: Entry | None, plan: "Plan", config: dict, show_plan: bool, as_json: bool
+) -> None:
     if entry is None:
         whole = plan.model_dump()
         return print_json({"schema_version": 1, "plan": whole} if as_json else whole)
@@ -41,6 +44,8 @@ def describe(entry: Entry | None, plan: Plan, config: dict, show_plan: bool, as_
         if entry.variant:
             out.print("with " + ", ".join(f"{k}={v!r}" for k, v in entry.variant.items()))
         if diff:
+            from rich.syntax import Syntax
+
             out.print(Syntax(diff, "diff", background_color="default"))
         sys.stdout.flush()  # this much needs no torch
     from dataclasses import asdict
@@ -126,6 +131,8 @@ def list_experiments(as_json: bool) -> None:
 
 
 def list_plans(as_json: bool) -> None:
+    from lmplay.plan import plan_paths, read_plan  # here: pydantic
+
     plans = {}
     for name in plan_paths():
         try:
