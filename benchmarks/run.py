@@ -23,6 +23,7 @@ FULL = {
     "train": ["--seconds", "60"],
     "generate": ["--seconds", "20"],
     "scaling": ["--seconds", "10"],
+    "prepare": ["--seconds", "20"],
 }
 SHORT = {
     "train": [
@@ -37,6 +38,7 @@ SHORT = {
     ],
     "generate": ["--size", "tiny", "--seconds", "0", "--cases", "2:bf16", "--num-tokens", "4"],
     "scaling": ["--short", "--axes", "width", "--seconds", "0"],
+    "prepare": ["--megabytes", "0.2", "--seconds", "0", "--batches", "3"],
 }
 
 app = typer.Typer(pretty_exceptions_enable=False)
