@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from lmplay.errors import UserError, nearest
-from lmplay.roots import files, looks_like_path, roots
+from lmplay.roots import file_called, files, looks_like_path, roots
 
 MOST_BYTES = 1_000_000  # of a plan file; the bundled ones have about a thousand
 _SCHEMA = "--plan schema shows what a plan can hold"
@@ -272,11 +272,11 @@ def _path_of(name: str, folder: Path) -> Path:
         if not path.stem.strip("."):
             raise UserError(f"{name!r} is no name for a plan", hint="rename the file")
         return path
-    paths = plan_paths()
-    if name not in paths:
-        hint = nearest(name, paths) + "--plan list shows them all"
+    path = file_called(name, "plans", ".json")
+    if path is None:
+        hint = nearest(name, plan_paths()) + "--plan list shows them all"
         raise UserError(f"no plan called {name!r}", hint=hint)
-    return paths[name]
+    return path
 
 
 def _read_extended(path: Path) -> tuple[dict, list[Path]]:

@@ -32,6 +32,14 @@ def files(kind: str, suffix: str) -> dict[str, Path]:
     return found
 
 
+def file_called(name: str, kind: str, suffix: str) -> Path | None:
+    """The file that `files` has under this name, without reading whole folders."""
+    if name.startswith("_"):
+        return None
+    found = (root / kind / f"{name}{suffix}" for root in roots())
+    return next((path.resolve() for path in found if os.path.isfile(path)), None)
+
+
 def cache_root() -> Path:
     """Where prepared text and remembered checks lie: $LMP_DATASETS, else the user's cache."""
     from platformdirs import user_cache_dir
