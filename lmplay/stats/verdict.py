@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
-from scipy.stats import nct
+from scipy.special import nctdtr, stdtr, stdtrit
 
 ALPHA = 0.05  # the rate of false verdicts; an interval holds the other 95 %
 
@@ -79,8 +78,8 @@ def power(effect: float, n: int, alpha: float) -> float:
     df = n - 1
     shift = min(abs(effect) * np.sqrt(n), _CERTAIN)
     edge = stdtrit(df, 1 - alpha / 2)
-    wrong_side = np.nan_to_num(nct.cdf(-edge, df, shift))  # scipy: NaN where it is next to nothing
-    return float(nct.sf(edge, df, shift) + wrong_side)
+    below = np.nan_to_num(nctdtr(df, shift, [-edge, edge]))  # NaN where it is next to nothing
+    return float(1 - below[1] + below[0])
 
 
 def seeds_needed(effect: float, alpha: float, power: float = 0.8, most: int = 10_000) -> int | None:

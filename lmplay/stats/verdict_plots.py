@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
-from scipy.optimize import isotonic_regression
 
 from lmplay.stats.compare import Pair
 from lmplay.stats.looks import (
@@ -509,10 +508,29 @@ def spread(
     weights[len(wanted) - num_fixed :] = 1e6
     order = np.argsort(wanted, kind="stable")
     steps = gap * np.arange(len(wanted))
-    moved = isotonic_regression(wanted[order] - steps, weights=weights[order]).x
+    moved = rising(wanted[order] - steps, weights[order])
     places = np.empty(len(wanted))
     places[order] = moved.clip(low, max(low, high - gap * (len(wanted) - 1))) + steps
     return places
+
+
+def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The nearest values, by weighted squares, none of which is below the one before it.
+
+    Source: Ayer et al. 1955, Annals of Mathematical Statistics 26: neighbours in the wrong order
+    become their mean.
+    """
+    means, weights_of, counts = [], [], []
+    for value, weight in zip(values, weights, strict=True):
+        count = 1
+        while means and means[-1] > value:
+            other = weights_of.pop()
+            value = (other * means.pop() + weight * value) / (other + weight)
+            weight, count = weight + other, count + counts.pop()
+        means.append(value)
+        weights_of.append(weight)
+        counts.append(count)
+    return np.repeat(means, counts)
 
 
 def _candidate_colours(candidate: dict, accepted: str | None) -> tuple[str, str]:

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import LineCollection
-from scipy import stats
+from scipy import optimize, stats
 
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.looks import VERDICTS, looks
-from lmplay.stats.verdict_plots import compute, draw_path, forest, path_figure, spread
+from lmplay.stats.verdict_plots import compute, draw_path, forest, path_figure, rising, spread
 
 
 @pytest.fixture(autouse=True)
@@ -377,3 +377,11 @@ def test_the_path_is_whole_also_where_one_idea_leaves_all_others_behind():
     low, high = path_figure(rounds).axes[0].get_ylim()
 
     assert low < 5.21 and high > 5.55
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.sampled_from([1.0, 1e6])), min_size=1))
+def test_rising_is_the_isotonic_regression_of_scipy(points):
+    values, weights = np.array(points).T
+    theirs = optimize.isotonic_regression(values, weights=weights).x
+
+    assert rising(values, weights) == pytest.approx(theirs, abs=1e-6)
