@@ -1,5 +1,6 @@
 # make demo   install, train three runs on the quick plan, sample, plot: about ten minutes
 # make test   install, ruff, the whole test suite
+# make bench  install, measure against other trainers, write bench/results.md: 15 minutes
 # make check  ruff and the fast tests: before each commit
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 RUNS := runs
 PROMPT := def read_lines(path):
 
-.PHONY: demo test check clean
+.PHONY: demo test bench check clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +28,10 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2
+
+bench: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/run.py
 
 check:
 	$(BIN)/ruff check .
