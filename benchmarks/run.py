@@ -24,6 +24,7 @@ FULL = {
     "generate": ["--seconds", "20"],
     "scaling": ["--seconds", "10"],
     "prepare": ["--seconds", "20"],
+    "startup": ["--rounds", "5"],
 }
 SHORT = {
     "train": [
@@ -39,6 +40,7 @@ SHORT = {
     "generate": ["--size", "tiny", "--seconds", "0", "--cases", "2:bf16", "--num-tokens", "4"],
     "scaling": ["--short", "--axes", "width", "--seconds", "0"],
     "prepare": ["--megabytes", "0.2", "--seconds", "0", "--batches", "3"],
+    "startup": ["--only", "list,plot", "--rounds", "1", "--runs", "2", "--steps", "9"],
 }
 
 app = typer.Typer(pretty_exceptions_enable=False)

@@ -18,7 +18,7 @@ def run(tmp_path, *options):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["train", "generate", "scaling", "prepare"])
+@pytest.mark.parametrize("name", ["train", "generate", "scaling", "prepare", "startup"])
 def test_a_benchmark_measures_and_fills_a_table(tmp_path, name):
     (report,) = run(tmp_path, "--only", name)
 
