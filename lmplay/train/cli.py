@@ -130,9 +130,14 @@ def main(
         ),
     ] = "auto",
     compile: Annotated[
-        bool,
-        Option("--compile", metavar="", help="Compile the model; the first step then takes long."),
-    ] = False,
+        bool | None,
+        Option(
+            "--compile/--no-compile",
+            metavar="",
+            help="Compile the model; the first step then takes long. Without either, in mixed "
+            "precision where the run is long enough to repay it.",
+        ),
+    ] = None,
     seed: Annotated[
         int, Option(help="Fixes weights, data order and dropout.", min=0, metavar="N")
     ] = 0,
@@ -269,6 +274,8 @@ def main(
     from lmplay.train.initial import find_initial
     from lmplay.train.session import Request
 
+    if budget == "seconds":
+        compile = bool(compile)  # what is timed is what is trained
     request = Request(
         entries[0], resolved, changes, of_config, seed, device, precision, rows, compile, resumes,
         out_dir, initial=find_initial(initial_model, out_dir) if initial_model else None,

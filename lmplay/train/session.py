@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from lmplay import check
 from lmplay.catalog import Entry, canonical_name
@@ -40,6 +42,7 @@ from lmplay.shard import spread_optimizer
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.tokens import Tokenizer, vocab_size_of
 from lmplay.train.batches import Data, open_data
+from lmplay.train.compiling import compiled_so_far, is_repaid, told_of_compiling
 from lmplay.train.curves import Curves, NotFinite, matmul_rate
 from lmplay.train.display import Display
 from lmplay.train.initial import Initial, begin_from, told
@@ -69,7 +72,7 @@ class Request:
     device: str = "auto"
     precision: str | None = None  # None: the plan's
     mini_batch_size: int | None = None  # None: automatic
-    compiled: bool = False
+    compiled: bool | None = False  # None: where that is repaid
     resume: bool = True
     out_dir: Path = Path("runs")
     budget: dict | None = None  # the league that the plan's tokens were sized for
@@ -153,7 +156,7 @@ def run_experiment(request: Request, display: Display) -> dict:
             request.mini_batch_size
             or (facts or {}).get("mini_batch_size")
             or rows_at_once(plan, device),
-            request.compiled,
+            _compiles(request, facts, experiment, made.config, data.num_steps, accelerator),
             request.sharded,
         )
         run.may_shrink = request.mini_batch_size is None
@@ -189,6 +192,27 @@ def finished(request: Request, display: Display) -> dict | None:
         return None
     _note_edits(request, facts, folder, display)
     return _result(folder, facts)
+
+
+def _compiles(
+    request: Request,
+    facts: dict | None,
+    experiment: Experiment,
+    config,
+    num_steps: int,
+    accelerator: Accelerator,
+) -> bool:
+    """As asked for; else as the run began; else where it is repaid."""
+    if request.compiled is not None:
+        return request.compiled
+    if facts is not None or request.sharded:
+        return facts is not None and facts["compiled"]
+    plan = request.plan
+    tokens = plan.tokens_per_step * num_steps / accelerator.num_processes
+    flops = count(experiment, config, plan.freeze).flops_per_token * tokens
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    is_worth_it = is_repaid(experiment, accelerator.device, precision, flops)
+    return broadcast_object_list([is_worth_it])[0]  # as the first process measured it
 
 
 def _facts(
@@ -231,7 +255,8 @@ def _facts(
         "precision": precision,
         "world_size": run.world_size,
         "mini_batch_size": run.mini_batch_size,
-        "compiled": request.compiled,
+        "compiled": run.compiled,
+        "compilation": None,  # graphs, breaks and seconds
         "sharded": request.sharded,
         "initial_model": None,  # how its weights came about, where it did not begin afresh
         "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
@@ -260,6 +285,10 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
         write("running")
 
     def show(kind: str, row: dict) -> None:
+        if kind == "train" and run.compiled and compiled_so_far() != now["compilation"]:
+            now["compilation"] = compiled_so_far()
+            if is_main:
+                display.note(told_of_compiling(now["compilation"]))
         model = run.whole_model() if kind == "validation" else None
         if not is_main:
             return

@@ -1,0 +1,79 @@
+"""Whether compiling a model is worth its time, and what came of it."""
+
+import os
+import shutil
+
+import torch
+from torch.nn import Module
+
+from lmplay.experiment import Experiment
+from lmplay.train.curves import matmul_rate
+
+LONG = 600.0  # s; a sixth of it, as measured in bf16, repays a minute of compiling and more
+MANY = 400  # nodes in the graph of a model of two blocks: gpt2ish's has 91, rpa's 1,451
+
+
+def is_repaid(experiment: Experiment, device: torch.device, precision: str, flops: float) -> bool:
+    """Whether compiling costs less time than it saves, as far as that can be known before.
+
+    It does in mixed precision where kernels can be built, in a run that lasts, and for a model that
+    becomes one graph: neither broken, nor so long that compiling it takes more than minutes, as
+    one with a loop over positions.
+
+    Args:
+        flops: of the whole run, in this process. About half of a matrix product's rate is reached.
+    """
+    if precision == "fp32" or not _can_build(device):
+        return False
+    if flops / (0.5 * matmul_rate(device, precision)) < LONG:
+        return False
+    graphs, nodes = _traced(experiment)
+    return graphs == 1 and nodes <= MANY
+
+
+def compiled_so_far() -> dict:
+    """Graphs made in this process, breaks between them, and seconds of compiling them."""
+    from torch._dynamo import utils as dynamo  # here, not at the top: it takes a second to load
+
+    seconds = dynamo.compile_times("csv", aggregate=True)
+    spent = dict(zip(*seconds, strict=True)).get("_compile.compile_inner", "0")
+    return {
+        "graphs": dynamo.counters["stats"]["unique_graphs"],
+        "breaks": sum(dynamo.counters["graph_break"].values()),
+        "seconds": float(spent),
+    }
+
+
+def told_of_compiling(made: dict) -> str:
+    """One line on what `compiled_so_far` says."""
+    breaks = "no break" if made["breaks"] == 0 else f"{made['breaks']} breaks"
+    return f"compiled: {made['graphs']} graphs, {breaks}, in {made['seconds']:.0f} s"
+
+
+def _can_build(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    is_there = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    return device.type == "cpu" and is_there
+
+
+def _traced(experiment: Experiment) -> tuple[int, int]:
+    """Graphs of the model at its tiny size, and the nodes in them; none is compiled."""
+    from torch._dynamo import utils as dynamo
+
+    nodes: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _) -> Module:
+        nodes.append(len(graph.graph.nodes))
+        return graph
+
+    config = experiment.config(**experiment.tiny)
+    model = experiment.model(config)
+    model.compile(backend=count)
+    try:
+        model(torch.zeros(1, config.max_len, dtype=torch.long))
+    except Exception:  # the check has proven the model itself, so it is the tracing that failed
+        nodes.clear()
+    for ours in (dynamo.counters, dynamo.compilation_time_metrics):
+        ours.clear()  # `compiled_so_far` tells of what was compiled to train
+    return len(nodes), sum(nodes)
