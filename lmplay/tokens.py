@@ -29,6 +29,8 @@ _HINT = "check the network, or set {variable}; --plan quick makes its own tokeni
 
 def valid(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 can hold, replaced by U+FFFD."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

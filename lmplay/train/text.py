@@ -6,6 +6,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -62,15 +63,19 @@ class Document:
     def text(self) -> str:
         return self.prompt + (self.truth or "")
 
+    @cached_property
+    def _utf8(self) -> bytes:
+        return self.text.encode()
+
     @property
     def num_bytes(self) -> int:
         """Of the whole text as UTF-8."""
-        return len(self.text.encode())
+        return len(self._utf8)
 
-    @property
+    @cached_property
     def place(self) -> float:
         """From its own text alone, a number in [0, 1): records below a fraction are held out."""
-        digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(self._utf8, digest_size=8).digest()
         return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
@@ -240,9 +245,10 @@ def _span(dataset: Dataset, source: Iterable[Document]) -> Iterator[Document]:
     left = HELD_OUT_SPAN
     for document in source:
         yield document
-        left -= document.num_bytes
-        if dataset.hub is not None and left <= 0:
-            return
+        if dataset.hub is not None:
+            left -= document.num_bytes
+            if left <= 0:
+                return
 
 
 def _hub_rows(dataset: Dataset, split: str, skip: int) -> Iterator[dict]:
