@@ -6,7 +6,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -160,9 +160,8 @@ def source_fingerprint(dataset: Dataset, split: Split = "train") -> str:
         of_hub = dataset.validation_split if split == "validation" else dataset.split
         return fingerprint_of("hub", dataset.hub, dataset.config, dataset.revision, of_hub)
     if dataset.builtin is not None:
-        parts = [(name, content_hash(path)) for name, path in _library()]
-    else:
-        parts = [(f.kind, content_hash(f.path)) for f in _files(dataset, split)]
+        return _library_fingerprint()
+    parts = [(f.kind, content_hash(f.path)) for f in _files(dataset, split)]
     return fingerprint_of("files", parts)
 
 
@@ -292,6 +291,11 @@ def _library() -> list[tuple[str, Path]]:
             code=NO_DATA,
         )
     return sorted(found)
+
+
+@cache
+def _library_fingerprint() -> str:
+    return fingerprint_of("files", [(name, content_hash(path)) for name, path in _library()])
 
 
 def _source_code(path: Path) -> str:
