@@ -316,8 +316,9 @@ def _unsaid(run: Run, baseline: Run) -> set[str]:
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """What a run was trained with, by dotted key."""
-    plan = {key: value for key, value in run.facts["plan"].items() if key not in _NO_SETTINGS}
+    """What a run was trained with, by dotted key; an older run has no key for a list left empty."""
+    given = {key: value for key, value in run.facts["plan"].items() if value != []}
+    plan = {key: value for key, value in given.items() if key not in _NO_SETTINGS}
     return {**_flat(plan), "precision": run.facts.get("precision")}
 
 

@@ -369,7 +369,7 @@ def _note_edits(request: Request, facts: dict, folder: RunFolder, display: Displ
     edited = []
     if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
         edited.append(str(request.entry.path))
-    if facts["plan"] != plan:
+    if Plan.model_validate(facts["plan"]).model_dump() != plan:  # with what older plans left out
         edited.append(f"plan {request.plan.name}")
     if edited:
         display.note(

@@ -461,6 +461,15 @@ def test_what_the_labels_do_not_say_is_marked(make_run):
     assert mark in row_of(rows, "edited")["marks"]
 
 
+def test_a_list_left_empty_is_what_an_older_run_did_not_say(make_run):
+    newer = make_run("newer")
+    facts = newer.read()
+    facts["plan"]["freeze"] = []
+    newer.write(facts)
+
+    assert row_of(judged(make_run(), newer), "newer")["marks"] == ["one seed: no evidence"]
+
+
 def test_an_experiment_that_was_edited_between_its_seeds_is_marked(make_run):
     base = [make_run(seed=seed) for seed in (0, 1)]
     idea = [make_run("ue", seed=0), make_run("ue", seed=1, config={"width": 64})]

@@ -387,6 +387,17 @@ def test_a_run_goes_on_with_its_own_copy_of_an_edited_experiment(place, monkeypa
     assert "F.gelu" in folder_of(result).experiment_py.read_text()
 
 
+def test_a_plan_of_before_a_key_existed_was_not_edited(place):
+    folder = folder_of(run())
+    facts = folder.read()
+    del facts["plan"]["freeze"]
+    folder.write(facts)
+    display = Silent()
+    run(display=display)
+
+    assert not any("edited" in note for note in display.notes)
+
+
 def test_a_finished_run_does_not_answer_for_other_data(place):
     run()
     other = place / "other.jsonl"
