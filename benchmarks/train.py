@@ -54,11 +54,11 @@ from lmplay.train.layout import map_shard, token_dtype, write_shard
 
 # B rows, T positions
 
-SIDES = ("lmplay", "lmplay+compile", "loop", "loop+compile", "trainer")
+SIDES = ("lmplay", "loop", "loop+compile", "trainer")
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 ROWS_OF_DATA = 512
 SHARD = "tokens.bin"
-WANTED = {"bf16": 1.35, "fp32": 1.1, "memory": 0.6}  # at the sizes base and small
+WANTED = {"bf16": 1.35, "fp32": 1.1, "memory": 0.6}  # of a peer not compiled, base and small
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -302,6 +302,10 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
     return _case(name, precision, measured, steps * size.tokens, flops, max(peaks))
 
 
+def _speed(side: dict) -> float:
+    return side["tokens_per_second"]
+
+
 def _case(name, precision, measured, tokens, flops, peak) -> dict:
     found = []
     for side, turns in measured.items():
@@ -327,19 +331,19 @@ def _case(name, precision, measured, tokens, flops, peak) -> dict:
     }
     ours = [one for one in found if one["side"].startswith("lmplay")]
     peers = [one for one in found if not one["side"].startswith("lmplay")]
-    if ours and peers:
-        mine, best = (
-            max(group, key=lambda one: one["tokens_per_second"]) for group in (ours, peers)
-        )
+    if not ours:
+        return made
+    mine = max(ours, key=_speed)
+    made |= {"ours": mine["side"], "rivals": []}
+    for is_compiled in (False, True):
+        group = [one for one in peers if one["side"].endswith("+compile") is is_compiled]
+        if not group:
+            continue
+        best = max(group, key=_speed)
         times = [[turn["seconds"] for turn in measured[one["side"]][2:]] for one in (mine, best)]
         middle, least, most = median_ratio(*times)
-        made |= {
-            "ours": mine["side"],
-            "best_peer": best["side"],
-            "ratio": middle,
-            "ratio_range": [least, most],
-            "memory_ratio": mine["memory"] / best["memory"],
-        }
+        rival = {"side": best["side"], "ratio": middle, "ratio_range": [least, most]}
+        made["rivals"].append(rival | {"memory_ratio": mine["memory"] / best["memory"]})
     return made
 
 
@@ -350,7 +354,8 @@ def main(
     ] = "small,base",
     precisions: Annotated[str, Option(help="Of fp32, bf16.", metavar="NAMES")] = "bf16,fp32",
     sides: Annotated[
-        str, Option(help=f"Of {', '.join(SIDES)}, trainer+compile.", metavar="NAMES")
+        str,
+        Option(help=f"Of {', '.join(SIDES)}, lmplay+compile, trainer+compile.", metavar="NAMES"),
     ] = ",".join(SIDES),
     nanogpt: Annotated[
         Path | None, Option(help="A checkout of nanoGPT, to run it too.", metavar="PATH")
@@ -401,36 +406,25 @@ def main(
 def rows_of(case: dict) -> list[dict]:
     """Speed, peak of memory and use of the machine of one case, for the common table."""
     by_name = {side["side"]: side for side in case["sides"]}
-    best = max(case["sides"], key=lambda side: side["tokens_per_second"])
-    mine = by_name[case["ours"]] if "ours" in case else best
-    what = f"train {case['size']} {case['precision']}"
+    mine = by_name[case.get("ours", case["sides"][0]["side"])]
+    what = f"train {case['size']} {case['precision']}: {mine['side']}"
     rows = [row(f"{what}: share of the matmul peak", "", mine["mfu"])]
-    if "ratio" not in case:
-        return [row(f"{what}: {mine['side']}", "tokens/s", mine["tokens_per_second"]), *rows]
-    peer = by_name[case["best_peer"]]
-    rows[0]["theirs"] = peer["mfu"]
-    wanted = WANTED if case["size"] in ("base", "small") else {}
-    both = f"{what}: {mine['side']} / {peer['side']}"
-    return [
-        row(
-            both,
-            "tokens/s",
-            mine["tokens_per_second"],
-            peer["tokens_per_second"],
-            case["ratio"],
-            wanted.get(case["precision"]),
-            case["ratio_range"],
-        ),
-        row(
-            f"{both}: memory",
-            "bytes",
-            mine["memory"],
-            peer["memory"],
-            case["memory_ratio"],
-            wanted.get("memory"),
-        ),
-        *rows,
-    ]
+    for rival in reversed(case.get("rivals", [])):
+        peer = by_name[rival["side"]]
+        is_held = case["size"] in ("base", "small") and not peer["side"].endswith("+compile")
+        wanted = WANTED if is_held else {}
+        speeds = mine["tokens_per_second"], peer["tokens_per_second"]
+        memory = mine["memory"], peer["memory"]
+        both = f"{what} / {peer['side']}"
+        of_speed = wanted.get(case["precision"]), rival["ratio_range"]
+        rows = [
+            row(both, "tokens/s", *speeds, rival["ratio"], *of_speed),
+            row(f"{both}: memory", "bytes", *memory, rival["memory_ratio"], wanted.get("memory")),
+            *rows,
+        ]
+    if len(rows) == 1:
+        rows.insert(0, row(what, "tokens/s", mine["tokens_per_second"]))
+    return rows
 
 
 def print_case(case: dict) -> None:
@@ -448,12 +442,11 @@ def print_case(case: dict) -> None:
     ]
     title = f"{case['size']} in {case['precision']}, peak {case['matmul_flops'] / 1e9:,.0f} GFLOP/s"
     show(table(title, columns, rows, right=columns[1:]))
-    if "ratio" in case:
-        least, most = case["ratio_range"]
+    for rival in case.get("rivals", []):
+        least, most = rival["ratio_range"]
         note(
-            f"{case['ours']} is {case['ratio']:.2f}x {case['best_peer']} ({least:.2f} to "
-            f"{most:.2f} in {case['sides'][0]['rounds']} rounds) in {case['memory_ratio']:.2f}x "
-            "its memory"
+            f"{case['ours']} is {rival['ratio']:.2f}x {rival['side']} ({least:.2f} to {most:.2f} "
+            f"in {case['sides'][0]['rounds']} rounds) in {rival['memory_ratio']:.2f}x its memory"
         )
 
 

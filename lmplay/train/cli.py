@@ -134,8 +134,8 @@ def main(
         Option(
             "--compile/--no-compile",
             metavar="",
-            help="Compile the model; the first step then takes long. Without either, in mixed "
-            "precision where the run is long enough to repay it.",
+            help="Compile the model; the first step then takes long. Without either, on CUDA in "
+            "mixed precision where the run is long enough to repay it.",
         ),
     ] = None,
     seed: Annotated[
