@@ -4,9 +4,11 @@ there; its parameter count joins COUNTS."""
 import ast
 import dataclasses
 import functools
+import os
 import re
 from operator import attrgetter
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -94,7 +96,13 @@ def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
     return model.eval()
 
 
-@every_name
+# every file, and a third of the variants, which the trainer proves too before it trains them
+PROVEN = [entry for entry in NAMES if entry in FILES or crc32(entry.name.encode()) % 3 == 0]
+if "LMP_ALL" in os.environ:
+    PROVEN = NAMES
+
+
+@pytest.mark.parametrize("entry", PROVEN, ids=attrgetter("name"))
 def test_every_proof_holds(entry: Entry):
     failed = [proof for proof in check(load_experiment(entry)) if proof.passed is False]
 

@@ -50,7 +50,7 @@ def test_kills_at_random_times_change_nothing(tmp_path, monkeypatch):
     luck = random.Random(0)
     cut = RunFolder(tmp_path / "cut" / "words" / "gpt2ish" / "seed-0")
     kills = 0
-    while kills < 6:
+    while kills < 4:
         process = trainer("cut")
         began = len(read_rows(cut.train_csv)) if cut.train_csv.exists() else 0
         aim = began + luck.randrange(1, 50)
