@@ -164,10 +164,11 @@ def generate(
     """Write up to `num_tokens` behind each prompt.
 
     Autocast is the caller's: entered once around the whole loop, it casts each weight once. On a
-    CPU a step computes as `Packed` says. Rows are never padded: one pass over the length of the shortest prompt, then steps in which a row
-    with prompt left takes its own next token. A model that keeps nothing in the cache runs on the
-    whole text at each step. One with a method `generate(tokens_BT, num_tokens, choose)` is asked
-    for `num_tokens` new tokens of each row instead; that `choose` takes logits alone, rows first.
+    CPU a step computes as `Packed` says. Rows are never padded: one pass over the length of the
+    shortest prompt, then steps in which a row with prompt left takes its own next token. A model
+    that keeps nothing in the cache runs on the whole text at each step. One with a method
+    `generate(tokens_BT, num_tokens, choose)` is asked for `num_tokens` new tokens of each row
+    instead; that `choose` takes logits alone, rows first.
 
     Args:
         model: an experiment's; in eval mode while this runs.

@@ -1,5 +1,7 @@
 """Whether compiling a model is worth its time, and what came of it."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import Module
 
@@ -10,7 +12,9 @@ LONG = 600.0  # s of a run; compiling takes up to a minute
 MANY = 400  # nodes in the graph of a model of two blocks: gpt2ish's has 91, rpa's 1,451
 
 
-def is_repaid(experiment: Experiment, device: torch.device, precision: str, flops: float) -> bool:
+def is_repaid(
+    experiment: Experiment, device: torch.device, precision: str, flops: Callable[[], float]
+) -> bool:
     """Whether compiling costs less time than it saves, as far as that can be known before.
 
     On the CPU it never does: compiled steps take 1.2 to 1.6 times as long as ours do without, at
@@ -19,11 +23,12 @@ def is_repaid(experiment: Experiment, device: torch.device, precision: str, flop
     neither broken, nor so long, as one with a loop over positions, that compiling takes minutes.
 
     Args:
-        flops: of the whole run, in this process. About half of a matrix product's rate is reached.
+        flops: counts those of the whole run in this process, where it comes to that. About half of
+            a matrix product's rate is reached.
     """
     if precision == "fp32" or not _can_build(device):
         return False
-    if flops / (0.5 * matmul_rate(device, precision)) < LONG:
+    if flops() / (0.5 * matmul_rate(device, precision)) < LONG:
         return False
     graphs, nodes = _traced(experiment)
     return graphs == 1 and nodes <= MANY
@@ -44,8 +49,11 @@ def compiled_so_far() -> dict:
 
 def told_of_compiling(made: dict) -> str:
     """One line on what `compiled_so_far` says."""
-    breaks = "no break" if made["breaks"] == 0 else f"{made['breaks']} breaks"
-    return f"compiled: {made['graphs']} graphs, {breaks}, in {made['seconds']:.0f} s"
+    graphs, breaks = (
+        f"{made[what] or 'no'} {what.removesuffix('s') if made[what] < 2 else what}"
+        for what in ("graphs", "breaks")
+    )
+    return f"compiled: {graphs}, {breaks}, in {made['seconds']:.0f} s"
 
 
 def _can_build(device: torch.device) -> bool:

@@ -156,7 +156,7 @@ def run_experiment(request: Request, display: Display) -> dict:
             request.mini_batch_size
             or (facts or {}).get("mini_batch_size")
             or rows_at_once(plan, device),
-            _compiles(request, facts, experiment, made.config, data.num_steps, accelerator),
+            _compiles(request, facts, experiment, made.config, data, accelerator, precision),
             request.sharded,
         )
         run.may_shrink = request.mini_batch_size is None
@@ -199,18 +199,21 @@ def _compiles(
     facts: dict | None,
     experiment: Experiment,
     config,
-    num_steps: int,
+    data: Data,
     accelerator: Accelerator,
+    precision: str,
 ) -> bool:
     """As asked for; else as the run began; else where it is repaid."""
     if request.compiled is not None:
         return request.compiled
     if facts is not None or request.sharded:
         return facts is not None and facts["compiled"]
-    plan = request.plan
-    tokens = plan.tokens_per_step * num_steps / accelerator.num_processes
-    flops = count(experiment, config, plan.freeze).flops_per_token * tokens
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+    def flops() -> float:
+        plan = request.plan
+        tokens = plan.tokens_per_step * data.num_steps / accelerator.num_processes
+        return count(experiment, config, plan.freeze).flops_per_token * tokens
+
     is_worth_it = is_repaid(experiment, accelerator.device, precision, flops)
     return broadcast_object_list([is_worth_it])[0]  # as the first process measured it
 
@@ -285,10 +288,10 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
         write("running")
 
     def show(kind: str, row: dict) -> None:
-        if kind == "train" and run.compiled and compiled_so_far() != now["compilation"]:
-            now["compilation"] = compiled_so_far()
+        if kind == "train" and run.compiled and (made := compiled_so_far()) != now["compilation"]:
+            now["compilation"] = made
             if is_main:
-                display.note(told_of_compiling(now["compilation"]))
+                display.note(told_of_compiling(made))
         model = run.whole_model() if kind == "validation" else None
         if not is_main:
             return

@@ -46,12 +46,24 @@ def slow_machine(monkeypatch):
 def test_it_is_repaid_in_long_runs_of_mixed_precision_by_one_graph(
     slow_machine, name, precision, seconds, expected
 ):
-    flops = seconds * 0.5e9
-    assert compiling.is_repaid(load_experiment(resolve(name)), CPU, precision, flops) is expected
+    experiment = load_experiment(resolve(name))
+    repaid = compiling.is_repaid(experiment, CPU, precision, lambda: seconds * 0.5e9)
+
+    assert repaid is expected
 
 
-def test_on_the_cpu_nothing_is_compiled_by_itself():
-    assert not compiling.is_repaid(load_experiment(resolve("gpt2ish")), CPU, "bf16", 1e30)
+def test_on_the_cpu_nothing_is_compiled_by_itself_nor_counted():
+    assert not compiling.is_repaid(load_experiment(resolve("gpt2ish")), CPU, "bf16", pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "breaks", "said"),
+    [(1, 0, "1 graph, no break"), (0, 1, "no graph, 1 break"), (3, 2, "3 graphs, 2 breaks")],
+)
+def test_graphs_and_breaks_are_told(graphs, breaks, said):
+    made = {"graphs": graphs, "breaks": breaks, "seconds": 4.4}
+
+    assert compiling.told_of_compiling(made) == f"compiled: {said}, in 4 s"
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
@@ -74,4 +86,4 @@ def test_a_run_is_compiled_as_asked_for_else_as_it_began(place, monkeypatch, ask
         assert facts["compilation"]["graphs"] > 0 and facts["compilation"]["breaks"] == 0
     assert len(repaid) == (asked is not None)
     for began in (True, False):  # is_repaid would raise: it is not asked again
-        assert session._compiles(request(None), {"compiled": began}, *[None] * 4) is began
+        assert session._compiles(request(None), {"compiled": began}, *[None] * 5) is began
