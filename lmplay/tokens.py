@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,16 @@ _TIKTOKEN = {  # and how many tokens it has
     "cl100k_base": 100277,
     "o200k_base": 200019,
 }
+_GPT2_LIKE = ("gpt2", "r50k_base", "p50k_base")  # those that cut text by GPT-2's pattern
+SHORT_GAPS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+_RARE = (  # white space but for single blanks and line ends, and two of them
+    *(
+        character
+        for character in map(chr, range(0x3001))
+        if character.isspace() and character not in " \n"
+    ),
+    *map("".join, product(" \n", repeat=3)),
+)
 _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 _HINT = "check the network, or set {variable}; --plan quick makes its own tokenizer and needs none"
 
@@ -36,6 +48,15 @@ def valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def has_short_gaps(text: str) -> bool:
+    """Whether SHORT_GAPS cuts the text as GPT-2's pattern does; False where that is not certain.
+
+    That pattern ends in `\\s+(?!\\S)|\\s+`: white space before a word is one piece but for its last
+    character. In a gap of one or two characters this is each character by itself.
+    """
+    return not text[-2:].isspace() and not any(part in text for part in _RARE)
 
 
 class Tokenizer:
@@ -159,13 +180,30 @@ class _Tiktoken(Tokenizer):
     def encode_arrays(self, texts):
         from concurrent.futures import ThreadPoolExecutor
 
-        def encode(text):
-            return self._encoding.encode_to_numpy(valid(text), disallowed_special=())
-
         if len(texts) == 1:
-            return [encode(texts[0])]
+            return [self._encoding.encode_to_numpy(valid(texts[0]), disallowed_special=())]
+        fast = self._fast
+
+        def encode(text):
+            encoding = fast if has_short_gaps(text) else self._encoding
+            return encoding.encode_to_numpy(valid(text), disallowed_special=())
+
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(encode, texts))
+
+    @cached_property
+    def _fast(self):
+        """The same tokens where `has_short_gaps`, in half the time: its pattern looks not ahead."""
+        import tiktoken
+
+        if self.name not in _GPT2_LIKE:
+            return self._encoding
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=SHORT_GAPS,
+            mergeable_ranks=self._encoding._mergeable_ranks,
+            special_tokens=self._encoding._special_tokens,
+        )
 
     def token_bytes(self, token):
         try:

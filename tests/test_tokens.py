@@ -8,14 +8,18 @@ from hashlib import sha1
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import regex
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmplay import tokens
 from lmplay.errors import NO_DATA, UserError
-from lmplay.tokens import END, open_tokenizer, vocab_size_of
+from lmplay.tokens import END, SHORT_GAPS, has_short_gaps, open_tokenizer, vocab_size_of
 
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_PATTERN = (  # Radford et al. 2019, the code of GPT-2
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
 WORDS = ["low lower lowest", "new newer newest wide wider", "naïve café 北京 🙂 it's 1234"] * 20
 
 
@@ -38,6 +42,14 @@ def word_level(path):
 
 BYTE = open_tokenizer("byte")
 BPE = open_tokenizer("bpe:300", texts=lambda: WORDS)
+
+# what decides how GPT-2 cuts a text: kinds of character, contractions, all white space
+PIECES = st.sampled_from(
+    ["a", "é", "Ab", "1", "½", "'", "'s", "'ll", "ve", "-", "é̄", "北", "🙂", "\0"]
+)
+GAPS = st.sampled_from([" ", "\n", *(c for c in map(chr, range(0x3001)) if c.isspace())])
+CUTS = st.lists(st.one_of(PIECES, GAPS)).map("".join)
+
 both = pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
 
 
@@ -54,6 +66,29 @@ def test_tokens_add_up_to_the_bytes_of_the_text(tokenizer, text):
 
     assert b"".join(tokenizer.token_bytes(token) for token in ids) == text.encode()
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@given(text=CUTS)
+@example(text="two  blanks\n\nand it's a line\n")
+def test_short_gaps_are_cut_as_gpt2_cuts_them(text):
+    if has_short_gaps(text):
+        assert regex.findall(SHORT_GAPS, text) == regex.findall(GPT2_PATTERN, text)
+
+
+def test_common_text_has_short_gaps_and_code_has_not():
+    assert has_short_gaps("It was  said:\n\n“he didn't”.\n") and has_short_gaps("")
+    for text in ("if x:\n    y", "a\n\n\nb", "a\tb", "a\xa0b", "end\n\n", "a\u2003b"):
+        assert not has_short_gaps(text)
+    assert regex.findall(SHORT_GAPS, "a   b") != regex.findall(GPT2_PATTERN, "a   b")
+
+
+@pytest.mark.skipif(not has_gpt2(), reason="GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
+@given(texts=st.lists(CUTS, min_size=2, max_size=4))
+def test_texts_in_a_batch_have_the_tokens_that_tiktoken_gives(texts):
+    import tiktoken
+
+    expected = tiktoken.get_encoding("gpt2").encode_ordinary_batch(texts)
+    assert open_tokenizer("gpt2").encode_batch(texts) == expected
 
 
 @both

@@ -7,8 +7,10 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -43,6 +45,7 @@ _POLL_SECONDS = 1.0  # while another process prepares
 Progress = Callable[[str, int, int, int | None], object]
 """Called with the dataset's name, bytes of text done, tokens done, and bytes in all or None."""
 Note = Callable[[str], object]
+T = TypeVar("T")
 
 
 class Shards:
@@ -252,10 +255,10 @@ def prepare(
         source: Iterable[Document] = documents(dataset, split, fraction, writer.row)
         if limit is not None:
             source = fair_sample(source, limit * _MOST_BYTES)
-        for batch in _batches(source):
+        for encoded in _ahead(map(writer.encode, _ahead(_batches(source)))):
             if stop.is_set():
                 return
-            writer.add(batch)
+            writer.add(encoded)
             if is_training:
                 on_progress(name, writer.num_bytes, writer.num_tokens, expected)
             if writer.full:
@@ -320,6 +323,15 @@ def _batches(source: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _ahead(source: Iterator[T]) -> Iterator[T]:
+    """The same items; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, source, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, source, None)
+            yield item
 
 
 def _foreign(

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,16 @@ def digest(tokens: np.ndarray, mask: np.ndarray | None) -> str:
     if mask is not None:
         sha.update(memoryview(np.ascontiguousarray(mask)).cast("B"))
     return sha.hexdigest()
+
+
+class Encoded(NamedTuple):
+    """Some documents as tokens."""
+
+    documents: list[Document]
+    tokens: np.ndarray  # of all documents, an END after each
+    learned: np.ndarray | None  # 1 where a token is; None for everywhere
+    ends: np.ndarray  # of each document in `tokens`
+    sizes: list[int]  # bytes of UTF-8 of each document that are learned
 
 
 class Writer:
@@ -106,17 +117,37 @@ class Writer:
     def full(self) -> bool:
         return self._limit is not None and self.num_tokens > self._limit
 
-    def add(self, documents: list[Document]) -> None:
-        """Write the next documents of the source, the first of them at `row`."""
+    def encode(self, documents: list[Document]) -> Encoded:
+        """What `add` writes; it changes nothing here, so a thread may make it meanwhile."""
         texts = [document.parts(self._learn_prompt) for document in documents]
-        tokens, learned, ends = self._encoded(texts)
+        ids = iter(self._tokenizer.encode_arrays([text for parts in texts for text, _ in parts]))
+        end = np.array([self._tokenizer.end], self._buffer.dtype)
+        pieces, learned, lengths = [], [], []
+        for parts in texts:
+            made = [next(ids) for _ in parts]
+            pieces += [*made, end]
+            for part, (_, is_on) in zip(made, parts, strict=True):
+                learned.append(np.full(len(part), is_on, np.uint8))
+            learned.append(np.ones(1, np.uint8))
+            lengths.append(sum(map(len, made)) + 1)
+        everywhere = all(is_on for parts in texts for _, is_on in parts)
+        return Encoded(
+            documents,
+            tokens=np.concatenate(pieces).astype(self._buffer.dtype, copy=False),
+            learned=None if everywhere else np.concatenate(learned),
+            ends=np.cumsum(lengths),
+            sizes=[sum(len(text.encode()) for text, is_on in parts if is_on) for parts in texts],
+        )
+
+    def add(self, encoded: Encoded) -> None:
+        """Write the next documents of the source, the first of them at `row`."""
+        documents, tokens, learned, ends, sizes = encoded
         if self._row_tokens and (documents[0].row != self.row or ends[0] <= self._row_tokens):
             raise UserError(
                 f"the source of {self._folder} has changed since it was begun",
                 hint="delete that folder and start again",
                 code=NO_DATA,
             )
-        sizes = [sum(len(text.encode()) for text, is_on in parts if is_on) for parts in texts]
         bytes_before = np.concatenate([[0], np.cumsum(sizes)])
         position, stop = self._row_tokens, len(tokens)
         if self._limit is not None:
@@ -150,22 +181,6 @@ class Writer:
                 code=NO_DATA,
             )
         self._flush(complete=True)
-
-    def _encoded(self, texts: list[list[tuple[str, bool]]]):
-        """Tokens of these documents, 1 where learned (None for everywhere), and their ends."""
-        ids = iter(self._tokenizer.encode_arrays([text for parts in texts for text, _ in parts]))
-        end = np.array([self._tokenizer.end], self._buffer.dtype)
-        pieces, learned, lengths = [], [], []
-        for parts in texts:
-            made = [next(ids) for _ in parts]
-            pieces += [*made, end]
-            for part, (_, is_on) in zip(made, parts, strict=True):
-                learned.append(np.full(len(part), is_on, np.uint8))
-            learned.append(np.ones(1, np.uint8))
-            lengths.append(sum(map(len, made)) + 1)
-        tokens = np.concatenate(pieces).astype(self._buffer.dtype, copy=False)
-        everywhere = all(is_on for parts in texts for _, is_on in parts)
-        return tokens, None if everywhere else np.concatenate(learned), np.cumsum(lengths)
 
     def _take(self, tokens, learned, position: int, stop: int) -> int:
         count = min(stop - position, len(self._buffer) - self._used)
