@@ -9,8 +9,8 @@ by an earlier turn. Sides are processes of their own that prepare in turn.
 * recipe: `datasets`' map with tiktoken in a process for each core, then one numpy memmap, as
   nanoGPT prepares OpenWebText.
 
-The lmplay side prepares several times the text too, which must need no more memory. At last the
-loader gives batches to no model.
+The lmplay side prepares the text twice over and six times over too: once a shard is full, more text
+must need no more memory. At last the loader gives batches to no model.
 """
 
 import json
@@ -41,7 +41,7 @@ from lmplay.train.shards import prepare
 from lmplay.train.text import documents
 
 SIDES = ("lmplay", "recipe")
-MORE = 4  # times the text, for the memory
+TIMES = (2, 6)  # the text, for the memory
 MODEL_SPEED = 2600  # tokens/s of the small model in training on two CPU cores
 WANTED = {"speed": 5, "memory": 0.1, "loader": 0.01}
 VALIDATION = Validation(tokens=64_000, every_tokens=1_000_000)
@@ -141,7 +141,7 @@ def choose_tokenizer(folder: Path, text: Path) -> str:
 def measure(data: Path | None, limit: int, sides: list[str], seconds: float, common: dict) -> dict:
     """All sides on the text in turn, then the memory of ours on it and on more of it."""
     with tempfile.TemporaryDirectory() as folder:
-        text, more = Path(folder, "text.jsonl"), Path(folder, "more.jsonl")
+        text = Path(folder, "text.jsonl")
         num_bytes = write_text(text, data, limit)
         common = common | {"text": str(text), "tokenizer": choose_tokenizer(Path(folder), text)}
         running: list[Side] = []
@@ -152,11 +152,7 @@ def measure(data: Path | None, limit: int, sides: list[str], seconds: float, com
         finally:
             for side in running:
                 side.close()
-        with more.open("wb") as file:
-            for _ in range(MORE):
-                with text.open("rb") as once:
-                    shutil.copyfileobj(once, file)
-        memory = [_memory(common | {"text": str(path)}) for path in (text, more)]
+        memory = [_memory(common, text, times) for times in TIMES]
     found = [
         {
             "side": side,
@@ -180,9 +176,14 @@ def measure(data: Path | None, limit: int, sides: list[str], seconds: float, com
     return made
 
 
-def _memory(settings: dict) -> int:
-    """The peak of a process that prepares this text once."""
-    side = Side(__file__, "lmplay", settings, "lmplay")
+def _memory(common: dict, text: Path, times: int) -> int:
+    """The peak of a process that prepares the text so many times over."""
+    more = text.with_name("more.jsonl")
+    with more.open("wb") as file:
+        for _ in range(times):
+            with text.open("rb") as once:
+                shutil.copyfileobj(once, file)
+    side = Side(__file__, "lmplay", common | {"text": str(more)}, "lmplay")
     try:
         return side.turn()["memory"]
     finally:
@@ -229,6 +230,7 @@ def rows_of(case: dict, loader: dict) -> list[dict]:
     speeds = {side["side"]: side["bytes_per_second"] / 1e6 for side in case["sides"]}
     what = f"prepare {case['bytes'] / 1e6:.0f} MB with {case['tokenizer']}"
     first, second = case["memory"]
+    more = (TIMES[1] - TIMES[0]) * case["bytes"]
     rows = [
         row(
             f"{what}: lmplay / recipe",
@@ -239,13 +241,13 @@ def rows_of(case: dict, loader: dict) -> list[dict]:
             WANTED["speed"],
             case.get("ratio_range"),
         ),
-        row(f"{what}: peak memory", "bytes", first),
+        row(f"{what}, {TIMES[0]} times: peak memory", "bytes", first),
         row(
-            f"prepare {MORE} times as much: more memory / more text",
+            f"prepare {TIMES[0]} and {TIMES[1]} times as much: more memory / more text",
             "bytes",
             second - first,
-            (MORE - 1) * case["bytes"],
-            (second - first) / ((MORE - 1) * case["bytes"]),
+            more,
+            (second - first) / more,
             WANTED["memory"],
         ),
     ]
@@ -311,7 +313,10 @@ def print_case(case: dict, loader: dict) -> None:
         least, most = case["ratio_range"]
         note(f"lmplay is {case['ratio']:.2f}x the recipe ({least:.2f} to {most:.2f})")
     first, second = (peak / 2**20 for peak in case["memory"])
-    note(f"peak of memory: {first:.0f} MiB, with {MORE} times the text {second:.0f} MiB")
+    note(
+        f"peak of memory: with {TIMES[0]} times the text {first:.0f} MiB, "
+        f"with {TIMES[1]} times {second:.0f} MiB"
+    )
     note(
         f"loader: {loader['batch_seconds'] * 1e3:.2f} ms a batch of {loader['tokens']:,}, "
         f"{loader['tokens_per_second'] / 1e6:.1f} M tokens/s"

@@ -20,9 +20,9 @@ from lmplay.errors import UserError
 
 HERE = Path(__file__).parent
 FULL = {
-    "train": ["--seconds", "60"],
-    "generate": ["--seconds", "20"],
-    "scaling": ["--seconds", "10"],
+    "train": ["--sides", "lmplay,loop,trainer", "--seconds", "30"],
+    "generate": ["--sides", "lmplay,static", "--seconds", "10"],
+    "scaling": ["--seconds", "5"],
     "prepare": ["--seconds", "20"],
     "startup": ["--rounds", "5"],
 }

@@ -294,22 +294,24 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
                 kind = side.removesuffix("+compile")
                 settings = side_settings(size, Path(folder), common, side)
                 running.append(Side(__file__, kind, settings, side))
-            measured = interleave(running, seconds, warm_up=2)
+            is_compiled = any(side.endswith("+compile") for side in sides)
+            warm_up = 2 if is_compiled else 1  # it may compile in the second turn too
+            measured = interleave(running, seconds, warm_up)
         finally:
             for side in running:
                 side.close()
     peaks += [matmul_rate(device, precision) for _ in range(3)]
-    return _case(name, precision, measured, steps * size.tokens, flops, max(peaks))
+    return _case(name, precision, measured, warm_up, steps * size.tokens, flops, max(peaks))
 
 
 def _speed(side: dict) -> float:
     return side["tokens_per_second"]
 
 
-def _case(name, precision, measured, tokens, flops, peak) -> dict:
+def _case(name, precision, measured, warm_up, tokens, flops, peak) -> dict:
     found = []
     for side, turns in measured.items():
-        first, timed = turns[0], turns[2:]
+        first, timed = turns[0], turns[warm_up:]
         speed = tokens / statistics.median(turn["seconds"] for turn in timed)
         found.append(
             {
@@ -340,7 +342,9 @@ def _case(name, precision, measured, tokens, flops, peak) -> dict:
         if not group:
             continue
         best = max(group, key=_speed)
-        times = [[turn["seconds"] for turn in measured[one["side"]][2:]] for one in (mine, best)]
+        times = [
+            [turn["seconds"] for turn in measured[one["side"]][warm_up:]] for one in (mine, best)
+        ]
         middle, least, most = median_ratio(*times)
         rival = {"side": best["side"], "ratio": middle, "ratio_range": [least, most]}
         made["rivals"].append(rival | {"memory_ratio": mine["memory"] / best["memory"]})
