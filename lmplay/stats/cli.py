@@ -145,7 +145,7 @@ def main(
     folders = _folders(run or [], runs)
     if board is not None:
         split_board(board)  # a file without a place for it is told before the work
-    from lmplay.stats.compare import final_rows, pair_runs, read_run  # here: pandas, matplotlib
+    from lmplay.stats.compare import final_rows, pair_runs, read_run  # here: matplotlib
     from lmplay.stats.judge import judge
     from lmplay.stats.plots import View, draw
 
