@@ -1,6 +1,7 @@
 """What a terminal shows: results on stdout, notes on stderr, a UserError as its exit code."""
 
 import atexit
+import gc
 import json
 import re
 import signal
@@ -128,6 +129,7 @@ def run_app(app: typer.Typer) -> None:
     Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. Long
     options may be written with underscores, as in the original lmplay.
     """
+    gc.freeze()  # what is loaded stays: it is not searched for garbage again
     try:
         app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
     except UserError as error:

@@ -150,7 +150,7 @@ def main(
     from lmplay.stats.judge import judge
     from lmplay.stats.plots import View, draw
 
-    gc.freeze()  # what is loaded stays: searching it for garbage takes a tenth of the time
+    gc.freeze()  # as in run_app: a tenth of the time
     found = [read_run(folder) for folder in folders]
     pairs = pair_runs(found, _baseline(baseline, found, runs), like_for_like)
     rows = judge(pairs)
