@@ -5,16 +5,14 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from lmplay.errors import UserError, nearest
 from lmplay.roots import files, looks_like_path
-from lmplay.stack import Part, compose
 
-_HEAD = re.compile(
-    r".*?^class Config\b[^\n]*\n(?:[ \t)#][^\n]*\n|[ \t]*\n)*", re.DOTALL | re.MULTILINE
-)
-_OFFERS = re.compile(r"^(?:VARIANTS|TINY|class Config)\b", re.MULTILINE)
+_HEAD = re.compile(r".*?(?=^(?:@dataclass\b[^\n]*\n)?class Config\b)", re.DOTALL | re.MULTILINE)
+_OFFERS = re.compile(r"^(?:VARIANTS|TINY)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Entry:
     tiny: dict[str, object] = field(repr=False)  # Config values for checks and tests
     parent: str | None  # the file it was copied from
     changed: tuple[str, ...]  # what its docstring says differs from the parent
-    fields: dict[str, str] = field(repr=False)  # of Config, each with its annotation
     ideas: tuple["Entry", ...] = ()  # of a stack, the experiments that it joins
 
     @property
@@ -42,6 +39,11 @@ class Entry:
     def summary(self) -> str:
         """The docstring's first line."""
         return self.docstring.strip().partition("\n")[0]
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """The names in Config, each with its annotation."""
+        return _config_fields(ast.parse(self.source))
 
 
 def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[str, Entry]:
@@ -113,6 +115,8 @@ def stacked(ideas: list[Entry]) -> Entry:
     """
     if len(ideas) == 1:
         return ideas[0]
+    from lmplay.stack import Part, compose  # here: no list needs it
+
     name = "+".join(idea.name for idea in ideas)
     lines = [_line_of(idea) for idea in ideas]
     shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
@@ -161,7 +165,7 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
     """The experiment in a file and its variants; the file is parsed, not run.
 
     Args:
-        head_only: parse no further than Config, which is enough for a list.
+        head_only: parse what stands above Config, which is enough for a list.
     Raises:
         UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
     """
@@ -191,7 +195,6 @@ def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]
         "tiny": _literal(tree, "TINY", path),
         "parent": parent,
         "changed": changed,
-        "fields": _config_fields(tree),
     }
     named = {path.stem: {}, **variants}
     return [Entry(name=name, variant=values, **common) for name, values in named.items()]
@@ -245,7 +248,7 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def _parsed_head(source: str) -> ast.Module:
-    """The file up to the end of Config; all of it where more than that may say what it offers."""
+    """The file up to Config; all of it where more than that may say what it offers."""
     head = _HEAD.match(source)
     if head and not _OFFERS.search(source, head.end()):
         try:

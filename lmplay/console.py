@@ -1,6 +1,7 @@
 """What a terminal shows: results on stdout, notes on stderr, a UserError as its exit code."""
 
 import atexit
+import gc
 import json
 import re
 import signal
@@ -128,6 +129,7 @@ def run_app(app: typer.Typer) -> None:
     Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. Long
     options may be written with underscores, as in the original lmplay.
     """
+    gc.freeze()  # what is loaded stays: it is not searched for garbage again
     try:
         app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
     except UserError as error:
@@ -145,13 +147,17 @@ def _plain_lines(made: Table) -> list[str]:
     """The header and the rows, with nothing wrapped; rich takes ten times as long."""
     columns = []
     for column in made.columns:
-        texts = [Text.from_markup(str(cell)).plain for cell in [column.header, *column.cells]]
+        texts = [_without_markup(str(cell)) for cell in [column.header, *column.cells]]
         texts = [text.replace("\n", " ") for text in texts]
         most = max(map(cell_len, texts))
         gaps = [" " * (most - cell_len(text)) for text in texts]
         is_right = column.justify == "right"
         columns.append([g + t if is_right else t + g for t, g in zip(texts, gaps, strict=True)])
     return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+def _without_markup(cell: str) -> str:
+    return Text.from_markup(cell, emoji=False).plain if "[" in cell else cell
 
 
 def _most(made: Table) -> int:

@@ -43,6 +43,12 @@ def test_off_a_terminal_every_row_is_one_line_without_blanks_at_its_end(capsys):
     assert len(lines) == 4 and lines[2].startswith(WIDE[0]) and lines[3] == "x"
 
 
+def test_off_a_terminal_markup_is_gone_and_all_else_stays(capsys):
+    show(table(None, ["a"], [["[bold]idea[/bold]"], [r"loss \[nats]"], ["a:rocket:b"]]))
+
+    assert capsys.readouterr().out.splitlines() == ["a", "idea", "loss [nats]", "a:rocket:b"]
+
+
 def test_a_table_fits_where_nothing_of_it_wraps(terminal):
     terminal(80)
     assert not fits(wide_table()) and fits(table("T", ["a"], [["b"]]))

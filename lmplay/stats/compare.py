@@ -1,13 +1,13 @@
 """Reads runs, decides which may be compared, aligns their curves, subtracts, smooths."""
 
-import io
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+from pyarrow import csv
 
 from lmplay.errors import UserError, nearest
 from lmplay.run_folder import RunFolder
@@ -15,6 +15,9 @@ from lmplay.stats.record import damaged, whole_lines
 
 X_COLUMNS = {"tokens": "tokens", "steps": "step", "seconds": "seconds", "flops": "tokens"}
 DEFAULT_BASELINE = "gpt2ish"
+
+Columns = dict[str, np.ndarray]  # of a CSV file, float64, equally long
+Row = dict[str, float]
 
 _FORGOTTEN = 60  # half-lives after which a weight is lost in float64
 _EXPONENTS = 500  # half-lives that one block of `smooth` spans: 2**500 is far from overflow
@@ -70,7 +73,7 @@ class Run:
         return self.facts["status"] == "failed"
 
     @cached_property
-    def final(self) -> pd.Series | None:
+    def final(self) -> Row | None:
         """The validation at the end of a finished run; None where its loss is not there."""
         last = _last(self.validation)
         if not self.finished or last is None or last["step"] < self.facts["num_steps"]:
@@ -78,21 +81,21 @@ class Run:
         return last if np.isfinite(last["loss"]) else None
 
     @cached_property
-    def train(self) -> pd.DataFrame:
-        """A row for each step; only the columns that are drawn or counted."""
+    def train(self) -> Columns:
+        """A value for each step; only the columns that are drawn or counted."""
         columns = ["step", "tokens", "loss", "accuracy", "memory", "seconds"]
         return _read_csv(RunFolder(self.path).train_csv, columns)
 
     @cached_property
-    def validation(self) -> pd.DataFrame:
+    def validation(self) -> Columns:
         columns = ["step", "tokens", "loss", "bits_per_byte", "accuracy", "seconds"]
         return _read_csv(RunFolder(self.path).validation_csv, columns)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        frames = [frame for frame in (self.train, self.validation) if len(frame)]
-        return max((int(frame["tokens"].iloc[-1]) for frame in frames), default=0)
+        lasts = [_last(columns) for columns in (self.train, self.validation)]
+        return max((int(last["tokens"]) for last in lasts if last), default=0)
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,11 @@ def curve(run: Run, split: str, metric: str, x: str) -> Curve:
         metric: "loss" (nats per token) or "accuracy" (share of the tokens, 0 to 1).
         x: "tokens", "steps", "seconds" (of training) or "flops" (tokens times FLOPs per token).
     """
-    frame = run.train if split == "train" else run.validation
-    at = frame[X_COLUMNS[x]].to_numpy(np.float64)
+    columns = run.train if split == "train" else run.validation
+    at = columns[X_COLUMNS[x]]
     if x == "flops":
         at = at * run.facts["flops_per_token"]
-    value = frame[metric].to_numpy(np.float64)
+    value = columns[metric]
     before = np.maximum.accumulate(np.concatenate([[-np.inf], at[:-1]])) if len(at) else at
     rises = at > before  # two steps within one tick of the clock: the first of them stands
     if not rises.all():
@@ -340,15 +343,17 @@ def _state_marks(run: Run) -> list[str]:
 def _final_difference(pair: Pair) -> float | None:
     if not pair.comparable or pair.run.final is None or pair.baseline.final is None:
         return None
-    return float(pair.run.final["loss"] - pair.baseline.final["loss"])
+    return pair.run.final["loss"] - pair.baseline.final["loss"]
 
 
-def _last(frame: pd.DataFrame) -> pd.Series | None:
-    return frame.iloc[-1] if len(frame) else None
+def _last(columns: Columns) -> Row | None:
+    if not len(columns["step"]):
+        return None
+    return {name: float(values[-1]) for name, values in columns.items()}
 
 
-def _number(row: pd.Series | None, key: str) -> float | None:
-    return None if row is None or not np.isfinite(row[key]) else float(row[key])
+def _number(row: Row | None, key: str) -> float | None:
+    return None if row is None or not np.isfinite(row[key]) else row[key]
 
 
 def tokens_per_second(run: Run) -> float | None:
@@ -356,7 +361,7 @@ def tokens_per_second(run: Run) -> float | None:
     last = _last(run.train)
     if last is None or not last["seconds"] > 0:
         return None
-    return float(last["tokens"] / last["seconds"])
+    return last["tokens"] / last["seconds"]
 
 
 def _pair(run: Run, runs: list[Run], baseline: str | Run | None, like_for_like: bool) -> Pair:
@@ -399,15 +404,22 @@ def _some(labels: list[str]) -> str:
     return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
 
 
-def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """These columns as float64, an empty cell as NaN; no rows where there is no file yet."""
+def _read_csv(path: Path, names: list[str]) -> Columns:
+    """These columns, an empty cell as NaN; no rows where there is no file yet."""
     data = whole_lines(path) if path.exists() else b""
     if not data:
-        return pd.DataFrame({column: np.empty(0) for column in columns})
+        return {name: np.empty(0) for name in names}
+    types = dict.fromkeys(names, pa.float64())
+    wanted = csv.ConvertOptions(include_columns=names, column_types=types)
     try:
-        return pd.read_csv(io.BytesIO(data), usecols=columns, dtype=np.float64, engine="c")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise damaged(path, str(error).strip().splitlines()[0]) from None
+        table = csv.read_csv(pa.BufferReader(data), convert_options=wanted)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise damaged(path, error.args[0].splitlines()[0]) from None
+    if not table.num_rows:
+        return {name: np.empty(0) for name in names}
+    (batch,) = table.combine_chunks().to_batches()
+    tensor = batch.to_tensor(null_to_nan=True, row_major=False)  # a column.to_numpy() loads pandas
+    return dict(zip(names, tensor.to_numpy().T, strict=True))
 
 
 def _interpolate(curve: Curve, x: np.ndarray) -> np.ndarray:

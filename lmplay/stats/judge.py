@@ -87,8 +87,8 @@ def _standing(pairs: list[Pair]) -> _Standing:
     is_baseline = any(pair.is_baseline for pair in pairs)
     counted, left_out = _counted(pairs, is_baseline)
     finals = [pair.run.final for pair in counted]
-    losses = [float(final["loss"]) for final in finals]
-    theirs = [] if is_baseline else [float(pair.baseline.final["loss"]) for pair in counted]
+    losses = [final["loss"] for final in finals]
+    theirs = [] if is_baseline else [pair.baseline.final["loss"] for pair in counted]
     differences = np.array(losses[: len(theirs)]) - np.array(theirs)
     test = paired(differences) if len(differences) > 1 else None
     ratios, ratio_marks = ({}, []) if is_baseline else _ratios(counted)
@@ -112,7 +112,7 @@ def _standing(pairs: list[Pair]) -> _Standing:
         "tokens_ratio": ratios.get("tokens"),
         "seconds_ratio": ratios.get("seconds"),
         "tokens_per_second": _median([tokens_per_second(run) for run in runs]),
-        "memory": _most([run.train["memory"].max() for run in runs]),
+        "memory": _most([run.train["memory"] for run in runs]),
         **{key: parameters.get(key) for key in ("trained", "matmul", "lookup", "folded")},
         "failures": failures,
         "unfinished": sum(not run.finished and not run.failed for run in runs),
@@ -233,15 +233,14 @@ def _ratios(pairs: list[Pair]) -> tuple[dict[str, dict | None], list[str]]:
 
 
 def _reached(pair: Pair, column: str) -> float | None:
-    frame = pair.run.validation
-    level = float(pair.baseline.final["loss"])
-    return crossing(frame[column].to_numpy(), frame["loss"].to_numpy(), level)
+    columns = pair.run.validation
+    return crossing(columns[column], columns["loss"], pair.baseline.final["loss"])
 
 
 def _ratio(pairs: list[Pair], column: str) -> dict | None:
     needed = [_reached(pair, column) for pair in pairs]
-    whole = [float(pair.run.final[column]) for pair in pairs]
-    of = [float(pair.baseline.final[column]) for pair in pairs]
+    whole = [pair.run.final[column] for pair in pairs]
+    of = [pair.baseline.final[column] for pair in pairs]
     spent = [w if n is None else n for n, w in zip(needed, whole, strict=True)]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(np.array(spent) / np.array(of))
@@ -260,9 +259,9 @@ def _ratio(pairs: list[Pair], column: str) -> dict | None:
 
 def _is_upper_bound(pair: Pair, needed: float, column: str) -> bool:
     """A schedule that is sized to less would have done with less; so might the first point."""
-    frame = pair.run.validation
+    at = pair.run.validation[column]
     decays = pair.run.facts["plan"]["schedule"]["name"] != "constant"
-    return (decays and needed < frame[column].iloc[-1]) or needed == frame[column].iloc[0]
+    return (decays and needed < at[-1]) or needed == at[0]
 
 
 def _other_machine(pair: Pair) -> set[str]:
@@ -277,7 +276,7 @@ def _unequal_seconds(pairs: list[Pair]) -> list[str]:
     if not league or league["kind"] != "seconds" or pairs[0].is_baseline:
         return []
     ours, theirs = (
-        sum(float(run.final["seconds"]) for run in runs)
+        sum(run.final["seconds"] for run in runs)
         for runs in ([pair.run for pair in pairs], [pair.baseline for pair in pairs])
     )
     share = ours / theirs - 1
@@ -343,7 +342,7 @@ def _nature(runs: list[Run]) -> list[str]:
 
 
 def _mean(finals: list, key: str) -> float | None:
-    values = [float(final[key]) for final in finals]
+    values = [final[key] for final in finals]
     return fmean(values) if values and np.isfinite(values).all() else None
 
 
@@ -352,6 +351,7 @@ def _median(values: list[float | None]) -> float | None:
     return median(there) if there else None
 
 
-def _most(values: list[float]) -> int | None:
-    there = [value for value in values if np.isfinite(value)]
-    return int(max(there)) if there else None
+def _most(columns: list[np.ndarray]) -> int | None:
+    values = np.concatenate(columns)
+    there = values[np.isfinite(values)]
+    return int(there.max()) if len(there) else None

@@ -21,6 +21,7 @@ from lmplay.stats.looks import (
     Look,
     amount,
     blank,
+    broken,
     common_range,
     family,
     handle,
@@ -216,9 +217,8 @@ def _footnotes(figure: Figure, marks: list[str]) -> float:
         fontsize=8,
         color="0.35",
         linespacing=1.4,
-        wrap=True,
     )
-    return text.get_window_extent().height / figure.dpi + 0.12
+    return broken(text).height / figure.dpi + 0.12
 
 
 def _baseline_notes(rows: list[dict]) -> list[str]:

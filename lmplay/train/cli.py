@@ -15,9 +15,7 @@ from lmplay import catalog
 from lmplay.catalog import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.errors import NUMERIC, UserError, nearest
-from lmplay.stack import Conflict
 from lmplay.stats.table import print_verdicts
-from lmplay.train.files import existing
 from lmplay.train.listing import (
     describe,
     list_experiments,
@@ -226,6 +224,7 @@ def main(
     if plan == "list":
         return list_plans(as_json)
     from lmplay.plan import has_key, plan_schema, read_plan  # here, not at the top: pydantic
+    from lmplay.train.files import existing
 
     if plan == "schema":
         return print_json(plan_schema())
@@ -299,6 +298,8 @@ def _one(names: list[str], option: str) -> str:
 
 def _write(name: str, path: Path) -> None:
     """The file of a stack, also of one with conflicts, which the exit code then says."""
+    from lmplay.stack import Conflict
+
     if path.exists():
         raise UserError(f"{path} is there already", hint="choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -409,6 +410,7 @@ def _train_all(
 
 
 def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool):
+    from lmplay.stack import Conflict
     from lmplay.stats.verdict_plots import draw_path
     from lmplay.train.greedy import search
     from lmplay.train.grid import Bench

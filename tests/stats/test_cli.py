@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import subprocess
 import sys
 from collections import namedtuple
 
@@ -84,6 +85,27 @@ def test_a_narrow_terminal_gets_whole_lines_and_is_told_what_has_no_room(
     assert next(line for line in lines if line.startswith("odd")).endswith(f" {number}")
     assert sum(text == "one seed: no evidence" for _, text in notes) == 1
     assert "no room for tokens x" in done.stderr and "--csv" in done.stderr
+
+
+def test_what_takes_long_to_load_and_is_not_needed_is_not_loaded(make_run, tmp_path):
+    for seed in (0, 1):
+        make_run(seed=seed), make_run("ue", seed=seed, losses=[4.0 + seed] * 20)
+    code = (
+        "import sys\n"
+        "from lmplay.stats.cli import run\n"
+        "try:\n"
+        "    run()\n"
+        "finally:\n"
+        "    print(*sys.modules, file=sys.stderr)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+
+    loaded = set(done.stderr.split())
+    assert done.returncode == 0 and "matplotlib" in loaded
+    assert not loaded & {"torch", "pandas", "datasets", "pyarrow.compute"}
 
 
 def test_json_is_one_document_and_the_figures_are_drawn_too(make_run, plotstats, tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from lmplay.errors import UserError
 from lmplay.stats.compare import (
     Curve,
+    Run,
     curve,
     difference,
     final_rows,
@@ -14,6 +15,7 @@ from lmplay.stats.compare import (
     smooth,
     why_not_comparable,
 )
+from lmplay.stats.record import VALIDATION_COLUMNS, Record
 
 FINITE = st.floats(-1e3, 1e3).map(lambda value: round(value, 6))
 
@@ -157,6 +159,20 @@ def test_a_row_without_a_loss_is_a_gap(make_run):
     assert list(gaps) == [False, True, True, True, False]
 
 
+@given(losses=st.lists(st.floats() | st.none(), max_size=20))
+def test_every_number_is_read_as_it_was_written(losses, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "validation.csv"
+    with Record(path, VALIDATION_COLUMNS) as record:
+        for step, loss in enumerate(losses, start=1):
+            record.write({"step": step, "tokens": 512 * step, "loss": loss})
+
+    read = Run(path.parent, {}).validation
+
+    assert read["step"].tolist() == list(range(1, len(losses) + 1))
+    given = np.array([np.nan if loss is None else loss for loss in losses], np.float64)
+    np.testing.assert_array_equal(read["loss"], given)
+
+
 def test_two_rows_within_one_tick_of_the_clock_count_once(make_run):
     folder = make_run()
     text = folder.train_csv.read_text().replace(",1.5\n", ",1.0\n")  # step 3 as late as step 2
@@ -171,7 +187,7 @@ def test_a_line_that_is_still_being_written_is_left_out(make_run):
     with folder.train_csv.open("a") as file:
         file.write("21,2100,0.0")
 
-    assert len(read_run(folder).train) == 20
+    assert read_run(folder).train["step"].tolist() == list(range(1, 21))
 
 
 def test_a_run_that_has_not_begun_has_no_numbers_and_says_so(make_run):
@@ -345,11 +361,19 @@ def test_a_run_json_without_what_is_needed_is_named(make_run):
         read_run(folder)
 
 
-def test_a_damaged_curve_is_named(make_run):
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("step,tokens,loss,accuracy,memory,seconds\n1,oops,3,4,5,6\n", "invalid value 'oops'"),
+        ("step,tokens,loss,accuracy,memory,seconds\n1,2,3,4\n", "Expected 6 columns, got 4"),
+        ("step,tokens,loss\n1,2,3\n", "Column 'accuracy'"),
+    ],
+)
+def test_a_damaged_curve_is_named(make_run, text, why):
     folder = make_run()
-    folder.train_csv.write_text("step,tokens,loss,accuracy,memory,seconds\n1,oops,3,4,5,6\n")
+    folder.train_csv.write_text(text)
 
-    with pytest.raises(UserError, match=r"train\.csv is damaged"):
+    with pytest.raises(UserError, match=rf"train\.csv is damaged: .*{why}"):
         _ = read_run(folder).train
 
 

@@ -3,6 +3,9 @@ import pytest
 
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.looks import (
+    LEFT,
+    blank,
+    broken,
     common_range,
     family,
     sole_of_seed,
@@ -68,3 +71,24 @@ def test_a_long_label_breaks_where_its_parts_begin_and_keeps_both_its_ends():
     assert lines[:2] == ["value_norm+", "gated_attention+ue16x,"]
     assert all(len(line) <= 40 for line in lines) and lines[-1].startswith("xxx")
     assert lines[-1].endswith("999") and "…" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a note that fits\nand another",
+        "\n".join(["not finished: " + ", ".join(f"idea_{i} (seeds 0, 1)" for i in range(20))] * 2),
+        "plan " + "x" * 400,
+    ],
+    ids=["short", "long", "one word"],
+)
+def test_a_text_that_is_too_long_is_broken_and_loses_nothing(text):
+    figure, _ = blank()
+    written = figure.text(0, 0, text, fontsize=8)
+
+    place = broken(written)
+
+    assert place.width <= figure.bbox.width - 2 * LEFT * figure.dpi
+    assert written.get_window_extent().bounds == place.bounds
+    assert "".join(written.get_text().split()) == "".join(text.split())
+    assert (written.get_text() == text) == (len(text) < 40)
