@@ -6,7 +6,7 @@ writes 200 new tokens behind prompts of 32, always the likeliest token, with one
 experiment gpt2, which is transformers' GPT2LMHeadModel weight for weight). Sides are processes of
 their own that write in turn, so a machine that slows down slows all of them.
 
-* lmplay: what lmp-generator does, in bf16 under autocast.
+* lmplay: what lmp-generator does: on a CPU from packed weights, else in bf16 under autocast.
 * static, dynamic: transformers' `generate` with that cache; in bf16 its weights are bf16.
 
 At batch 1 a step reads every weight once and computes little, so its limit is the memory. The bytes
@@ -51,14 +51,16 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def lmplay(turns: Turns, settings: dict) -> None:
-    """The harness's own loop, under autocast as lmp-generator enters it."""
+    """The harness's own loop, on weights that lmp-generator has made ready."""
+    from lmplay.generate.packing import pack
     from lmplay.generate.sampling import GREEDY, generate
 
     size, device = Size(**settings["size"]), torch.device(settings["device"])
     experiment = load_experiment(resolve(settings["exp"]))
     model = experiment.model(size.config(experiment), seed=0, device=device).eval()
     prompts = _prompts(settings).tolist()
-    is_low = settings["precision"] != "fp32"
+    is_packed = pack(model, settings["precision"], settings["batch"])
+    is_low = settings["precision"] != "fp32" and not is_packed
     while True:
         turns.wait()
         with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():

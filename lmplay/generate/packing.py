@@ -1,54 +1,40 @@
 """The weights of linear layers in the order that the processor's matrix kernels read them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 
-class Packed:
-    """A model's plain `nn.Linear` layers on a CPU, computing from packed copies of their weights.
+def pack(model: nn.Module, precision: str, num_rows: int) -> bool:
+    """Let each plain `nn.Linear` on a CPU compute from a packed copy of its weights, for good.
 
     A step of generation has few positions, so it is bound by reading the weights, and in their
-    usual order oneDNN must rearrange them at each call. The copies have the dtype that is computed
-    in where this is made. Where autocast asks for bf16, these layers alone compute in it and the
-    rest in fp32: with one position a row, attention in bf16 takes a CPU six times as long.
-
+    usual order oneDNN must rearrange them at each call. In bf16 these layers alone compute in it
+    and the rest in fp32: with one position a row, attention in bf16 takes a CPU six times as long.
     In fp32 the sums are made in another order; in bf16 less is rounded than under autocast.
-    Nothing changes on other devices, in fp16, or where torch has no oneDNN.
 
     Args:
+        model: not to be trained or loaded into any more: the copies stay as they are.
+        precision: fp32 or bf16.
         num_rows: of a step; the packing is chosen for it, and any number may be computed.
+    Returns:
+        Whether this was done; then autocast must stay off. It is not on other devices, in other
+        precisions, where no layer is plain and where torch has no oneDNN for it.
     """
-
-    def __init__(self, model: nn.Module, num_rows: int):
-        is_mixed = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if is_mixed else torch.float32
-        layers = [layer for layer in model.modules() if _can_pack(layer)] if _is_fast(dtype) else []
-        self._forwards = {layer: _forward(layer, dtype, num_rows) for layer in layers}
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """For one pass, which then runs without autocast."""
-        if not self._forwards:
-            yield
-            return
-        for layer, forward in self._forwards.items():
-            layer.forward = forward
-        try:
-            with torch.autocast("cpu", enabled=False):
-                yield
-        finally:
-            for layer in self._forwards:
-                del layer.forward
+    layers = [layer for layer in model.modules() if _can_pack(layer)]
+    if not is_supported(precision) or not layers:
+        return False
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for layer in layers:
+        layer.forward = _forward(layer, dtype, num_rows)
+    return True
 
 
-def _is_fast(dtype: torch.dtype) -> bool:
+def is_supported(precision: str) -> bool:
+    """Whether this torch and this processor can multiply by packed weights."""
     if not torch.backends.mkldnn.is_available():
         return False
-    is_bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return is_bf16 or dtype == torch.float32
+    is_bf16 = precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_bf16 or precision == "fp32"
 
 
 def _can_pack(layer: nn.Module) -> bool:
@@ -58,8 +44,8 @@ def _can_pack(layer: nn.Module) -> bool:
 
 
 def _forward(layer: nn.Linear, dtype: torch.dtype, num_rows: int):
-    pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    weight = pack(layer.weight.detach().to(dtype), num_rows)
+    order, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    weight = order(layer.weight.detach().to(dtype), num_rows)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def forward(x: Tensor) -> Tensor:

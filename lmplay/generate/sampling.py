@@ -4,7 +4,6 @@ import codecs
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from lmplay.errors import NUMERIC, UserError
 from lmplay.generate.cache import Cache
-from lmplay.generate.packing import Packed
 
 # B rows, T positions, K candidates, V vocabulary
 
@@ -163,12 +161,11 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Write up to `num_tokens` behind each prompt.
 
-    Autocast is the caller's: entered once around the whole loop, it casts each weight once. On a
-    CPU a step computes as `Packed` says. Rows are never padded: one pass over the length of the
-    shortest prompt, then steps in which a row with prompt left takes its own next token. A model
-    that keeps nothing in the cache runs on the whole text at each step. One with a method
-    `generate(tokens_BT, num_tokens, choose)` is asked for `num_tokens` new tokens of each row
-    instead; that `choose` takes logits alone, rows first.
+    Autocast is the caller's: entered once around the whole loop, it casts each weight once. Rows
+    are never padded: one pass over the length of the shortest prompt, then steps in which a row
+    with prompt left takes its own next token. A model that keeps nothing in the cache runs on the
+    whole text at each step. One with a method `generate(tokens_BT, num_tokens, choose)` is asked
+    for `num_tokens` new tokens of each row instead; that `choose` takes logits alone, rows first.
 
     Args:
         model: an experiment's; in eval mode while this runs.
@@ -300,7 +297,6 @@ class _Reader:
         longest = max(map(len, rows.texts)) + max(rows.num_left)
         self.capacity = min(rows.max_len, longest)
         self.cache = Cache(self.capacity) if _takes_cache(model) else None
-        self.packed = Packed(model, len(rows.texts)) if self.cache is not None else None
 
     def logits(self, T: int) -> Tensor:
         """The logits of the token behind the first T of each text, shape (B, V)."""
@@ -308,15 +304,14 @@ class _Reader:
             self._slide(T)
         first = self.start + (0 if self.cache is None else self.cache.length)
         tokens_BT = torch.tensor([text[first:T] for text in self.texts], device=self.device)
-        with nullcontext() if self.packed is None else self.packed.in_use():
-            logits_BV = _last_logits(self.model, tokens_BT, self.cache)
+        logits_BV = _last_logits(self.model, tokens_BT, self.cache)
         if first == self.start and not torch.isfinite(logits_BV.amax(-1)).all():
             hint = "take an earlier checkpoint with --step"
             raise UserError("the model's numbers are not finite", hint=hint, code=NUMERIC)
         if self.cache is not None:
             self.cache.advance(T - first)
             if not self.cache.used:
-                self.cache = self.packed = None
+                self.cache = None
         return logits_BV
 
     def _slide(self, T: int) -> None:
