@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +26,7 @@ _TIKTOKEN = {  # and how many tokens it has
 }
 _GPT2_LIKE = ("gpt2", "r50k_base", "p50k_base")  # those that cut text by GPT-2's pattern
 SHORT_GAPS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
-_RARE = (  # white space but for single blanks and line ends, and two of them
-    *(
-        character
-        for character in map(chr, range(0x3001))
-        if character.isspace() and character not in " \n"
-    ),
-    *map("".join, product(" \n", repeat=3)),
-)
+_WIDE = [c for c in map(chr, range(0x80, 0x3001)) if c.isspace()]
 _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 _HINT = "check the network, or set {variable}; --plan quick makes its own tokenizer and needs none"
 
@@ -56,7 +48,13 @@ def has_short_gaps(text: str) -> bool:
     That pattern ends in `\\s+(?!\\S)|\\s+`: white space before a word is one piece but for its last
     character. In a gap of one or two characters this is each character by itself.
     """
-    return not text[-2:].isspace() and not any(part in text for part in _RARE)
+    import numpy as np
+
+    if any(blank in text for blank in _WIDE):
+        return False
+    gap = np.frombuffer(text.encode(), np.uint8) <= ord(" ")
+    ends_in_two = len(gap) > 1 and gap[-2:].all()
+    return not ends_in_two and not (gap[:-2] & gap[1:-1] & gap[2:]).any()
 
 
 class Tokenizer:
@@ -185,8 +183,9 @@ class _Tiktoken(Tokenizer):
         fast = self._fast
 
         def encode(text):
+            text = valid(text)
             encoding = fast if has_short_gaps(text) else self._encoding
-            return encoding.encode_to_numpy(valid(text), disallowed_special=())
+            return encoding.encode_to_numpy(text, disallowed_special=())
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(encode, texts))
