@@ -176,8 +176,6 @@ class _Tiktoken(Tokenizer):
         self.fingerprint = f"tiktoken {name}"  # tiktoken holds the files to their hashes
 
     def encode_arrays(self, texts):
-        from concurrent.futures import ThreadPoolExecutor
-
         if len(texts) == 1:
             return [self._encoding.encode_to_numpy(valid(texts[0]), disallowed_special=())]
         fast = self._fast
@@ -187,8 +185,14 @@ class _Tiktoken(Tokenizer):
             encoding = fast if has_short_gaps(text) else self._encoding
             return encoding.encode_to_numpy(text, disallowed_special=())
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return list(threads.map(encode, texts))
+        return list(self._threads.map(encode, texts))
+
+    @cached_property
+    def _threads(self):
+        """Kept from batch to batch: in a new thread, tiktoken's pattern is slow at first."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(os.cpu_count())
 
     @cached_property
     def _fast(self):
