@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -47,6 +48,13 @@ class Side:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._is_ready = False
+
+    def ready(self) -> None:
+        """Wait until it could take its first turn."""
+        if not self._is_ready:
+            self._reply()
+        self._is_ready = True
 
     def turn(self) -> dict:
         """Let it take its next turn, and wait for what it measured.
@@ -54,12 +62,14 @@ class Side:
         Raises:
             UserError: the process has ended; its own words are on stderr.
         """
-        try:
+        self.ready()
+        with suppress(BrokenPipeError):
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        return self._reply()
+
+    def _reply(self) -> dict:
+        line = self.process.stdout.readline()
         if not line:
             raise UserError(f"the side {self.name} ended with code {self.process.wait()}")
         return json.loads(line)
@@ -73,23 +83,38 @@ class Side:
 
 
 class Turns:
-    """The other end of a `Side`: what is between `wait` and `done` is timed."""
+    """The other end of a `Side`: what is between `wait`, or `restart`, and `done` is timed."""
 
     def __init__(self):
         self._replies = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a library prints is no reply
         self._began = 0.0
+        self._measured: dict = {}
+        self._is_ready = False
 
     def wait(self) -> None:
         """Sleep until it is this side's turn."""
+        if not self._is_ready:
+            self._reply()
+        self._is_ready = True
         if not sys.stdin.readline():
             sys.exit()
         self._began = time.perf_counter()
 
+    def restart(self) -> None:
+        """Time from here: systems take memory and caches from what sleeps, and give them back."""
+        now = time.perf_counter()
+        self._measured["waking_seconds"] = now - self._began
+        self._began = now
+
     def done(self, **measured: object) -> None:
         """Report the seconds of this turn and whatever else is known."""
         seconds = time.perf_counter() - self._began
-        print(json.dumps({"seconds": seconds, **measured}), file=self._replies, flush=True)
+        self._reply(seconds=seconds, **self._measured, **measured)
+        self._measured = {}
+
+    def _reply(self, **said: object) -> None:
+        print(json.dumps(said), file=self._replies, flush=True)
 
 
 def serve(sides: dict[str, Callable[[Turns, dict], None]]) -> bool:
@@ -109,6 +134,8 @@ def interleave(sides: Sequence[Side], seconds: float, warm_up: int = 1) -> dict[
         Under each name what its turns measured, the warm-up first. Two rounds at least.
     """
     measured: dict[str, list[dict]] = {side.name: [] for side in sides}
+    for side in sides:
+        side.ready()
     for side in sides:
         for _ in range(warm_up):
             measured[side.name].append(side.turn())

@@ -20,11 +20,12 @@ from lmplay.errors import UserError
 
 HERE = Path(__file__).parent
 FULL = {
-    "train": ["--sides", "lmplay,loop,trainer", "--seconds", "30"],
-    "generate": ["--sides", "lmplay,static", "--seconds", "10"],
+    "train": ["--sides", "lmplay,loop,trainer", "--seconds", "20"],
+    "step": ["--sizes", "small", "--precisions", "bf16"],
+    "generate": ["--sides", "lmplay,static", "--seconds", "8"],
     "scaling": ["--seconds", "5"],
-    "prepare": ["--seconds", "20"],
-    "startup": ["--rounds", "5"],
+    "prepare": ["--seconds", "15"],
+    "startup": ["--rounds", "3"],
 }
 SHORT = {
     "train": [
@@ -37,6 +38,7 @@ SHORT = {
         "--seconds",
         "0",
     ],
+    "step": ["--sizes", "tiny", "--precisions", "bf16"],
     "generate": ["--size", "tiny", "--seconds", "0", "--cases", "2:bf16", "--num-tokens", "4"],
     "scaling": ["--short", "--axes", "width", "--seconds", "0"],
     "prepare": ["--megabytes", "0.2", "--seconds", "0", "--batches", "3"],
@@ -103,6 +105,9 @@ def main(
     only: Annotated[
         str, Option(help=f"Of {', '.join(FULL)}; several with commas.", metavar="NAMES")
     ] = ",".join(FULL),
+    data: Annotated[
+        Path | None, Option(help="Text for prepare, as its own --data.", metavar="PATH")
+    ] = None,
     out_dir: Annotated[Path, Option(help="Folder of the results.", metavar="PATH")] = Path("bench"),
 ) -> None:
     """Run the benchmarks and write one table.
@@ -113,7 +118,10 @@ def main(
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in only.split(","):
         note(f"benchmark {name}")
-        reports.append(run(name, (SHORT if short else FULL)[name]))
+        options = (SHORT if short else FULL)[name]
+        if name == "prepare" and data is not None:
+            options = [*options, "--data", str(data)]
+        reports.append(run(name, options))
         everything = {"schema_version": 1, "reports": reports}
         text = json.dumps(everything, indent=1) + "\n"
         (out_dir / "results.json").write_text(text, encoding="utf-8")

@@ -3,10 +3,14 @@
     python benchmarks/scaling.py --plot scaling.png
 
 trains gpt2ish at one size and changes one thing at a time: width, depth, context, vocabulary, rows.
-The exponent of a growth is its slope on log paper between the two largest values, where fixed costs
-weigh least. Time is held against the FLOPs that lmplay counts for the same sizes: an exponent above
-that of the FLOPs by more than 0.1 is marked, for then something costs more than its arithmetic.
-Memory is the peak of the process, with that of a tiny model taken off.
+
+The formula is the work of a step as it follows from the sizes: products of the blocks, attention,
+head, what is read and written beside them, an update of every weight, and something fixed. What a
+unit of each costs on this machine is fitted to all points at once (least squares of the relative
+error, no cost below zero). The exponent of a growth is its slope on log paper between the two
+largest values; where the measured one is above the formula's by more than 0.1, something grows
+faster than it should, and is marked. Memory is the peak of the process, with that of a tiny model
+taken off, and its formula likewise: weights, activations, a chunk of logits.
 """
 
 import math
@@ -17,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from measure import Side, interleave, report, row, serve
@@ -24,9 +29,8 @@ from sizes import Size
 from train import lmplay, side_settings, write_data
 from typer import Option
 
-from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
-from lmplay.experiment import count, load_experiment
+from lmplay.objective import CHUNK
 from lmplay.runner import resolve_device
 
 BASE = Size(4, 256, 4, 256, 8, vocab_size=8192)
@@ -40,8 +44,50 @@ AXES = {
 TINY = Size(2, 32, 1, 32, 2, vocab_size=256)
 MARGIN = 0.1
 HEAD_WIDTH = 64
+PRODUCTS = ("products of the blocks", "attention", "head")
+
+# L blocks, C model width, T positions, N positions in all rows, V vocabulary
 
 app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def time_work(size: Size) -> dict[str, float]:
+    """Units of work in a step: FLOPs of products, numbers otherwise."""
+    L, C, T, N = size.num_blocks, size.width, size.max_len, size.tokens
+    return {
+        "products of the blocks": 6 * 12 * L * N * C * C,
+        "attention": 3 * 4 * L * N * C * (T + 1) / 2,
+        "head": 6 * N * C * size.vocab_size,
+        "read and written": L * N * C,
+        "update": _weights(size),
+        "fixed": 1,
+    }
+
+
+def memory_work(size: Size) -> dict[str, float]:
+    """Numbers that are held at the same time."""
+    return {
+        "weights": _weights(size),
+        "activations": size.num_blocks * size.tokens * size.width,
+        "logits": min(size.tokens, CHUNK) * size.vocab_size,
+        "fixed": 1,
+    }
+
+
+def _weights(size: Size) -> float:
+    C, V = size.width, size.vocab_size
+    return 12 * size.num_blocks * C * C + (2 * V + size.max_len) * C
+
+
+def fit(work: list[dict[str, float]], measured: list[float]) -> dict[str, float]:
+    """The cost of a unit of each kind of work, none below zero."""
+    from scipy.optimize import nnls
+
+    names = list(work[0])
+    units = np.array([[one[name] for name in names] for one in work])
+    largest = units.max(0)
+    costs, _ = nnls(units / largest / np.array(measured)[:, None], np.ones(len(work)))
+    return dict(zip(names, (costs / largest).tolist(), strict=True))
 
 
 def sizes_of(axis: str, base: Size, short: bool) -> dict[int, Size]:
@@ -55,12 +101,6 @@ def sizes_of(axis: str, base: Size, short: bool) -> dict[int, Size]:
     }
 
 
-def flops_of(size: Size, exp: str) -> float:
-    """Of a step."""
-    experiment = load_experiment(resolve(exp))
-    return count(experiment, size.config(experiment)).flops_per_token * size.tokens
-
-
 def measure(axis: str, sizes: dict[int, Size], seconds: float, common: dict) -> list[dict]:
     """A point for each size, all of them in turn."""
     running: list[Side] = []
@@ -72,20 +112,20 @@ def measure(axis: str, sizes: dict[int, Size], seconds: float, common: dict) -> 
                 write_data(inside, size)
                 settings = side_settings(size, inside, common, "lmplay")
                 running.append(Side(__file__, "lmplay", settings, str(value)))
-            measured = interleave(running, seconds, warm_up=2)
+            measured = interleave(running, seconds)
         finally:
             for side in running:
                 side.close()
     points = []
     for value, size in sizes.items():
-        timed = measured[str(value)][2:]
+        timed = measured[str(value)][1:]
         each = statistics.median(turn["seconds"] for turn in timed) / common["steps"]
         points.append(
             {
                 "value": value,
                 "seconds": each,
                 "memory": max(turn["memory"] for turn in timed),
-                "flops": flops_of(size, common["exp"]),
+                "size": vars(size),
             }
         )
     return points
@@ -123,6 +163,7 @@ def main(
         "precision": precision,
         "compiled": False,
         "steps": 1 if where.type == "cpu" else 10,
+        "waking": 1 if where.type == "cpu" else 0,
     }
     torch.set_num_threads(common["threads"])
     floor = measure("rows", {1: TINY}, 0, common)[0]["memory"]
@@ -130,71 +171,84 @@ def main(
     for axis in axes.split(","):
         sizes = sizes_of(axis, TINY if short else BASE, short)
         note(f"measuring {axis}: {', '.join(map(str, sizes))}")
-        points = measure(axis, sizes, seconds, common)
-        for point in points:
-            point["memory"] = max(point["memory"] - floor, 1)
-        time, flops = slope(points, "seconds"), slope(points, "flops")
-        cases.append(
-            {
-                "axis": axis,
-                "points": points,
-                "time_exponent": time,
-                "flops_exponent": flops,
-                "memory_exponent": slope(points, "memory"),
-                "within": time <= flops + MARGIN,
-            }
-        )
+        cases.append({"axis": axis, "points": measure(axis, sizes, seconds, common)})
+    points = [point for case in cases for point in case["points"]]
+    for point in points:
+        point["memory"] = max(point["memory"] - floor, 1)
+    costs = {}
+    for key, work_of in (("seconds", time_work), ("memory", memory_work)):
+        work = [work_of(Size(**point["size"])) for point in points]
+        costs[key] = fit(work, [point[key] for point in points])
+        for point, units in zip(points, work, strict=True):
+            point[f"{key}_by_formula"] = sum(costs[key][name] * units[name] for name in units)
+    for case in cases:
+        for key in ("seconds", "memory"):
+            for name in (key, f"{key}_by_formula"):
+                case[f"{name}_exponent"] = slope(case["points"], name)
     if plot is not None:
         draw(cases, plot)
         note(f"drawn: {plot}")
     if as_json:
         rows = [row_of(case) for case in cases]
-        print_json(report("scaling", where, common["threads"], cases, rows))
+        print_json(report("scaling", where, common["threads"], [*cases, {"costs": costs}], rows))
     else:
         print_cases(cases)
+        told = {
+            name: 1 / costs["seconds"][name] / 1e9 for name in PRODUCTS if costs["seconds"][name]
+        }
+        note("fitted: " + ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in told.items()))
 
 
 def row_of(case: dict) -> dict:
-    """An axis for the common table: the exponents of time and of the FLOPs."""
-    what = f"scaling: time over {case['axis']}, against the FLOPs"
-    return row(what, "exponent", case["time_exponent"], case["flops_exponent"])
+    """An axis for the common table: the exponents of time, measured and of the formula."""
+    mine, formula = case["seconds_exponent"], case["seconds_by_formula_exponent"]
+    return row(f"scaling: time over {case['axis']}, by the formula", "exponent", mine, formula)
 
 
 def print_cases(cases: list[dict]) -> None:
     """One row for each axis."""
-    columns = ["axis", "values", "time", "FLOPs", "memory", ""]
-    rows = [
-        [
-            case["axis"],
-            ", ".join(str(point["value"]) for point in case["points"]),
-            f"{case['time_exponent']:.2f}",
-            f"{case['flops_exponent']:.2f}",
-            f"{case['memory_exponent']:.2f}",
-            "" if case["within"] else "faster than the formula",
+    columns = ["axis", "values", "time", "formula", "memory", "formula", ""]
+    kinds = ("seconds", "seconds_by_formula", "memory", "memory_by_formula")
+    rows = []
+    for case in cases:
+        time, by_time, memory, by_memory = (case[f"{kind}_exponent"] for kind in kinds)
+        fast = [
+            word
+            for word, excess in (("time", time - by_time), ("memory", memory - by_memory))
+            if excess > MARGIN
         ]
-        for case in cases
-    ]
-    show(table("exponents between the two largest values", columns, rows, right=columns[2:5]))
+        rows.append(
+            [
+                case["axis"],
+                ", ".join(str(point["value"]) for point in case["points"]),
+                *(f"{exponent:.2f}" for exponent in (time, by_time, memory, by_memory)),
+                f"{' and '.join(fast)} above the formula" if fast else "",
+            ]
+        )
+    show(table("exponents between the two largest values", columns, rows, right=columns[2:6]))
 
 
 def draw(cases: list[dict], path: Path) -> None:
-    """Time above, memory below; the line is the formula, through the largest value."""
+    """Time above, memory below; the dashes are the formula."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(cases), 5.5), layout="constrained")
     grid = figure.subplots(2, len(cases), squeeze=False)
     for column, case in zip(grid.T, cases, strict=True):
-        points = case["points"]
-        values = [point["value"] for point in points]
-        scale = points[-1]["seconds"] / points[-1]["flops"]
-        formula = [point["flops"] * scale for point in points]
-        column[0].loglog(values, [point["seconds"] for point in points], "o-", label="measured")
-        column[0].loglog(values, formula, "k--", label="FLOPs")
-        column[1].loglog(values, [point["memory"] / 2**20 for point in points], "o-")
-        column[0].set_title(f"{case['axis']}: time ^{case['time_exponent']:.2f}")
+        values = [point["value"] for point in case["points"]]
+        for axes, key, unit in zip(column, ("seconds", "memory"), (1, 2**20), strict=True):
+            for name, style in ((key, "o-"), (f"{key}_by_formula", "k--")):
+                axes.loglog(
+                    values,
+                    [point[name] / unit for point in case["points"]],
+                    style,
+                    label="formula" if style == "k--" else "measured",
+                )
+            axes.set_xticks(values, map(str, values))
+            axes.minorticks_off()
+            axes.grid(True, alpha=0.3)
+        column[0].set_title(f"{case['axis']}: time ^{case['seconds_exponent']:.2f}")
         column[1].set_title(f"memory ^{case['memory_exponent']:.2f}")
-        for axes in column:
-            axes.grid(True, which="both", alpha=0.3)
     grid[0][0].set_ylabel("seconds a step")
     grid[1][0].set_ylabel("MiB")
     grid[0][0].legend()

@@ -5,7 +5,8 @@
 trains GPT-2 (the experiment gpt2, which is transformers' GPT2LMHeadModel weight for weight) on the
 same tokens with every side: the same shapes, no dropout, AdamW in torch's fused kernel, gradients
 clipped, one micro-batch a step. Sides are processes of their own that take steps in turn, so a
-machine that slows down slows all of them, and each one's peak of memory is its own.
+machine that slows down slows all of them, and each one's peak of memory is its own. On a CPU the
+first step of each turn is not timed.
 
 * lmplay: the trainer as `lmp-trainer` runs it, data, curves and display included.
 * loop: transformers' model in a plain loop under autocast.
@@ -105,9 +106,8 @@ def lmplay(turns: Turns, settings: dict) -> None:
 
         def row(self, kind: str, row: dict) -> None:
             super().row(kind, row)
-            if kind == "train" and row["step"] % settings["steps"] == 0:
-                turns.done(memory=row["memory"], loss=row["loss"])
-                turns.wait()
+            if kind == "train":
+                _after_step(turns, settings, row["step"], memory=row["memory"], loss=row["loss"])
 
     request = Request(
         resolve(settings["exp"]),
@@ -168,16 +168,13 @@ def trainer(turns: Turns, settings: dict) -> None:
         def __init__(self):
             self.step = 0
 
-        def on_step_begin(self, *_, **__):
-            if self.step % settings["steps"] == 0:
-                turns.wait()
+        def on_train_begin(self, *_, **__):
+            turns.wait()
 
         def on_step_end(self, *_, **__):
             self.step += 1
-            if self.step % settings["steps"] == 0:
-                device = torch.device(settings["device"])
-                synchronize(device)
-                turns.done(memory=peak_memory(device), loss=None)
+            device = torch.device(settings["device"])
+            _after_step(turns, settings, self.step, memory=peak_memory(device), loss=None)
 
     class Dataset(torch.utils.data.Dataset):
         def __init__(self):
@@ -236,21 +233,30 @@ def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> Non
     device = torch.device(settings["device"])
     rows, B, step = list(_rows(settings)), settings["size"]["rows"], 0
     low = settings["precision"] != "fp32"
+    turns.wait()
     while True:
+        part = [rows[(step * B + row) % len(rows)] for row in range(B)]
+        tokens_BT, targets_BT = (torch.stack(side).to(device) for side in zip(*part, strict=True))
+        with torch.autocast(device.type, DTYPES[settings["precision"]], enabled=low):
+            loss = loss_of(tokens_BT, targets_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        _after_step(turns, settings, step, memory=peak_memory(device), loss=loss)
+
+
+def _after_step(turns: Turns, settings: dict, step: int, memory: int, loss) -> None:
+    """A turn is `waking` steps that are not timed and `steps` that are."""
+    waking, steps = settings["waking"], settings["steps"]
+    number = step % (waking + steps)
+    if number == waking % (waking + steps) and waking:
+        turns.restart()
+    if number == 0:
+        synchronize(torch.device(settings["device"]))
+        turns.done(memory=memory, loss=loss if loss is None else float(loss))
         turns.wait()
-        for _ in range(settings["steps"]):
-            part = [rows[(step * B + row) % len(rows)] for row in range(B)]
-            tokens_BT, targets_BT = (
-                torch.stack(side).to(device) for side in zip(*part, strict=True)
-            )
-            with torch.autocast(device.type, DTYPES[settings["precision"]], enabled=low):
-                loss = loss_of(tokens_BT, targets_BT)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-        turns.done(loss=loss.item(), memory=peak_memory(device))
 
 
 def write_data(folder: Path, size: Size) -> None:
@@ -284,7 +290,8 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
     experiment = load_experiment(resolve(common["exp"]))
     flops = count(experiment, size.config(experiment)).flops_per_token
     steps = 1 if device.type == "cpu" else CADENCE  # until the trainer looks at the device
-    common = common | {"precision": precision, "steps": steps}
+    waking = 1 if device.type == "cpu" else 0
+    common = common | {"precision": precision, "steps": steps, "waking": waking}
     peaks = [matmul_rate(device, precision) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), size)
@@ -295,7 +302,7 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
                 settings = side_settings(size, Path(folder), common, side)
                 running.append(Side(__file__, kind, settings, side))
             is_compiled = any(side.endswith("+compile") for side in sides)
-            warm_up = 2 if is_compiled else 1  # it may compile in the second turn too
+            warm_up = 2 - waking if is_compiled else 1 - waking  # it may compile twice
             measured = interleave(running, seconds, warm_up)
         finally:
             for side in running:
@@ -319,7 +326,7 @@ def _case(name, precision, measured, warm_up, tokens, flops, peak) -> dict:
                 "tokens_per_second": speed,
                 "mfu": speed * flops / peak,
                 "memory": timed[-1]["memory"],
-                "first_seconds": first["seconds"],
+                "first_seconds": first.get("waking_seconds", first["seconds"]),
                 "first_loss": first["loss"],
                 "rounds": len(timed),
             }

@@ -24,7 +24,7 @@ def measured(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["generate", "scaling", "prepare", "startup"])
+@pytest.mark.parametrize("name", ["step", "generate", "scaling", "prepare", "startup"])
 def test_a_benchmark_measures_and_fills_a_table(tmp_path, name):
     measured(tmp_path, name)
 
