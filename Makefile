@@ -1,6 +1,6 @@
 # make demo   install, train three runs on the quick plan, sample, plot: about ten minutes
 # make test   install, ruff, the whole test suite
-# make bench  install, measure against other trainers, write bench/results.md: half an hour
+# make bench  install, measure against other trainers, write bench/results.md: a quarter of an hour
 # make check  ruff and the fast tests: before each commit
 
 PYTHON ?= python3
