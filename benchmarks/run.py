@@ -20,7 +20,7 @@ from lmplay.errors import UserError
 
 HERE = Path(__file__).parent
 FULL = {
-    "train": ["--sides", "lmplay,loop,trainer", "--seconds", "20"],
+    "train": ["--sides", "lmplay,loop", "--seconds", "20"],
     "step": ["--sizes", "small", "--precisions", "bf16"],
     "generate": ["--sides", "lmplay,static", "--seconds", "8"],
     "scaling": ["--seconds", "5"],

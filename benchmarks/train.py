@@ -244,7 +244,7 @@ def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> Non
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        _after_step(turns, settings, step, memory=peak_memory(device), loss=loss)
+        _after_step(turns, settings, step, memory=peak_memory(device), loss=loss.detach())
 
 
 def _after_step(turns: Turns, settings: dict, step: int, memory: int, loss) -> None:

@@ -1,6 +1,8 @@
 """Opening a run: the device and the precision that words stand for."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +80,25 @@ def test_processes_begin_with_the_same_weights_and_drop_out_different_ones():
 
     assert_close(*weights, rtol=0, atol=0)
     assert draws[0] != draws[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is about glibc")
+def test_memory_that_was_freed_is_used_again():
+    code = """
+import resource, torch
+from lmplay.runner import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(1 << 24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fresh = faults()
+keep_memory()
+faults()
+print(fresh, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
+    if fresh < 1000:
+        pytest.skip("this C library keeps it by itself")
+    assert kept < fresh / 10

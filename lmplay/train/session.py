@@ -30,6 +30,7 @@ from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder, run_path
 from lmplay.runner import (
     Run,
+    keep_memory,
     load_weights,
     machine_facts,
     make_accelerator,
@@ -146,6 +147,7 @@ def run_experiment(request: Request, display: Display) -> dict:
         else:
             made = Scale(experiment.config(**facts["config"]), facts["scale_differs"])
             torch.set_num_threads(facts["threads"])
+        keep_memory()
         run = open_run(
             folder,
             plan,
