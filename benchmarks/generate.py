@@ -15,6 +15,7 @@ of the weights times the steps per second are printed: the bandwidth that was re
 
 import os
 import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated
 
@@ -45,6 +46,7 @@ from lmplay.runner import resolve_device
 
 SIDES = ("lmplay", "static", "dynamic")
 PROMPT = 32
+WAKING = 8  # tokens that each turn begins with, not timed
 WANTED = {("base", 8, "fp32"): 1.25, ("base", 8, "bf16"): 3.0, ("base", 1, "bf16"): 1.8}
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -61,14 +63,14 @@ def lmplay(turns: Turns, settings: dict) -> None:
     prompts = _prompts(settings).tolist()
     is_packed = pack(model, settings["precision"], settings["batch"])
     is_low = settings["precision"] != "fp32" and not is_packed
-    while True:
-        turns.wait()
+
+    def write(num_tokens: int) -> None:
         with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():
-            steps = generate(model, prompts, settings["num_tokens"], GREEDY, size.max_len)
-            num_steps = sum(1 for _ in steps)
+            steps = generate(model, prompts, num_tokens, GREEDY, size.max_len)
+            assert sum(1 for _ in steps) == num_tokens
         synchronize(device)
-        assert num_steps == settings["num_tokens"]
-        turns.done()
+
+    _turns(turns, settings, write)
 
 
 def transformers(turns: Turns, settings: dict) -> None:
@@ -76,20 +78,29 @@ def transformers(turns: Turns, settings: dict) -> None:
     size, device = Size(**settings["size"]), torch.device(settings["device"])
     model = transformers_gpt2(size).eval().to(device, DTYPES[settings["precision"]])
     prompt_BT = _prompts(settings).to(device)
-    N = settings["num_tokens"]
-    while True:
-        turns.wait()
+
+    def write(num_tokens: int) -> None:
         made_BT = model.generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
-            max_new_tokens=N,
-            min_new_tokens=N,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,
             cache_implementation=settings["cache"],
         )
+        assert made_BT.shape[1] == PROMPT + num_tokens
         synchronize(device)
-        assert made_BT.shape[1] == PROMPT + N
+
+    _turns(turns, settings, write)
+
+
+def _turns(turns: Turns, settings: dict, write: Callable[[int], None]) -> None:
+    while True:
+        turns.wait()
+        write(WAKING)
+        turns.restart()
+        write(settings["num_tokens"])
         turns.done()
 
 
