@@ -28,7 +28,7 @@ from lmplay.experiment import count, load_experiment
 from lmplay.runner import resolve_device
 from lmplay.train.curves import matmul_rate
 
-SIDES = {"lmplay": lmplay, "loop": loop}
+SIDES = {"loop": loop, "lmplay": lmplay}  # in this order: lmplay sets malloc for its process
 WARM_UP = 2  # steps
 PARTS = {  # the first one whose word is in an operator's name
     "optimizer, clipping": ("adamw", "foreach", "vector_norm", "Optimizer"),
