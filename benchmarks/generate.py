@@ -25,6 +25,7 @@ from measure import (
     DTYPES,
     Side,
     Turns,
+    chosen,
     has_peer,
     interleave,
     median_ratio,
@@ -39,6 +40,7 @@ from typer import Option
 
 from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
+from lmplay.errors import UserError
 from lmplay.experiment import load_experiment
 from lmplay.runner import resolve_device
 
@@ -171,7 +173,8 @@ def main(
 
     Example: python benchmarks/generate.py --cases 1:bf16
     """
-    wanted = sides.split(",")
+    wanted = chosen("--sides", sides, SIDES)
+    chosen("--size", size, SIZES)
     if not has_peer():
         without_peer(note)
         wanted = ["lmplay"]
@@ -185,6 +188,8 @@ def main(
     made = []
     for case in cases.split(","):
         batch, _, precision = case.partition(":")
+        if not batch.isdecimal() or precision not in DTYPES:
+            raise UserError(f"--cases: {case!r} is no batch and precision", hint="such as 8:bf16")
         note(f"measuring batch {batch} in {precision}: {', '.join(wanted)}")
         made.append(measure(size, int(batch), precision, wanted, seconds, common))
         if not as_json:

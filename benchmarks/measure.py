@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,6 +25,19 @@ def has_peer() -> bool:
         return bool(version(PEER))
     except PackageNotFoundError:
         return False
+
+
+def chosen(option: str, given: str, known: Iterable[str]) -> list[str]:
+    """The names that an option lists with commas.
+
+    Raises:
+        UserError: one of them is not known.
+    """
+    names, known = given.split(","), list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: there is no {name!r}", hint=f"there are {', '.join(known)}")
+    return names
 
 
 def without_peer(note: Callable[[str], None]) -> None:

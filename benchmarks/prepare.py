@@ -25,7 +25,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from measure import Side, Turns, interleave, median_ratio, report, row, serve
+from measure import Side, Turns, chosen, interleave, median_ratio, report, row, serve
 from sizes import SIZES
 from train import write_data
 from typer import Option
@@ -286,9 +286,9 @@ def main(
 
     Example: python benchmarks/prepare.py --data novels.jsonl
     """
-    wanted = sides.split(",")
-    if "lmplay" not in wanted or set(wanted) - set(SIDES):
-        raise UserError(f"--sides {sides}: lmplay, and recipe or not")
+    wanted = chosen("--sides", sides, SIDES)
+    if "lmplay" not in wanted:
+        raise UserError(f"--sides {sides}: lmplay is measured in any case", "add it")
     common = {"threads": threads or os.cpu_count()}
     note(f"measuring {', '.join(wanted)}")
     case = measure(data, int(megabytes * 1e6), wanted, seconds, common)

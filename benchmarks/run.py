@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from measure import chosen
 from typer import Option
 
 from lmplay.console import note, run_app
@@ -116,7 +117,7 @@ def main(
     """
     reports = []
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in only.split(","):
+    for name in chosen("--only", only, FULL):
         note(f"benchmark {name}")
         options = (SHORT if short else FULL)[name]
         if name == "prepare" and data is not None:

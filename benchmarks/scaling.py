@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from measure import Side, interleave, report, row, serve
+from measure import Side, chosen, interleave, report, row, serve
 from sizes import Size
 from train import lmplay, side_settings, write_data
 from typer import Option
@@ -168,7 +168,7 @@ def main(
     torch.set_num_threads(common["threads"])
     floor = measure("rows", {1: TINY}, 0, common)[0]["memory"]
     cases = []
-    for axis in axes.split(","):
+    for axis in chosen("--axes", axes, AXES):
         sizes = sizes_of(axis, TINY if short else BASE, short)
         note(f"measuring {axis}: {', '.join(map(str, sizes))}")
         cases.append({"axis": axis, "points": measure(axis, sizes, seconds, common)})
@@ -244,7 +244,9 @@ def draw(cases: list[dict], path: Path) -> None:
                     style,
                     label="formula" if style == "k--" else "measured",
                 )
-            axes.set_xticks(values, map(str, values))
+            seen = [point[key] / unit for point in case["points"]]
+            axes.set_xticks(values, map(str, values), fontsize=7)
+            axes.set_yticks(seen, [f"{value:.3g}" for value in seen], fontsize=7)
             axes.minorticks_off()
             axes.grid(True, alpha=0.3)
         column[0].set_title(f"{case['axis']}: time ^{case['seconds_exponent']:.2f}")

@@ -1,8 +1,10 @@
 """The models that are measured, the same for every side."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import nn
+from typer import Option
 
 from lmplay.experiment import Experiment
 
@@ -34,6 +36,11 @@ SIZES = {
     "tiny": Size(2, 32, 2, 64, 4, vocab_size=512),
     "124m": Size(12, 768, 12, 1024, 32),
 }
+
+Sizes = Annotated[
+    str, Option("--sizes", help=f"Of {', '.join(SIZES)}; several with commas.", metavar="NAMES")
+]
+Precisions = Annotated[str, Option("--precisions", help="Of fp32, bf16.", metavar="NAMES")]
 
 
 def transformers_gpt2(size: Size) -> nn.Module:

@@ -26,7 +26,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from measure import report, row
+from measure import chosen, report, row
 from typer import Option
 
 from lmplay import catalog
@@ -163,7 +163,7 @@ def main(
 
     Example: python benchmarks/startup.py --only help,list
     """
-    names = only.split(",")
+    names = chosen("--only", only, BUDGETS)
     what = {
         "help": "lmp-trainer --help",
         "list": f"--exp list, {experiments} files",
@@ -171,8 +171,6 @@ def main(
         "step": "first step of quick",
         "plot": f"plot {runs} runs of {steps:,} steps",
     }
-    if unknown := set(names) - what.keys():
-        raise UserError(f"--only {', '.join(unknown)}: no such command", hint=", ".join(what))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_experiments(folder, experiments)

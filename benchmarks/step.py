@@ -16,8 +16,8 @@ from typing import Annotated
 
 import torch
 import typer
-from measure import has_peer, report, row, synchronize, without_peer
-from sizes import SIZES, Size
+from measure import DTYPES, chosen, has_peer, report, row, synchronize, without_peer
+from sizes import SIZES, Precisions, Size, Sizes
 from torch.profiler import profile
 from train import lmplay, loop, side_settings, write_data
 from typer import Option
@@ -118,10 +118,8 @@ def measure(name: str, precision: str, sides: list[str], device: torch.device) -
 
 @app.command()
 def main(
-    sizes: Annotated[
-        str, Option(help=f"Of {', '.join(SIZES)}; several with commas.", metavar="NAMES")
-    ] = "small,base",
-    precisions: Annotated[str, Option(help="Of fp32, bf16.", metavar="NAMES")] = "bf16,fp32",
+    sizes: Sizes = "small,base",
+    precisions: Precisions = "bf16,fp32",
     sides: Annotated[str, Option(help=f"Of {', '.join(SIDES)}.", metavar="NAMES")] = ",".join(
         SIDES
     ),
@@ -132,13 +130,13 @@ def main(
 
     Example: python benchmarks/step.py --sizes small --precisions bf16
     """
-    where, wanted = resolve_device(device), sides.split(",")
+    where, wanted = resolve_device(device), chosen("--sides", sides, SIDES)
     if not has_peer():
         without_peer(note)
         wanted = ["lmplay"]
     cases = []
-    for name in sizes.split(","):
-        for precision in precisions.split(","):
+    for name in chosen("--sizes", sizes, SIZES):
+        for precision in chosen("--precisions", precisions, DTYPES):
             note(f"profiling {name} in {precision}: {', '.join(wanted)}")
             cases.append(measure(name, precision, wanted, where))
             if not as_json:
@@ -149,10 +147,12 @@ def main(
 
 
 def rows_of(case: dict) -> list[dict]:
-    """The parts of our step, for the common table."""
-    what = f"step {case['size']} {case['precision']}"
-    mine = case["sides"]["lmplay"]["parts"]
-    return [row(f"{what}: {part}", "s", seconds) for part, seconds in mine.items()]
+    """The parts of each side's step, for the common table."""
+    return [
+        row(f"step {case['size']} {case['precision']}, {name}: {part}", "s", seconds)
+        for name, side in case["sides"].items()
+        for part, seconds in side["parts"].items()
+    ]
 
 
 def print_case(case: dict) -> None:

@@ -30,6 +30,7 @@ from measure import (
     DTYPES,
     Side,
     Turns,
+    chosen,
     has_peer,
     interleave,
     median_ratio,
@@ -40,12 +41,11 @@ from measure import (
     without_peer,
 )
 from rich.console import Console
-from sizes import SIZES, Size, transformers_gpt2
+from sizes import SIZES, Precisions, Size, Sizes, transformers_gpt2
 from typer import Option
 
 from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
-from lmplay.errors import UserError
 from lmplay.experiment import count, load_experiment
 from lmplay.plan import Plan
 from lmplay.runner import resolve_device
@@ -55,7 +55,8 @@ from lmplay.train.layout import map_shard, token_dtype, write_shard
 
 # B rows, T positions
 
-SIDES = ("lmplay", "loop", "loop+compile", "trainer")
+SIDES = ("lmplay", "loop", "trainer")
+COMPILED = tuple(f"{side}+compile" for side in SIDES)
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 ROWS_OF_DATA = 512
 SHARD = "tokens.bin"
@@ -360,13 +361,11 @@ def _case(name, precision, measured, warm_up, tokens, flops, peak) -> dict:
 
 @app.command()
 def main(
-    sizes: Annotated[
-        str, Option(help=f"Of {', '.join(SIZES)}; several with commas.", metavar="NAMES")
-    ] = "small,base",
-    precisions: Annotated[str, Option(help="Of fp32, bf16.", metavar="NAMES")] = "bf16,fp32",
+    sizes: Sizes = "small,base",
+    precisions: Precisions = "bf16,fp32",
     sides: Annotated[
         str,
-        Option(help=f"Of {', '.join(SIDES)}, lmplay+compile, trainer+compile.", metavar="NAMES"),
+        Option(help=f"Of {', '.join((*SIDES, *COMPILED))}.", metavar="NAMES"),
     ] = ",".join(SIDES),
     nanogpt: Annotated[
         Path | None, Option(help="A checkout of nanoGPT, to run it too.", metavar="PATH")
@@ -385,15 +384,12 @@ def main(
 
     Example: python benchmarks/train.py --sizes small --precisions bf16
     """
-    wanted = sides.split(",")
+    wanted = chosen("--sides", sides, [*SIDES, *COMPILED])
     if nanogpt is not None:
         wanted += ["nanogpt", "nanogpt+compile"]
     if not has_peer():
         without_peer(note)
         wanted = [side for side in wanted if not side.startswith(("loop", "trainer"))]
-    for name in sizes.split(","):
-        if name not in SIZES:
-            raise UserError(f"--sizes {name}: no such size", hint=f"there are {', '.join(SIZES)}")
     where = resolve_device(device)
     common = {
         "device": str(where),
@@ -403,8 +399,8 @@ def main(
     }
     torch.set_num_threads(common["threads"])
     cases = []
-    for name in sizes.split(","):
-        for precision in precisions.split(","):
+    for name in chosen("--sizes", sizes, SIZES):
+        for precision in chosen("--precisions", precisions, DTYPES):
             note(f"measuring {name} in {precision}: {', '.join(wanted)}")
             cases.append(measure(name, precision, wanted, seconds, common))
             if not as_json:
