@@ -1,5 +1,7 @@
 """The weights of linear layers in the order that the processor's matrix kernels read them."""
 
+import platform
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ def pack(model: nn.Module, precision: str, num_rows: int) -> bool:
         num_rows: of a step; the packing is chosen for it, and any number may be computed.
     Returns:
         Whether this was done; then autocast must stay off. It is not on other devices, in other
-        precisions, where no layer is plain and where torch has no oneDNN for it.
+        precisions, where no layer is plain, and where `is_supported` says no.
     """
     layers = [layer for layer in model.modules() if _can_pack(layer)]
     if not is_supported(precision) or not layers:
@@ -30,8 +32,9 @@ def pack(model: nn.Module, precision: str, num_rows: int) -> bool:
 
 
 def is_supported(precision: str) -> bool:
-    """Whether this torch and this processor can multiply by packed weights."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether this torch and this processor can multiply by packed weights; x86 alone was tried."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not is_x86 or not torch.backends.mkldnn.is_available():
         return False
     is_bf16 = precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return is_bf16 or precision == "fp32"

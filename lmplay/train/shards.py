@@ -255,7 +255,12 @@ def prepare(
         source: Iterable[Document] = documents(dataset, split, fraction, writer.row)
         if limit is not None:
             source = fair_sample(source, limit * _MOST_BYTES)
-        for encoded in _ahead(map(writer.encode, _ahead(_batches(source)))):
+        batches = _batches(source)
+        if dataset.hub is None:  # a thread that waits for the network would hold up a Ctrl-C
+            made = _ahead(map(writer.encode, _ahead(batches)))
+        else:
+            made = map(writer.encode, batches)
+        for encoded in made:
             if stop.is_set():
                 return
             writer.add(encoded)
