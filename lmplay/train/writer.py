@@ -14,6 +14,7 @@ from lmplay.train.cache import read_json, write_json, write_whole
 from lmplay.train.layout import shard_bytes, shard_header, token_dtype, write_shard
 from lmplay.train.text import Document
 
+VERSION = 2  # of what a prepared folder holds
 INDEX = "index.json"
 
 
@@ -118,9 +119,9 @@ class Writer:
         return self._limit is not None and self.num_tokens > self._limit
 
     def encode(self, documents: list[Document]) -> Encoded:
-        """What `add` writes; it changes nothing here, so a thread may make it meanwhile."""
+        """What `add` writes; it changes nothing here, so threads may call it at once."""
         texts = [document.parts(self._learn_prompt) for document in documents]
-        ids = iter(self._tokenizer.encode_arrays([text for parts in texts for text, _ in parts]))
+        ids = iter(self._tokenizer.encode_batch([text for parts in texts for text, _ in parts]))
         end = np.array([self._tokenizer.end], self._buffer.dtype)
         pieces, learned, lengths = [], [], []
         for parts in texts:
