@@ -37,7 +37,7 @@ from lmplay.tokens import Tokenizer, open_tokenizer
 from lmplay.train.batches import Data
 from lmplay.train.curves import peak_memory
 from lmplay.train.layout import token_dtype
-from lmplay.train.shards import prepare
+from lmplay.train.preparing import prepare
 from lmplay.train.text import documents
 
 SIDES = ("lmplay", "recipe")
@@ -58,10 +58,7 @@ def lmplay(turns: Turns, settings: dict) -> None:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LMP_DATASETS"] = folder
             turns.wait()
-            splits = [
-                prepare(dataset, "bench", tokenizer, VALIDATION, lambda *_: None, split=split)
-                for split in ("validation", "train")
-            ]
+            splits = prepare(dataset, "bench", tokenizer, VALIDATION, lambda *_: None)
             turns.done(
                 tokens=sum(shards.num_tokens for shards in splits),
                 memory=peak_memory(torch.device("cpu")),

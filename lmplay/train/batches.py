@@ -19,7 +19,8 @@ from lmplay.plan import Plan, Stage
 from lmplay.tokens import BPE_BYTES, Tokenizer, open_tokenizer
 from lmplay.train import cache
 from lmplay.train.order import Mixture, Rows
-from lmplay.train.shards import Note, Progress, Shards, note_download, prepare
+from lmplay.train.preparing import Note, Progress, note_download, prepare
+from lmplay.train.shards import Shards
 from lmplay.train.text import (
     columns_of,
     documents,
@@ -102,11 +103,9 @@ class Data:
         self._rows: dict[str, Rows] = {}
         try:
             for name, dataset in plan.datasets.items():
-                arguments = (dataset, name, tokenizer, validation, on_progress, note)
-                self._held_out[name] = prepare(*arguments, split="validation")
-            for name, dataset in plan.datasets.items():
-                arguments = (dataset, name, tokenizer, validation, on_progress, note)
-                self._training[name] = prepare(*arguments, split="train")
+                self._held_out[name], self._training[name] = prepare(
+                    dataset, name, tokenizer, validation, on_progress, note
+                )
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
             self.num_steps = self._count_steps()
         except BaseException:

@@ -199,7 +199,7 @@ def _open(path: Path) -> TextIO:
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[dict]:
     for number, line in enumerate(file, start=1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             row = json.loads(line)

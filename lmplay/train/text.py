@@ -4,10 +4,10 @@ import hashlib
 import heapq
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +79,13 @@ class Document:
         return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
-def documents(dataset: Dataset, split: Split, fraction: float, skip: int = 0) -> Iterator[Document]:
+def documents(
+    dataset: Dataset,
+    split: Split,
+    fraction: float,
+    skip: int = 0,
+    others: Callable[[Document], object] = lambda document: None,
+) -> Iterator[Document]:
     """The documents of a split in the source's order, in bounded memory; blank ones are left out.
 
     Where the source has its own held-out split, that is "validation"; else the records whose
@@ -90,6 +96,7 @@ def documents(dataset: Dataset, split: Split, fraction: float, skip: int = 0) ->
     Args:
         fraction: as `held_out_fraction` gives it.
         skip: rows of the source to pass over, such as a `Document.row` to go on from.
+        others: gets the documents of the other split that are met on the way.
     Raises:
         UserError: a missing file, column or split; damaged rows; code NO_DATA where the source
             cannot be reached.
@@ -101,22 +108,31 @@ def documents(dataset: Dataset, split: Split, fraction: float, skip: int = 0) ->
     for document in source:
         if own or (document.place < fraction) == (split == "validation"):
             yield document
+        else:
+            others(document)
 
 
-def fair_sample(source: Iterable[Document], num_bytes: int) -> list[Document]:
-    """Documents from all over a source: those lowest in the order of `place`, in that order.
+class FairSample:
+    """Documents from all over a source: those lowest in the order of `place`.
 
     The first ones in the source's own order would be its first book or topic only. What is kept
     is no more than it takes to reach `num_bytes` of text, so memory is bounded.
     """
-    kept: list[tuple[float, int, Document]] = []  # a heap, the highest place on top
-    size = 0
-    for number, document in enumerate(source):
-        heapq.heappush(kept, (-document.place, -number, document))
-        size += document.num_bytes
-        while size - kept[0][2].num_bytes >= num_bytes:
-            size -= heapq.heappop(kept)[2].num_bytes
-    return [document for _, _, document in sorted(kept, key=lambda one: one[:2], reverse=True)]
+
+    def __init__(self, num_bytes: int):
+        self._num_bytes, self._size = num_bytes, 0
+        self._kept: list[tuple[float, int, Document]] = []  # a heap, the highest place on top
+        self._numbers = count()
+
+    def add(self, document: Document) -> None:
+        heapq.heappush(self._kept, (-document.place, -next(self._numbers), document))
+        self._size += document.num_bytes
+        while self._size - self._kept[0][2].num_bytes >= self._num_bytes:
+            self._size -= heapq.heappop(self._kept)[2].num_bytes
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents by `place`, of equal ones the first added first."""
+        return (document for _, _, document in sorted(self._kept, key=_order, reverse=True))
 
 
 def held_out_fraction(dataset: Dataset, fraction: float) -> float:
@@ -238,6 +254,10 @@ def _files(dataset: Dataset, split: Split) -> list[SourceFile]:
         f"{names}: no file's name starts with {dataset.validation_split!r}",
         hint="without validation_split, records are held out by their hash",
     )
+
+
+def _order(kept: tuple[float, int, Document]) -> tuple[float, int]:
+    return kept[:2]
 
 
 def _span(dataset: Dataset, source: Iterable[Document]) -> Iterator[Document]:

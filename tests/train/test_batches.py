@@ -12,7 +12,7 @@ from lmplay.errors import NO_DATA, UserError
 from lmplay.objective import IGNORE
 from lmplay.plan import Plan
 from lmplay.tokens import open_tokenizer
-from lmplay.train import batches, cache, shards, text
+from lmplay.train import batches, cache, preparing, text
 from lmplay.train.batches import Batch, Data, open_data
 
 BYTE = open_tokenizer("byte")
@@ -23,7 +23,7 @@ SHARD_TOKENS = 150
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     monkeypatch.setattr(cache.os, "fsync", lambda handle: None)
-    prepare = shards.prepare
+    prepare = preparing.prepare
     monkeypatch.setattr(
         batches, "prepare", lambda *a, **k: prepare(*a, **k, shard_tokens=SHARD_TOKENS)
     )
@@ -43,14 +43,14 @@ def hub(monkeypatch):
     def open_hub(dataset, split, skip):
         found.opened.append(dataset.hub)
         for number, row in enumerate(found.tables[dataset.hub]):
-            if number == 40 and dataset.hub in found.gates:
+            if number == 1500 and dataset.hub in found.gates:
                 found.gates[dataset.hub].wait(10)
             if number >= skip:
                 yield row
 
     monkeypatch.setattr(text, "open_hub", open_hub)
     monkeypatch.setattr(text, "_HUB_ROWS", 8)
-    monkeypatch.setattr(shards, "_BATCH_RECORDS", 8)
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 8)
     return found
 
 
@@ -179,7 +179,7 @@ def test_a_step_needs_only_the_shards_up_to_its_own(folder, hub, monkeypatch):
     hub.gates["x/a"] = threading.Event()
     data = opened(plan)
 
-    first = [data.batch(step) for step in range(2)]  # the source stands still at record 40
+    first = [data.batch(step) for step in range(2)]  # the source stands still at record 1,500
 
     assert data._training["a"].num_tokens is None
     hub.gates["x/a"].set()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import Dataset, Validation
 from lmplay.tokens import open_tokenizer
-from lmplay.train import cache, shards, text
-from lmplay.train.layout import map_shard, write_shard
-from lmplay.train.shards import prepare
+from lmplay.train import cache, preparing, text
+from lmplay.train.layout import write_shard
+from lmplay.train.preparing import prepare
 from lmplay.train.text import documents
 
 BYTE = open_tokenizer("byte")
@@ -25,7 +25,7 @@ HELD_OUT = Validation(tokens=500, fraction=0.1, every_tokens=1)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
     monkeypatch.setattr(cache.os, "fsync", lambda handle: None)  # slow, and nothing here cuts power
     return tmp_path
 
@@ -41,7 +41,8 @@ def numbered(count):
 
 def made(dataset, split="train", on_progress=lambda *numbers: None, **options):
     options = {"shard_tokens": 100, **options}
-    return prepare(dataset, "name", BYTE, HELD_OUT, on_progress, split=split, **options)
+    held_out, training = prepare(dataset, "name", BYTE, HELD_OUT, on_progress, **options)
+    return training if split == "train" else held_out
 
 
 def stream(prepared):
@@ -153,15 +154,29 @@ def test_a_larger_limit_leaves_the_training_text_alone(folder):
     dataset = jsonl(folder / "a.jsonl", numbered(300))
     more = HELD_OUT.model_copy(update={"tokens": 2000})
 
-    small, large = made(dataset), prepare(dataset, "name", BYTE, more, print, shard_tokens=100)
+    small, (_, large) = made(dataset), prepare(dataset, "name", BYTE, more, print, shard_tokens=100)
 
     assert small.fingerprint == large.fingerprint
+
+
+def test_one_pass_over_the_source_makes_both_sides(folder, monkeypatch):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+    text.held_out_fraction(dataset, HELD_OUT.fraction)  # reads until it has found one
+    passes = []
+    rows = text.file_rows
+    monkeypatch.setattr(text, "file_rows", lambda *a: passes.append(a) or rows(*a))
+
+    held_out, training = prepare(dataset, "name", BYTE, HELD_OUT, print, shard_tokens=100)
+
+    assert len(passes) == 1
+    assert stream(held_out) == packed(dataset, "validation")
+    assert stream(training) == packed(dataset)
 
 
 def test_what_is_prepared_is_not_prepared_again(folder, monkeypatch):
     dataset = jsonl(folder / "a.jsonl", numbered(100))
     before = made(dataset)
-    monkeypatch.setattr(shards, "documents", None)
+    monkeypatch.setattr(preparing, "documents", None)
 
     again = made(dataset)
 
@@ -174,8 +189,9 @@ def test_a_dataset_s_name_leads_to_no_other_folder(folder):
 
     prepare(dataset, "../some where/else", BYTE, HELD_OUT, print, shard_tokens=100)
 
-    (made,) = (path for path in (folder / "cache").iterdir() if path.is_dir())
-    assert made.name.startswith(".._some_where_else-")
+    folders = [path for path in (folder / "cache").iterdir() if path.is_dir()]
+    assert len(folders) == 2  # a side each
+    assert all(path.name.startswith(".._some_where_else-") for path in folders)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -198,6 +214,7 @@ def test_a_killed_preparation_goes_on_after_its_last_whole_shard(folder, error):
 
     assert done[0] > 800  # what was whole is not made again
     assert stream(resumed) == packed(dataset)
+    assert stream(made(dataset, "validation")) == packed(dataset, "validation")
     assert resumed.text_bytes() == sum(d.num_bytes for d in documents(dataset, "train", 0.1))
 
 
@@ -311,8 +328,8 @@ def test_a_second_preparer_uses_what_the_first_one_makes(folder, monkeypatch):
         notes.append(text)
         (path / "index.json").write_text(index)  # the first one has finished
 
-    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.001)
-    monkeypatch.setattr(shards, "Writer", None)
+    monkeypatch.setattr(preparing, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(preparing, "Writer", lambda *_, **__: pytest.fail("it wrote too"))
     followed = made(dataset, note=note)
     lock.release()
 
@@ -323,12 +340,11 @@ def test_a_second_preparer_uses_what_the_first_one_makes(folder, monkeypatch):
 def test_a_source_without_text_is_no_empty_dataset(folder):
     one = jsonl(folder / "one.jsonl", numbered(1))
 
-    assert stream(made(one, "validation")) == packed(one, "validation", 1.0)
-    with pytest.raises(UserError, match="no text is left") as caught:
+    with pytest.raises(UserError, match=r"no text is left in .* for train") as caught:
         made(one)
     assert caught.value.code == NO_DATA
     with pytest.raises(UserError, match="no text is left"):
-        made(jsonl(folder / "none.jsonl", [{"text": " "}]), "validation")
+        made(jsonl(folder / "none.jsonl", [{"text": " "}]))
 
 
 def test_progress_is_told_with_the_total_where_it_is_known(folder):
@@ -348,7 +364,7 @@ def test_progress_is_told_with_the_total_where_it_is_known(folder):
 
 
 def test_preparing_needs_no_more_memory_for_more_text(folder, monkeypatch):
-    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(preparing, "_BATCH_CHARACTERS", 1 << 16)
     peaks = []
     for size in (20_000, 200_000):
         (folder / f"{size}.txt").write_text("a line of text\n" * size)
@@ -358,80 +374,3 @@ def test_preparing_needs_no_more_memory_for_more_text(folder, monkeypatch):
         tracemalloc.stop()
 
     assert peaks[1] < 1.5 * peaks[0] + 500_000
-
-
-def foreign(path, tokens):
-    with open(path, "wb") as file:
-        write_shard(file, np.array(tokens, "<u2"))
-
-
-def test_a_foreign_shard_has_the_layout_of_modded_nanogpt(folder):
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, 5
-    tokens = np.array([256, 104, 105, 256, 33], "<u2")
-    (folder / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-
-    assert map_shard(folder / "fineweb_train_000001.bin").tolist() == tokens.tolist()
-    foreign(folder / "ours.bin", tokens)
-    assert (folder / "ours.bin").read_bytes() == (folder / "fineweb_train_000001.bin").read_bytes()
-
-
-def test_large_vocabularies_take_four_bytes(folder):
-    with open(folder / "a.bin", "wb") as file:
-        write_shard(file, np.array([1, 100_000], "<u4"))
-
-    header = np.fromfile(folder / "a.bin", "<i4", 3)
-    assert header.tolist() == [20240801, 7, 2]
-    assert map_shard(folder / "a.bin").tolist() == [1, 100_000]
-
-
-def test_foreign_shards_called_val_are_held_out(folder):
-    for number in (2, 1):
-        foreign(folder / f"x_train_{number}.bin", [256, number, number])
-    foreign(folder / "x_val_0.bin", [256, 9, 9, 9])
-    dataset = Dataset(shards=[str(folder / "x_*.bin")])
-
-    assert stream(made(dataset)) == [256, 1, 1, 256, 2, 2]
-    assert stream(made(dataset, "validation")) == [256, 9, 9, 9]
-    assert made(dataset, "validation").text_bytes() == 3
-
-
-def test_of_foreign_shards_the_end_is_held_out_else(folder):
-    tokens = [*range(200)] * 10
-    foreign(folder / "a.bin", tokens[:1000])
-    foreign(folder / "b.bin", tokens[1000:])
-    dataset = Dataset(shards=[str(folder / "*.bin")])
-    training, held_out = stream(made(dataset)), stream(made(dataset, "validation"))
-
-    assert len(held_out) == 1 + 200  # a tenth, and its context
-    assert training + held_out[1:] == tokens
-    assert training[-1] == held_out[0]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "too short"),
-        (b"x" * 2000, "begins with"),
-        (np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes() + b"12", "9 tokens make 1,042"),
-    ],
-)
-def test_a_file_that_is_no_shard_is_named(folder, content, message):
-    (folder / "bad.bin").write_bytes(content)
-
-    with pytest.raises(UserError, match=message) as caught:
-        made(Dataset(shards=[str(folder / "bad.bin")]))
-
-    assert "bad.bin" in caught.value.problem
-
-
-def test_shards_of_another_tokenizer_are_refused(folder):
-    foreign(folder / "a.bin", [256, 1, 50256, 2])
-
-    with pytest.raises(UserError, match="holds token 50256, and byte has only 257"):
-        stream(made(Dataset(shards=[str(folder / "a.bin")])))
-
-
-def test_a_pattern_without_shards_is_named(folder):
-    with pytest.raises(UserError, match=r"nothing_\*\.bin"):
-        made(Dataset(shards=[str(folder / "nothing_*.bin")]))

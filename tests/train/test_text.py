@@ -395,10 +395,14 @@ def test_the_datasets_library_is_called_as_it_wants_to_be(tmp_path):
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), num_bytes=st.integers(1, 300))
 def test_a_fair_sample_does_not_depend_on_the_order_of_the_source(sizes, num_bytes):
     found = [Document(f"{i:03}" + "x" * size, None, row=i) for i, size in enumerate(sizes)]
-    sample = text.fair_sample(found, num_bytes)
+    sample, other = text.FairSample(num_bytes), text.FairSample(num_bytes)
+    for document, another in zip(found, reversed(found), strict=True):
+        sample.add(document)
+        other.add(another)
+    sample, other = list(sample), list(other)
     places = sorted(document.place for document in found)
 
-    assert sample == text.fair_sample(reversed(found), num_bytes)
+    assert sample == other
     assert [document.place for document in sample] == places[: len(sample)]
     if len(sample) < len(found):
         assert sum(document.num_bytes for document in sample) >= num_bytes
