@@ -39,6 +39,7 @@ class Display:
         self._task = self._bar.add_task("", total=None)
         self._train: dict = {}
         self._validation: dict = {}
+        self._is_validating = False
         self._printed = 0.0
         self._began: dict | None = None  # the first row: before it there is no speed to speak of
 
@@ -74,7 +75,8 @@ class Display:
         self._bar.update(self._task, total=num_steps, completed=step)
 
     def row(self, kind: str, row: dict) -> None:
-        """A row of train.csv or validation.csv, or the step of a checkpoint."""
+        """A row of train.csv or validation.csv, or the step of a checkpoint or of "validating"."""
+        self._is_validating = kind == "validating"
         if kind == "train":
             self._train = row
             self._began = self._began or row
@@ -158,7 +160,9 @@ class Display:
             if self.fastest is not None:
                 grid.add_row(f"MFU [bold]{share}[/bold]")
             lines.append(grid)
-        if self._validation:
+        if self._is_validating:
+            lines.append("[dim]validating[/dim]")
+        elif self._validation:
             lines.append(f"validation {_scores(self._validation)}")
         return Group(*lines)
 

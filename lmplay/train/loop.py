@@ -69,7 +69,7 @@ class Session:
     curves: Curves
     validations: Record | None  # validation.csv; None on every process but the first
     signals: Signals
-    show: Callable[[str, dict], None]  # told of every "train" and "validation" row and "checkpoint"
+    show: Callable[[str, dict], None]  # told of what `Display.row` shows
     validated: int  # step of the newest validation; -1 if there is none
     saved: int  # step of the newest checkpoint; -1 if there is none
 
@@ -129,6 +129,7 @@ def finish_step(session: Session) -> None:
     is_last = run.step == session.data.num_steps
     if session.validated < run.step and (is_last or _due(run, plan.validation.every_tokens)):
         show_rows(session, now=True)
+        session.show("validating", {"step": run.step})
         row = validate(run, session.data, lambda: signals.code is not None)
         if row is not None:
             if session.validations is not None:

@@ -66,6 +66,20 @@ def test_no_panel_is_drawn_before_there_is_something_to_show(shown):
     assert shown(lambda display: display.note("going on")) == ["going on"]
 
 
+def test_the_panel_says_that_a_validation_is_under_way(shown):
+    def begin(display):
+        display.start(80, 0)
+        display.row("validating", {"step": 40})
+
+    def end(display):
+        begin(display)
+        display.row("validation", VALIDATION)
+
+    assert any("validating" in line for line in shown(begin))
+    assert "validating" not in shown(end)[-2]
+    assert "validation 1.4221" in shown(end)[-2]
+
+
 def test_a_log_has_the_time_and_no_panel(shown):
     lines = shown(rows, terminal=False)
 
