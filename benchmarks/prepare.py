@@ -9,8 +9,8 @@ by an earlier turn. Sides are processes of their own that prepare in turn.
 * recipe: `datasets`' map with tiktoken in a process for each core, then one numpy memmap, as
   nanoGPT prepares OpenWebText.
 
-The lmplay side prepares the text twice over and six times over too: once a shard is full, more text
-must need no more memory. At last the loader gives batches to no model.
+The lmplay side prepares the text four times over and twelve times over too: once a shard is full,
+more text must need no more memory. At last the loader gives batches to no model.
 """
 
 import json
@@ -41,7 +41,7 @@ from lmplay.train.preparing import prepare
 from lmplay.train.text import documents
 
 SIDES = ("lmplay", "recipe")
-TIMES = (2, 6)  # the text, for the memory
+TIMES = (4, 12)  # the text, for the memory
 MODEL_SPEED = 2600  # tokens/s of the small model in training on two CPU cores
 WANTED = {"speed": 5, "memory": 0.1, "loader": 0.01}
 VALIDATION = Validation(tokens=64_000, every_tokens=1_000_000)

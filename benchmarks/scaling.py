@@ -236,7 +236,8 @@ def draw(cases: list[dict], path: Path) -> None:
     grid = figure.subplots(2, len(cases), squeeze=False)
     for column, case in zip(grid.T, cases, strict=True):
         values = [point["value"] for point in case["points"]]
-        for axes, key, unit in zip(column, ("seconds", "memory"), (1, 2**20), strict=True):
+        kinds = (("seconds", 1, ".2f"), ("memory", 2**20, ",.0f"))
+        for axes, (key, unit, digits) in zip(column, kinds, strict=True):
             for name, style in ((key, "o-"), (f"{key}_by_formula", "k--")):
                 axes.loglog(
                     values,
@@ -246,7 +247,7 @@ def draw(cases: list[dict], path: Path) -> None:
                 )
             seen = [point[key] / unit for point in case["points"]]
             axes.set_xticks(values, map(str, values), fontsize=7)
-            axes.set_yticks(seen, [f"{value:.3g}" for value in seen], fontsize=7)
+            axes.set_yticks(seen, [format(value, digits) for value in seen], fontsize=7)
             axes.minorticks_off()
             axes.grid(True, alpha=0.3)
         column[0].set_title(f"{case['axis']}: time ^{case['seconds_exponent']:.2f}")

@@ -17,8 +17,8 @@ def is_repaid(
 ) -> bool:
     """Whether compiling costs less time than it saves, as far as that can be known before.
 
-    On the CPU it never does: compiled steps take 1.2 to 1.6 times as long as ours do without, at
-    both sizes and precisions of benchmarks/train.py. On CUDA, where it was not measured, it is
+    On the CPU it never does: compiled steps take as long as ours do without, and up to twice the
+    memory, at both sizes of benchmarks/train.py in bf16. On CUDA, where it was not measured, it is
     expected to in mixed precision, in a run that lasts, and for a model that becomes one graph:
     neither broken, nor so long, as one with a loop over positions, that compiling takes minutes.
 

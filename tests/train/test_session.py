@@ -234,6 +234,17 @@ def test_validating_and_saving_more_often_changes_no_weight(place):
     assert len(read_rows(often.validation_csv)) == NUM_STEPS + 1
 
 
+def test_the_memory_of_a_step_is_kept_for_the_next(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "keep_memory", lambda: asked.append(True))
+    monkeypatch.setattr(session, "open_run", lambda *_, **__: asked.append("open") or 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+    assert asked == [True, "open"]
+
+
 def test_seeds_differ_and_repeat(place):
     one, same = (folder_of(run(out, seed=1)) for out in ("a", "b"))
     other = folder_of(run("a", seed=2))
