@@ -45,9 +45,10 @@ def tiny(name="gpt2ish", **values):
 
 def train(out_dir, exp="gpt2ish", sharded=False, precision="fp32", compiled=False, **changes):
     changes = {"num_blocks": 2, **changes}
+    of_plan = {k: v for k, v in changes.items() if "." in k or k == "freeze"}
     request = Request(
-        resolve(exp), read_plan("words", {k: v for k, v in changes.items() if "." in k}), changes,
-        {k: v for k, v in changes.items() if "." not in k}, precision=precision, device="cpu",
+        resolve(exp), read_plan("words", of_plan), changes,
+        {k: v for k, v in changes.items() if k not in of_plan}, precision=precision, device="cpu",
         mini_batch_size=2, out_dir=Path(out_dir), sharded=sharded, compiled=compiled,
     )  # fmt: skip
     with Display("") as display:
@@ -61,6 +62,7 @@ def train(out_dir, exp="gpt2ish", sharded=False, precision="fp32", compiled=Fals
         {"precision": "bf16"},
         {"compiled": True},
         {"optimizer.name": "RMSprop"},
+        {"freeze": ["token_table*", "blocks.0.*"]},
         {"exp": "sac1_1"},  # its blocks share what they read the tokens with
     ],
     ids=str,
