@@ -103,12 +103,14 @@ class Tokenizer:
         vocab_size: ids are below this.
         end: id of the marker that ends a document; `encode` never gives it.
         fingerprint: equal where every text has equal tokens.
+        is_parallel: whether `encode_batch` uses all cores by itself.
     """
 
     name: str
     vocab_size: int
     end: int
     fingerprint: str
+    is_parallel = False
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without any marker."""
@@ -263,6 +265,8 @@ class _Tiktoken(Tokenizer):
 
 
 class _HuggingFace(Tokenizer):
+    is_parallel = True
+
     def __init__(self, name: str, text: str, end: str | None):
         import tokenizers
 

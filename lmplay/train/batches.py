@@ -102,10 +102,14 @@ class Data:
         self._training: dict[str, Shards] = {}
         self._rows: dict[str, Rows] = {}
         try:
-            for name, dataset in plan.datasets.items():
+            from_hub_first = sorted(plan.datasets, key=lambda name: plan.datasets[name].hub is None)
+            for name in from_hub_first:  # what cannot be reached is told before long work
+                dataset = plan.datasets[name]
                 self._held_out[name], self._training[name] = prepare(
                     dataset, name, tokenizer, validation, on_progress, note
                 )
+            self._held_out = {name: self._held_out[name] for name in plan.datasets}
+            self._training = {name: self._training[name] for name in plan.datasets}
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
             self.num_steps = self._count_steps()
         except BaseException:

@@ -194,6 +194,7 @@ class GridDisplay(Display):
         """What comes from now on is of this run."""
         self._now = label, seed
         self._train, self._validation, self._began = {}, {}, None
+        self._is_validating = False
         self.title = f"{label} on {self._plan}, seed {seed}: {self._progress()}"
         self._began_run = time.monotonic()
         self._bar.reset(self._task, total=None)
@@ -201,6 +202,7 @@ class GridDisplay(Display):
     def end(self, state: str, result: dict | None = None, why: str = "") -> None:
         """The run is over: "done" with its result, "failed" and why, or "held" elsewhere."""
         self._cells[self._now] = self._WORDS.get(state, "")
+        self._is_validating = False
         if result is not None:
             self._cells[self._now] = f"{result['validation']['loss']:.4f}"
             self._done.add(self._now)

@@ -28,10 +28,10 @@ from lmplay.train.text import (
     is_fraction_known,
     source_fingerprint,
 )
-from lmplay.train.writer import VERSION, Shard, Writer, read_index
+from lmplay.train.writer import VERSION, Encoded, Shard, Writer, read_index
 
 SHARD_TOKENS = 1 << 24
-_BATCH_CHARACTERS = 1 << 18  # that a thread makes to tokens at once
+_BATCH_CHARACTERS = 1 << 18  # that a core makes to tokens at once
 _BATCH_RECORDS = 1024
 _MOST_BYTES = 16  # of text for a held-out token: several times the usual
 _POLL_SECONDS = 1.0  # while another process prepares
@@ -81,23 +81,23 @@ def prepare(
     training = _Side(dataset, name, tokenizer, "train", fraction, shard_tokens, None)
     if None in (held_out.shards.num_tokens, training.shards.num_tokens):
         note_download(dataset, name, note)
+    in_one_pass = dataset.hub is None and not has_own_validation(dataset)
     sample: FairSample | None = None  # of what is held out, once training has read past it all
 
     def write_training(done: list[Shard], stop: threading.Event) -> None:
         nonlocal sample
         writer = training.writer(done=done)
-        aside = FairSample(most * _MOST_BYTES)
         expected = expected_bytes(dataset)
-        for encoded in _in_threads(
-            writer.encode, _batches(documents(dataset, "train", fraction, writer.row, aside.add))
-        ):
+        aside = FairSample(most * _MOST_BYTES) if in_one_pass and not done else None
+        others = None if aside is None else aside.add
+        source = documents(dataset, "train", fraction, writer.row, others)
+        for encoded in _encoded(tokenizer, writer.encode, source):
             if stop.is_set():
                 return
             writer.add(encoded)
             on_progress(name, writer.num_bytes, writer.num_tokens, expected)
         writer.finish()
-        if not done and not has_own_validation(dataset):
-            sample = aside
+        sample = aside
 
     def write_held_out(done: list[Shard], stop: threading.Event) -> None:
         writer = held_out.writer(done=[])  # a sample is written in one go
@@ -106,18 +106,18 @@ def prepare(
             source = FairSample(most * _MOST_BYTES)
             for document in documents(dataset, "validation", fraction):
                 source.add(document)
-        for batch in _batches(source):
+        for batch in _batches(source, 1):
             writer.add(writer.encode(batch))
             if writer.full:
                 break
         writer.finish()
 
-    if dataset.hub is None:
+    if in_one_pass:
         training.fill(write_training, note)
         held_out.fill(write_held_out, note)
-    else:
+    else:  # what is wrong with the smaller side is told first
         held_out.fill(write_held_out, note)
-        training.fill(write_training, note, in_background=True)
+        training.fill(write_training, note, in_background=dataset.hub is not None)
     return held_out.shards, training.shards
 
 
@@ -208,26 +208,40 @@ class _Side:
             return
 
 
-def _batches(source: Iterable[Document]) -> Iterator[list[Document]]:
+def _encoded(
+    tokenizer: Tokenizer,
+    encode: Callable[[list[Document]], Encoded],
+    source: Iterable[Document],
+) -> Iterator[Encoded]:
+    """The documents as tokens, made on all cores while this thread takes more of them."""
+    num_cores = os.cpu_count() or 1
+    if tokenizer.is_parallel:
+        return _in_threads(1, encode, _batches(source, min(16, num_cores)))
+    return _in_threads(num_cores, encode, _batches(source, 1))
+
+
+def _batches(source: Iterable[Document], num_cores: int) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in source:
         batch.append(document)
         size += len(document.text)
-        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_RECORDS:
+        if size >= num_cores * _BATCH_CHARACTERS or len(batch) >= num_cores * _BATCH_RECORDS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """What a map gives, made in a thread for each core while this one takes items and results."""
-    num_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(num_threads) as threads:
-        made: deque[Future[R]] = deque()
+def _in_threads(num_threads: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What a map gives, made ahead in threads while this one takes items and gives results."""
+    threads = ThreadPoolExecutor(num_threads)
+    made: deque[Future[R]] = deque()
+    try:
         for item in items:
             made.append(threads.submit(function, item))
             while made and (made[0].done() or len(made) > 2 * num_threads):
                 yield made.popleft().result()
         while made:
             yield made.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)

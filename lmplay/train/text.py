@@ -84,7 +84,7 @@ def documents(
     split: Split,
     fraction: float,
     skip: int = 0,
-    others: Callable[[Document], object] = lambda document: None,
+    others: Callable[[Document], object] | None = None,
 ) -> Iterator[Document]:
     """The documents of a split in the source's order, in bounded memory; blank ones are left out.
 
@@ -108,7 +108,7 @@ def documents(
     for document in source:
         if own or (document.place < fraction) == (split == "validation"):
             yield document
-        else:
+        elif others is not None:
             others(document)
 
 

@@ -1,5 +1,6 @@
 """The batch of a step is a pure function of plan, seed and step; an epoch has each target once."""
 
+import json
 import threading
 from collections import Counter
 
@@ -172,6 +173,17 @@ def test_a_streamed_source_gives_the_batches_of_a_prepared_one(folder, hub):
     assert prepared.validation_fingerprint == streaming.validation_fingerprint
 
 
+def test_a_source_that_cannot_be_reached_is_told_before_others_are_prepared(folder, hub):
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records("a", 100)))
+    plan = make_plan({"a": {"files": [str(folder / "a.jsonl")]}, "b": {"hub": "x/b"}})
+    told = []
+
+    with pytest.raises(KeyError):  # there is no such table
+        Data(plan, BYTE, 0, on_progress=lambda *numbers: told.append(numbers))
+
+    assert not told
+
+
 def test_a_step_needs_only_the_shards_up_to_its_own(folder, hub, monkeypatch):
     hub.tables["x/a"] = records("a", 2000)
     plan = make_plan({"a": {"hub": "x/a"}}, tokens=10**6)
@@ -192,7 +204,9 @@ def test_what_was_streamed_once_needs_neither_network_nor_thread(folder, hub, mo
     hub.tables["x/a"] = records("a", 60)
     plan = make_plan({"a": {"hub": "x/a", "download": "about 9 GB"}}, batch_size=1)
     notes = []
-    before = rows_of(Data(plan, BYTE, 0, note=notes.append))
+    streamed = Data(plan, BYTE, 0, note=notes.append)
+    before = rows_of(streamed)
+    streamed.close()  # waits for its thread
 
     def offline(*_):
         raise ConnectionError("no network")

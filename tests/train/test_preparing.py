@@ -1,7 +1,9 @@
 """Prepared tokens are the source's, whole, in order, once; whatever interrupts the preparation."""
 
+import contextlib
 import errno
 import json
+import threading
 import tracemalloc
 
 import numpy as np
@@ -171,6 +173,43 @@ def test_one_pass_over_the_source_makes_both_sides(folder, monkeypatch):
     assert len(passes) == 1
     assert stream(held_out) == packed(dataset, "validation")
     assert stream(training) == packed(dataset)
+
+
+def test_what_is_wrong_with_a_validation_split_is_told_before_training_text_is_prepared(folder):
+    (folder / "data").mkdir()
+    jsonl(folder / "data" / "train.jsonl", numbered(100))
+    jsonl(folder / "data" / "validation.jsonl", [{"words": "no such column"}])
+    told = []
+
+    with pytest.raises(UserError, match=r"validation\.jsonl"):
+        made(Dataset(files=[str(folder / "data")]), on_progress=lambda *numbers: told.append(1))
+
+    assert not told
+
+
+@pytest.mark.parametrize(("is_parallel", "most"), [(True, 1), (False, 3)])
+def test_a_tokenizer_that_uses_all_cores_is_called_from_one_thread(
+    folder, monkeypatch, is_parallel, most
+):
+    dataset = jsonl(folder / "a.jsonl", numbered(400))
+    together = threading.Barrier(most)
+    running = []
+
+    class Tracked(type(BYTE)):
+        def encode_batch(self, texts):
+            running.append(threading.current_thread())
+            if len(texts) == 7 and not together.broken:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    together.wait(5)  # returns at once where `most` threads are here
+            return super().encode_batch(texts)
+
+    tokenizer = Tracked()
+    tokenizer.is_parallel = is_parallel
+    monkeypatch.setattr(preparing.os, "cpu_count", lambda: 3)
+    _, training = prepare(dataset, "name", tokenizer, HELD_OUT, print, shard_tokens=100)
+
+    assert stream(training) == packed(dataset)
+    assert len({thread for thread in running if thread is not threading.main_thread()}) == most
 
 
 def test_what_is_prepared_is_not_prepared_again(folder, monkeypatch):
