@@ -536,4 +536,12 @@ def _resume(text: str) -> bool:
 
 def run() -> None:
     """The console script."""
-    run_app(app)
+    try:
+        run_app(app)
+    except SystemExit as end:
+        if "RANK" in os.environ and isinstance(end.code, int | None):
+            # threads that gloo leaves behind now and then abort a Python that ends by itself
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+        raise
