@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmplay.errors import UserError, nearest
+from lmplay.gaps import CUT, CUT_GAPS, NEXT, SHORT_GAPS, cut, has_short_gaps, is_plain
 from lmplay.network import bounded
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ _TIKTOKEN = {  # and how many tokens it has
     "o200k_base": 200019,
 }
 _GPT2_LIKE = ("gpt2", "r50k_base", "p50k_base")  # those that cut text by GPT-2's pattern
-CUT, NEXT = "\0", "\1"  # in no text that is cut: where it is, and where the next one begins
-SHORT_GAPS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
-CUT_GAPS = SHORT_GAPS + "+"
-_WIDE = [c for c in map(chr, range(0x80, 0x3001)) if c.isspace()]
-_WIDE_GAP = re.compile(r"[{0}]\s|\s[{0}]".format("".join(_WIDE)))
 _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 _HINT = "check the network, or set {variable}; --plan quick makes its own tokenizer and needs none"
 
@@ -45,54 +40,6 @@ def valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def is_plain(text: str) -> bool:
-    """Whether `cut` can tell the text's gaps: no white space beyond ASCII beside other white space.
-
-    And none of the characters that `cut` marks with.
-    """
-    if CUT in text or NEXT in text:
-        return False
-    return not any(blank in text for blank in _WIDE) or not _WIDE_GAP.search(text)
-
-
-def has_short_gaps(text: str) -> bool:
-    """Whether SHORT_GAPS finds the pieces that GPT-2's pattern finds, in half the time.
-
-    That pattern ends in `\\s+(?!\\S)|\\s+`: white space before a word is one piece but for its last
-    character. In a gap of one or two characters this is each character by itself.
-
-    Args:
-        text: one that `is_plain`, or several with NEXT between them.
-    Returns:
-        False also where that is not certain.
-    """
-    import numpy as np
-
-    is_gap = np.frombuffer(text.encode(), np.uint8) <= ord(" ")
-    return not is_gap[-2:].all() and not (is_gap[:-2] & is_gap[1:-1] & is_gap[2:]).any()
-
-
-def cut(text: str) -> str:
-    """Put CUT before the last character of each gap that has several and does not end a text.
-
-    Then CUT_GAPS finds the pieces that GPT-2's pattern finds, without its lookahead too. `text` is
-    as for `has_short_gaps`.
-    """
-    import numpy as np
-
-    data = np.frombuffer(text.encode(), np.uint8)
-    is_gap = (data == ord(" ")) | ((data - ord("\t")) <= ord("\r") - ord("\t"))
-    is_last = is_gap[:-2] & is_gap[1:-1] & ~is_gap[2:] & (data[2:] != ord(NEXT))
-    places = is_last.nonzero()[0] + 1
-    if not len(places):
-        return text
-    made = np.full(len(data) + len(places), ord(CUT), np.uint8)
-    kept = np.ones(len(made), bool)
-    kept[places + np.arange(len(places))] = False
-    made[kept] = data
-    return made.tobytes().decode()
 
 
 class Tokenizer:

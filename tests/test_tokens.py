@@ -1,5 +1,6 @@
 """Tokens stand for exactly their text, and nothing in a text stands for the end marker."""
 
+import itertools
 import json
 import os
 import sys
@@ -8,29 +9,14 @@ from hashlib import sha1
 from pathlib import Path
 
 import pytest
-import regex
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmplay import tokens
 from lmplay.errors import NO_DATA, UserError
-from lmplay.tokens import (
-    CUT,
-    CUT_GAPS,
-    END,
-    NEXT,
-    SHORT_GAPS,
-    cut,
-    has_short_gaps,
-    is_plain,
-    open_tokenizer,
-    vocab_size_of,
-)
+from lmplay.tokens import END, open_tokenizer, vocab_size_of
 
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_PATTERN = (  # Radford et al. 2019, the code of GPT-2
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-)
 WORDS = ["low lower lowest", "new newer newest wide wider", "naïve café 北京 🙂 it's 1234"] * 20
 
 
@@ -54,12 +40,8 @@ def word_level(path):
 BYTE = open_tokenizer("byte")
 BPE = open_tokenizer("bpe:300", texts=lambda: WORDS)
 
-# what decides how GPT-2 cuts a text: kinds of character, contractions, all white space
-PIECES = st.sampled_from(
-    ["a", "é", "Ab", "1", "½", "'", "'s", "'ll", "ve", "-", "é̄", "北", "🙂", "\0"]
-)
-GAPS = st.sampled_from([" ", "\n", *(c for c in map(chr, range(0x3001)) if c.isspace())])
-CUTS = st.lists(st.one_of(PIECES, GAPS)).map("".join)
+SPECIAL = st.sampled_from([END, "\xa0", "\0", "\1"])
+TEXTS = st.lists(st.one_of(st.text(" \n\ta1's", max_size=6), SPECIAL), max_size=3).map("".join)
 
 both = pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
 
@@ -79,42 +61,38 @@ def test_tokens_add_up_to_the_bytes_of_the_text(tokenizer, text):
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-@given(texts=st.lists(CUTS, min_size=1, max_size=3))
-@example(texts=["if x:\n    two  blanks\n\nand it's a line\n\n", " \n"])
-@example(texts=["two  blanks\n\nand it's a line\n", " a"])
-def test_neither_short_gaps_nor_cut_ones_need_the_lookahead(texts):
-    if all(map(is_plain, texts)):
-        joined = NEXT.join(texts)
-        if has_short_gaps(joined):
-            pieces = [regex.findall(SHORT_GAPS, text) for text in texts]
-            assert pieces == [regex.findall(GPT2_PATTERN, text) for text in texts]
-        cuts = [text.split(CUT) for text in cut(joined).split(NEXT)]
-        pieces = [[p for part in parts for p in regex.findall(CUT_GAPS, part)] for parts in cuts]
-        assert pieces == [regex.findall(GPT2_PATTERN, text) for text in texts]
-
-
-def test_a_text_is_plain_unless_white_space_beyond_ascii_stands_in_a_gap():
-    for text in ("", "It was  said:\n\n“he\tdidn't”.\n", "if x:\n    y", "a\xa0b", "a\u2003b\n"):
-        assert is_plain(text)
-    for text in ("a\xa0 b", "a\u2003\u2003b", "a \u3000b", f"a{CUT}b", f"a{NEXT}b"):
-        assert not is_plain(text)
-
-
-def test_common_text_has_short_gaps_and_code_has_not():
-    assert has_short_gaps("It was  said:\n\n“he\tdidn't”.\n")
-    for text in ("if x:\n    y", "a\n\n\nb", "end\n\n", f"end\n\n{NEXT}b"):
-        assert not has_short_gaps(text)
-    for pattern in (SHORT_GAPS, CUT_GAPS):
-        assert regex.findall(pattern, "a   b") != regex.findall(GPT2_PATTERN, "a   b")
-
-
 @pytest.mark.skipif(not has_gpt2(), reason="GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
-@given(texts=st.lists(st.one_of(CUTS, CUTS.map(lambda cut: cut + END + cut)), max_size=6))
+@given(texts=st.lists(TEXTS, max_size=6))
 def test_texts_in_a_batch_have_the_tokens_that_tiktoken_gives(texts):
     import tiktoken
 
     expected = tiktoken.get_encoding("gpt2").encode_ordinary_batch(texts)
     assert [ids.tolist() for ids in open_tokenizer("gpt2").encode_batch(texts)] == expected
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2():
+    """A tokenizer and tiktoken's: GPT-2's pattern, and merges of pairs, which show each cut."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    pairs = [bytes(pair) for pair in itertools.product(b" \n\ta1's", repeat=2)]
+    ranks = {token: i for i, token in enumerate([*(bytes([i]) for i in range(256)), *pairs])}
+    made = tiktoken.Encoding(
+        "tiny", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken, "get_encoding", lambda name: made)
+        return open_tokenizer("gpt2"), made
+
+
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_each_text_of_a_batch_has_the_tokens_of_the_whole_pattern(tiny_gpt2, texts):
+    tokenizer, whole = tiny_gpt2
+
+    expected = [whole.encode_ordinary(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    assert [tokenizer.encode(text) for text in texts] == expected
 
 
 @both

@@ -132,7 +132,8 @@ class FairSample:
 
     def __iter__(self) -> Iterator[Document]:
         """The documents by `place`, of equal ones the first added first."""
-        return (document for _, _, document in sorted(self._kept, key=_order, reverse=True))
+        in_order = sorted(self._kept, key=lambda kept: kept[:2], reverse=True)
+        return (document for _, _, document in in_order)
 
 
 def held_out_fraction(dataset: Dataset, fraction: float) -> float:
@@ -254,10 +255,6 @@ def _files(dataset: Dataset, split: Split) -> list[SourceFile]:
         f"{names}: no file's name starts with {dataset.validation_split!r}",
         hint="without validation_split, records are held out by their hash",
     )
-
-
-def _order(kept: tuple[float, int, Document]) -> tuple[float, int]:
-    return kept[:2]
 
 
 def _span(dataset: Dataset, source: Iterable[Document]) -> Iterator[Document]:

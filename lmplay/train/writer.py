@@ -137,12 +137,7 @@ class Writer:
             tokens=np.concatenate(pieces).astype(self._buffer.dtype, copy=False),
             learned=None if everywhere else np.concatenate(learned),
             ends=np.cumsum(lengths),
-            sizes=[
-                document.num_bytes
-                if all(is_on for _, is_on in parts)
-                else sum(len(text.encode()) for text, is_on in parts if is_on)
-                for document, parts in zip(documents, texts, strict=True)
-            ],
+            sizes=[sum(len(text.encode()) for text, is_on in parts if is_on) for parts in texts],
         )
 
     def add(self, encoded: Encoded) -> None:
