@@ -194,7 +194,6 @@ class GridDisplay(Display):
         """What comes from now on is of this run."""
         self._now = label, seed
         self._train, self._validation, self._began = {}, {}, None
-        self._is_validating = False
         self.title = f"{label} on {self._plan}, seed {seed}: {self._progress()}"
         self._began_run = time.monotonic()
         self._bar.reset(self._task, total=None)

@@ -184,6 +184,20 @@ def test_a_source_that_cannot_be_reached_is_told_before_others_are_prepared(fold
     assert not told
 
 
+def test_what_is_read_first_changes_no_order(folder, hub):
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records("a", 100)))
+    hub.tables["x/b"] = records("b", 100)
+    plan = make_plan({"a": {"files": [str(folder / "a.jsonl")]}, "b": {"hub": "x/b"}})
+    data = opened(plan)
+    first, *_ = data.validation_batches(1)
+    names = [[name, data._training[name].fingerprint] for name in ("a", "b")]
+    stages = [stage.model_dump() for stage in plan.stages]
+    data.close()
+
+    assert BYTE.decode(first.targets_BT[0].tolist()).startswith("a record")
+    assert data.fingerprint == cache.fingerprint(names, stages)
+
+
 def test_a_step_needs_only_the_shards_up_to_its_own(folder, hub, monkeypatch):
     hub.tables["x/a"] = records("a", 2000)
     plan = make_plan({"a": {"hub": "x/a"}}, tokens=10**6)

@@ -1,6 +1,7 @@
 """lmp-trainer as it is typed: exit codes, streams, listings, signals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -315,6 +316,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
     assert "Traceback" not in stderr and "goes on from here" in stderr
     assert saved["status"] == "stopped"
     assert f"step-{len(read_rows(curve))}" in steps
+
+
+def test_a_process_of_a_group_ends_with_its_output_and_its_own_code(place):
+    env = os.environ | {"RANK": "0"}
+
+    listed = lmp_trainer("--exp", "list", "--json", env=env)
+    wrong = lmp_trainer("--exp", "nosuch", env=env)
+
+    assert listed.returncode == 0 and json.loads(listed.stdout)
+    assert wrong.returncode == 2 and "nosuch" in wrong.stderr
 
 
 def torchrun(*args):

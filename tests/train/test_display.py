@@ -140,6 +140,19 @@ def test_a_grid_shows_each_run_where_its_label_and_its_seed_cross(grid_shown):
     assert any("ue, seed 0: failed: it blew up; 1 of 4 runs done, about" in line for line in lines)
 
 
+def test_a_grid_forgets_the_validation_of_a_run_that_failed_in_it(grid_shown):
+    def act(display):
+        display.expect([("gpt2ish", 0)])
+        display.begin("gpt2ish", 0)
+        display.row("validating", {"step": 0})
+        display.end("failed", why="it blew up")
+
+    lines = grid_shown(act)
+    last = max(i for i, line in enumerate(lines) if line.startswith("╭"))
+
+    assert not any("validating" in line for line in lines[last:])
+
+
 def test_a_grid_of_many_seeds_shows_how_many_are_done(grid_shown):
     lines = grid_shown(grid_of(40))
 

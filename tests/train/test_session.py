@@ -234,6 +234,17 @@ def test_validating_and_saving_more_often_changes_no_weight(place):
     assert len(read_rows(often.validation_csv)) == NUM_STEPS + 1
 
 
+def test_the_display_is_told_before_a_validation_and_after_it(place):
+    told = []
+    display = Silent()
+    display.row = lambda kind, row: told.append((kind, row["step"]))
+
+    run(display=display)
+
+    told = [(kind, step) for kind, step in told if kind.startswith("validati")]
+    assert told == [(kind, n) for n in (0, 3, 6, 9) for kind in ("validating", "validation")]
+
+
 def test_the_memory_of_a_step_is_kept_for_the_next(place, monkeypatch):
     asked = []
     monkeypatch.setattr(session, "keep_memory", lambda: asked.append(True))
