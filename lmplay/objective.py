@@ -114,7 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dbias_V = torch.zeros_like(bias_V, dtype=wide) if needs_bias else None
         weight_CV, x_all = weight_VC.to(low).T, x_NC.to(low)
         bias = None if bias_V is None else bias_V.to(low)
-        buffer = None if torch.compiler.is_compiling() else _logits_buffer(x_all, len(weight_VC))
+        has_buffer = device != "mps" and not torch.compiler.is_compiling()
+        buffer = _logits_buffer(x_all, len(weight_VC)) if has_buffer else None
         gradient = _WeightGradient(low, wide)
         sums = []
         with torch.autocast(device, enabled=False):
@@ -143,7 +144,7 @@ def _logits_buffer(x_NC: Tensor, V: int) -> Tensor:
     """Room for a chunk's logits, made once: on a CPU, fresh pages cost as much as the arithmetic.
 
     Rows begin at multiples of 64 numbers; a matrix product into rows of 50,257 takes 1.25 x as long
-    in fp32.
+    in fp32. Not on MPS, where a product into such rows was wrong once (pytorch/pytorch#104832).
     """
     return x_NC.new_empty(min(CHUNK, len(x_NC)), -(-V // 64) * 64)[:, :V]
 

@@ -177,9 +177,18 @@ def show_rows(session: Session, now: bool = False) -> None:
 
 def score(run: Run, part: Batch) -> Sums:
     """The one forward, on rows that may still be on the host."""
-    tokens_BT = part.tokens_BT.to(run.device, non_blocking=True)
-    targets_BT = part.targets_BT.to(run.device, non_blocking=True)
-    return run.objective(tokens_BT, targets_BT)
+    return run.objective(sent(part.tokens_BT, run.device), sent(part.targets_BT, run.device))
+
+
+def sent(rows_BT: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which the host does not wait where that is safe.
+
+    It is from pinned memory to CUDA. On MPS such a copy may read what was freed meanwhile, as of
+    torch 2.13 (pytorch/pytorch, issues 139550 and 189690).
+    """
+    if device.type == "cuda":
+        return rows_BT.pin_memory().to(device, non_blocking=True)
+    return rows_BT.to(device)
 
 
 def first_bad_place(run: Run, batch: Batch) -> str | None:
