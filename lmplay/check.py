@@ -8,12 +8,14 @@ import math
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmplay import catalog
 from lmplay.experiment import Experiment, folded, load_experiment
@@ -186,6 +188,26 @@ def _has_no_float64(bench: Bench) -> str:
     return f"none among {doubles.num_ops} operations of a step"
 
 
+def _follows_its_tokens(bench: Bench) -> str:
+    """Runs on the CPU while meta is the default device: a tensor made without a device is there."""
+    from lmplay.generate.cache import Cache
+
+    model = bench.model().train()
+    tokens_BT, cache = bench.tokens(B=2), Cache()
+    makers = _Makers(bench.experiment.module.__file__)
+    with torch.device("meta"), makers:
+        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+        if hasattr(model, "after_step"):
+            model.after_step()
+        bench.outputs(model.eval(), tokens_BT)
+        if not bench.scores_itself and _takes_cache(model):
+            for t in range(2):
+                model(tokens_BT[:, t : t + 1], cache=cache)
+                cache.advance(1)
+    waits = ", ".join(sorted(makers.waits)) or "nothing"
+    return f"{makers.num_ops} operations; the host has to wait for {waits}"
+
+
 def _starts_finite(bench: Bench) -> str:
     model = bench.model()
     tokens_BT, V = bench.tokens(B=4), bench.config.vocab_size
@@ -354,8 +376,7 @@ def _generates_as_it_reads(bench: Bench) -> str:
         passes["head of hidden"] = lambda tokens_BT, cache: model.head(
             model.hidden(tokens_BT, cache)
         )
-    reader = model.hidden if hasattr(model, "hidden") else model.forward
-    if bench.scores_itself or "cache" not in inspect.signature(reader).parameters:
+    if bench.scores_itself or not _takes_cache(model):
         raise Exempt("it takes no cache, so generation reads from the start")
     tokens_BT = bench.tokens(B=2)
     T = bench.config.max_len
@@ -379,6 +400,11 @@ def _generates_as_it_reads(bench: Bench) -> str:
                     )
                 start = end
     return f"prompts of 1 to {T} tokens, then one by one: as the full pass, to {largest:.0e}"
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    reader = model.hidden if hasattr(model, "hidden") else model.forward
+    return "cache" in inspect.signature(reader).parameters
 
 
 def _folds_without_a_trace(bench: Bench) -> str:
@@ -465,6 +491,7 @@ _PROOFS: dict[str, Callable[[Bench], str]] = {
     "changed from": _says_what_changed,
     "only weights": _holds_only_weights,
     "no float64": _has_no_float64,
+    "placement": _follows_its_tokens,
     "loss at start": _starts_finite,
     "seed": _repeats_by_seed,
     "state dict": _is_its_state,
@@ -481,6 +508,7 @@ _PROOFS: dict[str, Callable[[Bench], str]] = {
 }
 
 _DOUBLES = (torch.float64, torch.complex128)
+_SAID = {"_local_scalar_dense": "item", "_unique2": "unique"}
 
 
 class _Doubles(TorchDispatchMode):
@@ -498,6 +526,36 @@ class _Doubles(TorchDispatchMode):
         if any(isinstance(out, Tensor) and out.dtype in _DOUBLES for out in outputs):
             self.found = self.found or str(func)
         return given
+
+
+class _Makers(TorchDispatchMode):
+    """Refutes the first operation that makes a tensor on meta; notes what a GPU's host waits for.
+
+    Args:
+        file: the experiment's, whose line is named.
+    """
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.file = file
+        self.num_ops = 0
+        self.waits: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.num_ops += 1
+        name = func.overloadpacket.__name__
+        name = _SAID.get(name, name)
+        if any(isinstance(out, Tensor) and out.is_meta for out in tree_leaves(made)):
+            lines = [f.lineno for f in traceback.extract_stack() if f.filename == self.file]
+            where = f"line {lines[-1]}: " if lines else ""
+            raise Refuted(f"{where}{name} makes a tensor on the CPU; give it device=x.device")
+        has_mask = any(isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args))
+        is_read = torch.Tag.data_dependent_output in func.tags
+        is_sized = torch.Tag.dynamic_output_shape in func.tags
+        if is_read or (is_sized and (has_mask or name != "index")):
+            self.waits.add(name)
+        return made
 
 
 def _holds_tensor(value: object) -> bool:

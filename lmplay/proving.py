@@ -217,7 +217,7 @@ def prove(claims: Mapping[str, Callable[[Bench], str]], bench: Bench) -> list[Pr
             except Exempt as reason:
                 proofs.append(Proof(name, None, str(reason)))
             except Exception as error:
-                where = _where(error, bench.experiment.entry.path)
+                where = _where(error, bench.experiment.module.__file__)
                 proofs.append(Proof(name, False, where))
     return proofs
 
@@ -257,8 +257,8 @@ def nan_first(size: float) -> float:
     return math.inf if math.isnan(size) else size
 
 
-def _where(error: Exception, path: Path) -> str:
+def _where(error: Exception, file: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    lines = [frame.lineno for frame in frames if frame.filename == file]
     where = f"line {lines[-1]}: " if lines else ""
     return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"

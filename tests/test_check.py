@@ -216,6 +216,16 @@ BROKEN = {
         "only weights",
         [part("self.a = nn.Parameter(torch.ones(3, device='cpu'))")],
     ),
+    "positions made on the CPU": ("placement", [(", device=tokens_BT.device", "")]),
+    "a number made on the CPU": ("placement", [stream("x_BTC = x_BTC * torch.tensor(2.0)")]),
+    "a table fetched from the CPU": (
+        "placement",
+        [stream("x_BTC = x_BTC + torch.zeros(T).to(x_BTC.device)[:, None]")],
+    ),
+    "a mask made on the CPU for generating alone": (
+        "placement",
+        [stream("x_BTC = x_BTC if self.training else x_BTC * torch.ones(T)[:, None]")],
+    ),
     "double precision": ("no float64", [stream("x_BTC = (x_BTC.double() * 1).float()")]),
     "double weight": (
         "no float64",
@@ -252,7 +262,8 @@ after_BT = F.cross_entropy(self.second(x_BTC)[:, :-1].mT, targets_BT[:, 1:], red
 return nats_BT + 0.3 * F.pad(after_BT, (0, 1))"""
 ATTEND = "y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)"
 WINDOW = """S = k_BHSD.shape[2]
-        back_TS = torch.arange(S - T, S)[:, None] - torch.arange(S)
+        at_S = torch.arange(S, device=k_BHSD.device)
+        back_TS = at_S[S - T :, None] - at_S
         near_TS = (back_TS >= 0) & (back_TS < 4)
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=near_TS)"""
 APPEND = """        if cache is not None:
@@ -331,6 +342,30 @@ def test_a_definition_that_was_removed_has_changed(tmp_path):
     experiment = load_experiment(read_file(tmp_path / "value_norm.py")[0])
 
     assert "Config, Attention, Block, helper." in proved(experiment, "changed from").detail
+
+
+def test_a_tensor_made_on_the_cpu_is_reported_with_its_line(edited):
+    experiment = edited((", device=tokens_BT.device", ""))
+    line = experiment.source[: experiment.source.index("torch.arange")].count("\n") + 1
+
+    detail = proved(experiment, "placement").detail
+    assert detail == f"line {line}: arange makes a tensor on the CPU; give it device=x.device"
+
+
+@pytest.mark.parametrize(
+    ("line", "waits"),
+    [
+        ("x_BTC = x_BTC + 0", "nothing"),
+        ("x_BTC = x_BTC[:, torch.arange(T, device=x_BTC.device)]", "nothing"),
+        ("x_BTC = x_BTC * (1 if x_BTC.sum() > 0 else 2)", "item"),
+        ("x_BTC = x_BTC + 0 * x_BTC[x_BTC > 0].sum()", "index"),
+        ("x_BTC = x_BTC + 0 * tokens_BT.unique()[0]", "unique"),
+    ],
+)
+def test_what_the_host_has_to_wait_for_is_told(edited, line, waits):
+    detail = proved(edited(stream(line)), "placement").detail
+
+    assert detail.endswith(f"the host has to wait for {waits}")
 
 
 def test_a_leak_is_reported_with_position_and_size(edited):
