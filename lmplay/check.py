@@ -3,7 +3,6 @@
 import ast
 import copy
 import dataclasses
-import inspect
 import math
 import re
 import statistics
@@ -27,6 +26,7 @@ from lmplay.proving import (
     Exempt,
     Proof,
     Refuted,
+    has_cache,
     how_far,
     nan_first,
     prove,
@@ -200,7 +200,7 @@ def _follows_its_tokens(bench: Bench) -> str:
         if hasattr(model, "after_step"):
             model.after_step()
         bench.outputs(model.eval(), tokens_BT)
-        if not bench.scores_itself and _takes_cache(model):
+        if not bench.scores_itself and has_cache(model):
             for t in range(2):
                 model(tokens_BT[:, t : t + 1], cache=cache)
                 cache.advance(1)
@@ -376,7 +376,7 @@ def _generates_as_it_reads(bench: Bench) -> str:
         passes["head of hidden"] = lambda tokens_BT, cache: model.head(
             model.hidden(tokens_BT, cache)
         )
-    if bench.scores_itself or not _takes_cache(model):
+    if bench.scores_itself or not has_cache(model):
         raise Exempt("it takes no cache, so generation reads from the start")
     tokens_BT = bench.tokens(B=2)
     T = bench.config.max_len
@@ -400,11 +400,6 @@ def _generates_as_it_reads(bench: Bench) -> str:
                     )
                 start = end
     return f"prompts of 1 to {T} tokens, then one by one: as the full pass, to {largest:.0e}"
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    reader = model.hidden if hasattr(model, "hidden") else model.forward
-    return "cache" in inspect.signature(reader).parameters
 
 
 def _folds_without_a_trace(bench: Bench) -> str:

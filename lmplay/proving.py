@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -47,14 +48,17 @@ class Exempt(Exception):
 
 
 class Bench:
-    """An experiment at one size, by itself its TINY: models and tokens for the proofs.
+    """An experiment at one size: models and tokens for the proofs.
+
+    Args:
+        config: without it, TINY.
 
     Raises:
         UserError: the file has no TINY, or its Config refuses it.
     """
 
     def __init__(self, experiment: Experiment, config=None):
-        if not experiment.tiny:
+        if config is None and not experiment.tiny:
             raise UserError(
                 f"{experiment.entry.path} has no TINY",
                 hint="copy gpt2ish's: Config values at which a check takes seconds",
@@ -217,6 +221,9 @@ def prove(claims: Mapping[str, Callable[[Bench], str]], bench: Bench) -> list[Pr
             except Exempt as reason:
                 proofs.append(Proof(name, None, str(reason)))
             except Exception as error:
+                if "out of memory" in str(error):
+                    proofs.append(Proof(name, None, "there is not enough memory to tell"))
+                    continue
                 where = _where(error, bench.experiment.module.__file__)
                 proofs.append(Proof(name, False, where))
     return proofs
@@ -245,6 +252,12 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
             part.write_text(json.dumps([dataclasses.asdict(p) for p in proofs]), encoding="utf-8")
             part.replace(path)
     return proofs
+
+
+def has_cache(model: nn.Module) -> bool:
+    """Whether its forward takes what earlier positions left behind."""
+    reader = model.hidden if hasattr(model, "hidden") else model.forward
+    return "cache" in inspect.signature(reader).parameters
 
 
 def how_far(changed: Tensor, answer: Tensor) -> float:

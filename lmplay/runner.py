@@ -234,6 +234,7 @@ def open_run(
 class Trained:
     """A trained model, ready to generate."""
 
+    experiment: Experiment
     model: nn.Module  # in eval mode
     tokenizer: Tokenizer
     config: object
@@ -268,7 +269,14 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     tokenizer = open_tokenizer(facts["plan"]["tokenizer"], file=file)
     autocast = partial(torch.autocast, where.type, low) if low else nullcontext
     return Trained(
-        model.to(where).eval(), tokenizer, config, where, facts, checkpoint.step, autocast
+        experiment,
+        model.to(where).eval(),
+        tokenizer,
+        config,
+        where,
+        facts,
+        checkpoint.step,
+        autocast,
     )
 
 

@@ -78,7 +78,10 @@ def main(
     check: Annotated[
         bool,
         Option(
-            "--check", metavar="", help="Prove what can be proved of the experiment in seconds."
+            "--check",
+            metavar="",
+            help="Prove what can be proved of the experiment in seconds, and on a GPU that it "
+            "computes it rightly.",
         ),
     ] = False,
     write: Annotated[
@@ -251,7 +254,8 @@ def main(
         )
     if check:
         _one(names, "--check")
-        return print_check(entries[0], as_json)
+        used = _precision(amp, precision)
+        return print_check(entries[0], resolved, of_config, device, used, as_json)
     for dataset in resolved.datasets.values():
         for path in dataset.files or []:
             existing(path)

@@ -1,6 +1,7 @@
 """What lmp-trainer prints besides training: lists, descriptions, proofs, the path of a search."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,24 @@ if TYPE_CHECKING:
     from lmplay.plan import Plan
 
 
-def print_check(entry: Entry, as_json: bool) -> None:
+def print_check(
+    entry: Entry, plan: "Plan", config: dict, device: str, precision: str | None, as_json: bool
+) -> None:
     note(f"checking {entry.name}: loading torch")
     from lmplay.check import check
-    from lmplay.experiment import load_experiment
+    from lmplay.device_check import check_on
+    from lmplay.experiment import load_experiment, scale
+    from lmplay.runner import resolve_device, resolve_precision
+    from lmplay.tokens import vocab_size_of
 
-    proofs = check(load_experiment(entry))
+    experiment, where = load_experiment(entry), resolve_device(device)
+    proofs = check(experiment)
+    if where.type != "cpu":
+        used = resolve_precision(precision or plan.precision, where)
+        made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
+        note(f"checking {entry.name} on {where} in {used}")
+        for proof in check_on(where, used, experiment, made.config):
+            proofs.append(replace(proof, name=f"{proof.name}, on {where} in {used}"))
     failed = [proof for proof in proofs if proof.passed is False]
     if as_json:
         rows = [{"name": p.name, "passed": p.passed, "detail": p.detail} for p in proofs]
