@@ -457,6 +457,21 @@ def test_a_leaking_experiment_is_refused_before_training(place):
     assert not Path("runs/words/leak/seed-0/run.json").exists()
 
 
+def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkeypatch):
+    asked = []
+
+    def refuse(device, precision, experiment, config):
+        asked.append((device.type, precision, experiment.name, config.max_len))
+        raise UserError("cpu computes gpt2ish wrongly in bf16")
+
+    monkeypatch.setattr(session.device_check, "refuse_wrong", refuse)
+    with pytest.raises(UserError):
+        run(changes={"precision": "bf16"})
+
+    assert asked == [("cpu", "bf16", "gpt2ish", 32)]
+    assert not list(Path("runs").rglob("run.json"))
+
+
 def test_a_device_without_enough_memory_gets_smaller_parts(place, monkeypatch):
     real = loop.score
 
@@ -580,8 +595,10 @@ def test_a_likelihood_is_scored_with_the_same_draws_each_time(place, monkeypatch
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_operation_of_a_step_uses_double_precision(place, monkeypatch, precision, optimizer):
-    real, seen = loop.take_step, Dtypes()
+def test_no_operation_of_a_step_waits_or_uses_double_precision(
+    place, monkeypatch, precision, optimizer
+):
+    real, seen = loop.take_step, Operations()
 
     def take_step(*args):
         with seen:
@@ -594,21 +611,25 @@ def test_no_operation_of_a_step_uses_double_precision(place, monkeypatch, precis
     assert torch.float32 in seen.dtypes and f"_fused_{optimizer.lower()}_" in seen.names
     assert (torch.bfloat16 in seen.dtypes) == (precision == "bf16")
     assert not seen.dtypes & {torch.float64, torch.complex128}
+    assert not seen.waits
 
 
-class Dtypes(TorchDispatchMode):
-    """Notes the dtypes of what operations take and make."""
+class Operations(TorchDispatchMode):
+    """Notes the dtypes of what operations take and make, and what a GPU's host would wait for."""
 
     def __init__(self):
         super().__init__()
         self.dtypes = set()
         self.names = set()
+        self.waits = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
         self.dtypes |= {t.dtype for t in tensors}
         self.names.add(func.overloadpacket.__name__)
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            self.waits.add(func.overloadpacket.__name__)
         return made
 
 
