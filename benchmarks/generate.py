@@ -13,7 +13,6 @@ At batch 1 a step reads every weight once and computes little, so its limit is t
 of the weights times the steps per second are printed: the bandwidth that was reached.
 """
 
-import os
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,6 +41,7 @@ from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.experiment import load_experiment
+from lmplay.machine import num_cores
 from lmplay.runner import resolve_device
 
 # B rows, T positions
@@ -181,7 +181,7 @@ def main(
     where = resolve_device(device)
     common = {
         "device": str(where),
-        "threads": threads or os.cpu_count(),
+        "threads": threads or num_cores(),
         "exp": exp,
         "num_tokens": num_tokens,
     }

@@ -32,6 +32,7 @@ from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
 from lmplay.errors import UserError
+from lmplay.machine import num_cores
 from lmplay.plan import Dataset, Plan, Validation
 from lmplay.tokens import Tokenizer, open_tokenizer
 from lmplay.train.batches import Data
@@ -286,7 +287,7 @@ def main(
     wanted = chosen("--sides", sides, SIDES)
     if "lmplay" not in wanted:
         raise UserError(f"--sides {sides}: lmplay is measured in any case", "add it")
-    common = {"threads": threads or os.cpu_count()}
+    common = {"threads": threads or num_cores()}
     note(f"measuring {', '.join(wanted)}")
     case = measure(data, int(megabytes * 1e6), wanted, seconds, common)
     loader = measure_loader(batches)

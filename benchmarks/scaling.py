@@ -14,7 +14,6 @@ taken off, and its formula likewise: weights, activations, a chunk of logits.
 """
 
 import math
-import os
 import statistics
 import tempfile
 from dataclasses import replace
@@ -30,6 +29,7 @@ from train import lmplay, side_settings, write_data
 from typer import Option
 
 from lmplay.console import Device, note, print_json, run_app, show, table
+from lmplay.machine import num_cores
 from lmplay.objective import CHUNK
 from lmplay.runner import resolve_device
 
@@ -158,7 +158,7 @@ def main(
     where = resolve_device(device)
     common = {
         "device": str(where),
-        "threads": threads or os.cpu_count(),
+        "threads": threads or num_cores(),
         "exp": exp,
         "precision": precision,
         "compiled": False,

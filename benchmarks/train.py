@@ -47,6 +47,7 @@ from typer import Option
 from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.experiment import count, load_experiment
+from lmplay.machine import num_cores
 from lmplay.plan import Plan
 from lmplay.runner import resolve_device
 from lmplay.train.curves import CADENCE, matmul_rate, peak_memory
@@ -393,7 +394,7 @@ def main(
     where = resolve_device(device)
     common = {
         "device": str(where),
-        "threads": threads or os.cpu_count(),
+        "threads": threads or num_cores(),
         "exp": exp,
         "nanogpt": str(nanogpt),
     }

@@ -22,6 +22,7 @@ from torch import nn
 from lmplay.checkpoint import read_checkpoint
 from lmplay.errors import BAD_CHECKPOINT, UserError
 from lmplay.experiment import Experiment, freeze, load_source
+from lmplay.machine import processor
 from lmplay.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder
@@ -310,7 +311,7 @@ def keep_memory() -> None:
 
 def machine_facts(device: torch.device) -> dict[str, object]:
     """What run.json says of the machine, the versions and the commit."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": str(device),
         "device_name": name,
@@ -319,15 +320,6 @@ def machine_facts(device: torch.device) -> dict[str, object]:
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
         "git_commit": _git_commit(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _git_commit() -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lmplay.errors import BAD_INPUT, LOCKED, UserError
+from lmplay.machine import num_cores
 
 GRACE_SECONDS = 10.0  # that the others get to end by themselves once one has failed
 
@@ -41,7 +42,7 @@ def launch(command: list[str], num: int) -> int:
         The exit code: of the first process where it says why it ended, else of whichever failed
         first; 128 + the signal's number where a signal killed it.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // num))
+    threads = str(max(1, num_cores() // num))
     shared = {
         "WORLD_SIZE": str(num),
         "LOCAL_WORLD_SIZE": str(num),

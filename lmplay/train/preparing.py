@@ -1,6 +1,5 @@
 """Documents to shards in the cache: what is held out, and what is trained on."""
 
-import os
 import re
 import threading
 from collections import deque
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from lmplay.machine import num_cores
 from lmplay.plan import Dataset, Validation
 from lmplay.tokens import Tokenizer
 from lmplay.train import cache
@@ -214,18 +214,17 @@ def _encoded(
     source: Iterable[Document],
 ) -> Iterator[Encoded]:
     """The documents as tokens, made on all cores while this thread takes more of them."""
-    num_cores = os.cpu_count() or 1
     if tokenizer.is_parallel:
-        return _in_threads(1, encode, _batches(source, min(16, num_cores)))
-    return _in_threads(num_cores, encode, _batches(source, 1))
+        return _in_threads(1, encode, _batches(source, min(16, num_cores())))
+    return _in_threads(num_cores(), encode, _batches(source, 1))
 
 
-def _batches(source: Iterable[Document], num_cores: int) -> Iterator[list[Document]]:
+def _batches(source: Iterable[Document], num_threads: int) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in source:
         batch.append(document)
         size += len(document.text)
-        if size >= num_cores * _BATCH_CHARACTERS or len(batch) >= num_cores * _BATCH_RECORDS:
+        if size >= num_threads * _BATCH_CHARACTERS or len(batch) >= num_threads * _BATCH_RECORDS:
             yield batch
             batch, size = [], 0
     if batch:

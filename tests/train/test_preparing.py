@@ -205,7 +205,7 @@ def test_a_tokenizer_that_uses_all_cores_is_called_from_one_thread(
 
     tokenizer = Tracked()
     tokenizer.is_parallel = is_parallel
-    monkeypatch.setattr(preparing.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(preparing, "num_cores", lambda: 3)
     _, training = prepare(dataset, "name", tokenizer, HELD_OUT, print, shard_tokens=100)
 
     assert stream(training) == packed(dataset)
