@@ -231,7 +231,7 @@ def main(
 
     if plan == "schema":
         return print_json(plan_schema())
-    names = (exp or "gpt2ish").split(",")
+    names = ("gpt2ish" if exp is None else exp).split(",")
     if write is not None:
         return _write(_one(names, "--write"), write)
     entries = [catalog.resolve(name) for name in names]
@@ -241,7 +241,7 @@ def main(
         changes["tokens"] = tokens
     of_plan = {key: value for key, value in changes.items() if has_key(key)}
     of_config = {key: value for key, value in changes.items() if key not in of_plan}
-    resolved = read_plan(plan or "default", of_plan, data)
+    resolved = read_plan("default" if plan is None else plan, of_plan, data)
     is_grid = len(entries) > 1 or seeds is not None or bool(ideas)
     rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
     for entry in [*entries, *ideas, *([rival] if rival else [])]:
@@ -250,7 +250,11 @@ def main(
     if is_described:
         _one(names, "--describe")
         return describe(
-            entries[0] if exp or not plan else None, resolved, of_config, bool(plan), as_json
+            entries[0] if exp is not None or plan is None else None,
+            resolved,
+            of_config,
+            plan is not None,
+            as_json,
         )
     if check:
         _one(names, "--check")

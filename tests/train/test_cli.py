@@ -54,6 +54,8 @@ def lmp_trainer(*args, **options):
     [
         (["--exp", "gpt2is"], ["no experiment called 'gpt2is'", "did you mean 'gpt2ish'?"]),
         (["--exp", "mine.py"], ["there is no experiment file mine.py"]),
+        (["--exp", ""], ["no experiment called ''"]),  # a variable of the shell that is not set
+        (["--plan", ""], ["no plan called ''"]),
         (["--plan", "quik"], ["no plan called 'quik'", "did you mean 'quick'?"]),
         (["--set", "optimizer.lrr=1"], ["optimizer.lrr", "did you mean"]),
         (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
