@@ -27,6 +27,7 @@ from lmplay.roots import cache_root
 
 CLOSE = 1e-4  # how far logits may move, against the largest, where the order of additions differs
 MOST_STEPS = 200  # of Adam, to learn one batch
+NO_MEMORY = "there is not enough memory to tell"
 GRADIENT_STEPS = 4  # until each gradient was non-zero: zero-initialised layers open one by one
 
 
@@ -221,11 +222,11 @@ def prove(claims: Mapping[str, Callable[[Bench], str]], bench: Bench) -> list[Pr
             except Exempt as reason:
                 proofs.append(Proof(name, None, str(reason)))
             except Exception as error:
-                if "out of memory" in str(error):
-                    proofs.append(Proof(name, None, "there is not enough memory to tell"))
-                    continue
-                where = _where(error, bench.experiment.module.__file__)
-                proofs.append(Proof(name, False, where))
+                if _is_full(error):
+                    proofs.append(Proof(name, None, NO_MEMORY))
+                else:
+                    where = _where(error, bench.experiment.module.__file__)
+                    proofs.append(Proof(name, False, where))
     return proofs
 
 
@@ -233,7 +234,7 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
     """What was found of this before, if all of it passed; else what is found now.
 
     A pass is remembered, in the user's cache, by the hash of `of`, of this file, and the versions
-    of lmplay and torch. A failure is never remembered.
+    of lmplay and torch. A failure is never remembered, nor what lacked memory.
 
     Args:
         of: what the proofs depend on, by its text.
@@ -245,7 +246,7 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
     with suppress(OSError, ValueError, TypeError):
         return [Proof(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     proofs = found()
-    if all(proof.passed is not False for proof in proofs):
+    if all(proof.passed is not False and proof.detail != NO_MEMORY for proof in proofs):
         with suppress(OSError):  # a cache that cannot be written costs a second next time
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}")
@@ -268,6 +269,12 @@ def how_far(changed: Tensor, answer: Tensor) -> float:
 
 def nan_first(size: float) -> float:
     return math.inf if math.isnan(size) else size
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a device or the host ran out of memory: not all of torch says so by a type."""
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def _where(error: Exception, file: str) -> str:

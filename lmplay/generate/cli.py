@@ -170,6 +170,8 @@ def main(
     if missing := [key for key in _NEEDED if key not in facts]:
         raise UserError(f"{folder.run_json} is damaged: it lacks {', '.join(missing)}")
     note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
+    import torch
+
     from lmplay.device_check import refuse_wrong
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import Sampler
@@ -182,7 +184,9 @@ def main(
     trained = open_trained(
         folder, named_step if step is None else step, settings.device, settings.precision
     )
-    refuse_wrong(trained.device, settings.precision, trained.experiment, trained.config)
+    asked_of = trained.device, settings.precision, trained.experiment, trained.config
+    refuse_wrong(*asked_of, note, is_trained=False)
+    torch.manual_seed(seed)  # for a model that writes by itself
     if pack(trained.model, settings.precision, min(num_samples, _ROWS)):
         trained = replace(trained, autocast=nullcontext)
     note(f"{folder.path}, step {trained.step}, {settings.device}, {settings.precision}")

@@ -148,7 +148,9 @@ def run_experiment(request: Request, display: Display) -> dict:
             made = Scale(experiment.config(**facts["config"]), facts["scale_differs"])
             torch.set_num_threads(facts["threads"])
         keep_memory()
-        _refuse_wrong_device(experiment, made.config, accelerator, precision, display)
+        with accelerator.local_main_process_first():  # which remembers it for the others
+            where = accelerator.device
+            device_check.refuse_wrong(where, precision, experiment, made.config, display.note)
         run = open_run(
             folder,
             plan,
@@ -172,16 +174,6 @@ def run_experiment(request: Request, display: Display) -> dict:
             load_weights(run.model, beginner.model.state_dict(), str(request.initial.path))
             display.note(told(now["initial_model"]))
         return _train(session, now, tokenizer, display)
-
-
-def _refuse_wrong_device(
-    experiment: Experiment, config, accelerator: Accelerator, precision: str, display: Display
-) -> None:
-    device = accelerator.device
-    if device.type != "cpu":
-        display.note(f"checking {experiment.name} on {device} in {precision}")
-    with accelerator.main_process_first():  # which remembers it for the others
-        device_check.refuse_wrong(device, precision, experiment, config)
 
 
 def _refuse_sharding(request: Request, precision: str, num_processes: int) -> None:

@@ -121,7 +121,7 @@ def test_json_is_one_document_that_tells_all(generator, runs):
 def test_a_device_that_computes_wrongly_writes_nothing(generator, monkeypatch, capsys):
     asked = []
 
-    def refuse(device, precision, experiment, config):
+    def refuse(device, precision, experiment, config, note, **_):
         asked.append((device.type, precision, experiment.source, config.max_len))
         raise UserError("cpu computes gpt2ish wrongly in bf16")
 

@@ -460,7 +460,7 @@ def test_a_leaking_experiment_is_refused_before_training(place):
 def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkeypatch):
     asked = []
 
-    def refuse(device, precision, experiment, config):
+    def refuse(device, precision, experiment, config, note, **_):
         asked.append((device.type, precision, experiment.name, config.max_len))
         raise UserError("cpu computes gpt2ish wrongly in bf16")
 
