@@ -1,5 +1,6 @@
 """Optimizers of torch by name, the routing of parameters to them, and learning-rate schedules."""
 
+import functools
 import inspect
 import math
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Optimizer, Schedule
 
+CLOSE = 0.1  # of an update; Muon computes its own in bf16
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
 # each number of a weight is updated from its own gradient alone, so a slice as in the whole weight;
 # of the others in torch 2.13, Adafactor looks at whole rows and columns, Muon at whole matrices
@@ -77,7 +79,53 @@ def has_fused_kernel(kind: type[torch.optim.Optimizer], device: torch.device) ->
 
 def is_maskable(optimizer: torch.optim.Optimizer) -> bool:
     """True where the update can be skipped on the device, by a flag that the host never reads."""
-    return bool(optimizer.defaults.get("fused"))
+    device = optimizer.param_groups[0]["params"][0].device
+    return bool(optimizer.defaults.get("fused")) and _heeds_its_flag(type(optimizer), device)
+
+
+@functools.cache
+def _heeds_its_flag(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """Found out: on MPS the kernels updated all the same (until pytorch/pytorch#186360)."""
+    weight = nn.Parameter(torch.ones(4, device=device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight], lr=0.5, fused=True)
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    return bool((weight == 1).all())
+
+
+def refuse_wrong_updates(wanted: Optimizer, device: torch.device) -> None:
+    """Raise a UserError where a few updates on this device are not those on the CPU.
+
+    The weights are as large and as many as kernels treat apart, and a vector for optimizers that
+    take one. One matrix lies transposed in memory: on MPS such weights once stayed as they were
+    (pytorch/pytorch#118115).
+    """
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(300, 300, generator=draw), torch.randn(64, 48, generator=draw).T]
+    weights += [torch.randn(4, 4, generator=draw) for _ in range(32)]
+    if wanted.name in _ELEMENTWISE:
+        weights.append(torch.randn(7, generator=draw))
+    models = [
+        nn.ParameterList(weight.clone().to(place) for weight in weights)
+        for place in ("cpu", device)
+    ]
+    optimizers = [make_optimizer(wanted, model) for model in models]
+    for _ in range(3):
+        gradients = [torch.randn(weight.shape, generator=draw) for weight in weights]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for mine, gradient in zip(model, gradients, strict=True):
+                mine.grad = torch.empty_like(mine).copy_(gradient)
+            set_learning_rate(optimizer, wanted.lr)
+            optimizer.step()
+    for before, *after in zip(weights, *models, strict=True):
+        exact, found = (weight.detach().cpu() - before for weight in after)
+        if not (found - exact).norm() <= CLOSE * exact.norm():
+            raise UserError(
+                f"{device.type} updates weights wrongly by {wanted.name}: they are off by "
+                f"{(found - exact).norm():.1e} where they move by {exact.norm():.1e}",
+                hint="--set optimizer.options.foreach=true, --device cpu, or another torch",
+            )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

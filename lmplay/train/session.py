@@ -55,7 +55,7 @@ from lmplay.train.loop import (
     scattered_rng,
     train,
 )
-from lmplay.train.optim import make_optimizer, refuse_sharding
+from lmplay.train.optim import make_optimizer, refuse_sharding, refuse_wrong_updates
 from lmplay.train.update import Update
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
@@ -151,6 +151,7 @@ def run_experiment(request: Request, display: Display) -> dict:
         with accelerator.local_main_process_first():  # which remembers it for the others
             where = accelerator.device
             device_check.refuse_wrong(where, precision, experiment, made.config, display.note)
+        refuse_wrong_updates(plan.optimizer, accelerator.device)
         run = open_run(
             folder,
             plan,

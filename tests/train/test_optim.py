@@ -6,7 +6,14 @@ from torch import nn
 
 from lmplay.errors import UserError
 from lmplay.plan import Optimizer, Schedule
-from lmplay.train.optim import has_fused_kernel, learning_rate, make_optimizer, set_learning_rate
+from lmplay.train.optim import (
+    has_fused_kernel,
+    is_maskable,
+    learning_rate,
+    make_optimizer,
+    refuse_wrong_updates,
+    set_learning_rate,
+)
 
 
 class Model(nn.Module):
@@ -75,6 +82,59 @@ def test_the_update_is_one_kernel_where_torch_has_it_and_nobody_chose_another(na
     )
 
     assert fused.defaults["fused"] and not chosen.defaults["fused"]
+
+
+class Deaf(torch.optim.AdamW):
+    """Fused, and updates whatever the flag says."""
+
+    def step(self, closure=None):
+        self.found_inf = None
+        return super().step(closure)
+
+
+def test_a_kernel_that_heeds_no_flag_is_not_masked_by_one():
+    weight = nn.Parameter(torch.ones(2))
+
+    assert is_maskable(torch.optim.AdamW([weight], fused=True))
+    assert not is_maskable(Deaf([weight], fused=True))
+    assert not is_maskable(torch.optim.AdamW([weight], foreach=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad", "Muon", "Adafactor", "Rprop"])
+def test_updates_that_are_the_cpu_s_are_not_refused(name):
+    refuse_wrong_updates(Optimizer(name=name, lr=0.01), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrong", ["transposed weights stay", "vectors stay", "nothing is decayed"])
+def test_a_device_that_updates_otherwise_is_refused(monkeypatch, wrong):
+    stepped = []
+
+    class Other(torch.optim.AdamW):
+        """Right on the CPU, whose optimizer is the first to step."""
+
+        def step(self, closure=None):
+            if self not in stepped:
+                stepped.append(self)
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            before = [weight.detach().clone() for weight in weights]
+            if wrong == "nothing is decayed" and self is not stepped[0]:
+                for group in self.param_groups:
+                    group["weight_decay"] = 0.0
+            super().step(closure)
+            for weight, old in zip(weights, before, strict=True):
+                is_transposed = wrong == "transposed weights stay" and not weight.is_contiguous()
+                is_vector = wrong == "vectors stay" and weight.dim() == 1
+                if self is not stepped[0] and (is_transposed or is_vector):
+                    weight.data = old
+
+    Other.__name__ = "AdamW"
+    monkeypatch.setattr(torch.optim, "AdamW", Other)
+    with pytest.raises(UserError) as caught:
+        refuse_wrong_updates(
+            Optimizer(name="AdamW", lr=0.01, weight_decay=1.0), torch.device("cpu")
+        )
+
+    assert caught.value.problem.startswith("cpu updates weights wrongly by AdamW: ")
 
 
 def test_a_kernel_that_a_device_lacks_is_not_asked_for():

@@ -61,6 +61,23 @@ def test_nothing_changes_from_the_first_step_that_is_not_finite(kind, fp16, bad)
     assert_close(taken.run.model.weight, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+def test_nothing_changes_where_the_fused_kernel_does_not_heed_the_flag(monkeypatch, fp16):
+    class AdamW(torch.optim.AdamW):
+        def step(self, closure=None):
+            self.found_inf = None
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    taken = update(KINDS[0], fp16)
+    step(taken, 1.0)
+    before = taken.run.model.weight.clone()
+    step(taken, float("nan"))
+
+    assert taken.optimizer.defaults["fused"]
+    assert_close(taken.run.model.weight, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("at", [0, 2])
 def test_an_overflow_under_fp16_costs_that_step_alone(kind, at):
