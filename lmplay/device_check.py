@@ -7,6 +7,7 @@ tokens in bf16 and fp16 (pytorch/pytorch#195910), misread q, k and v that are no
 
 import functools
 import gc
+import inspect
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lmplay import objective
 from lmplay.errors import UserError
 from lmplay.experiment import Experiment
-from lmplay.generate import cache as cache_module
 from lmplay.generate.cache import Cache
 from lmplay.machine import processor
 from lmplay.objective import Objective
@@ -26,17 +25,8 @@ from lmplay.proving import NO_MEMORY, Bench, Exempt, Proof, Refuted, has_cache, 
 
 # B rows, T positions, C model width
 
-CUTS = (
-    1,
-    2,
-    3,
-    5,
-    9,
-    33,
-    65,
-    129,
-    257,
-)  # behind which tokens change; and half of all, and the last
+# where tokens change, and nothing before may move; also in the middle, and at the last token
+CUTS = (1, 2, 3, 5, 9, 33, 65, 129, 257)
 LEAK = 1e-3  # of a position's size, beyond four times what it differs from itself in another row
 CLOSE = 0.02  # of a position, a loss, the whole gradient, beyond what rounding accounts for ...
 CLOSE_MATRIX = 0.2  # ... of one matrix's gradient, in which more cancels out ...
@@ -47,7 +37,7 @@ SOME = 128  # tokens of what is computed on both
 USUAL = 0.01  # of the usual size of a gradient, added to each: what is smaller is mostly rounding
 ALL, LOSS = "the whole gradient", "the loss"
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FILES = (__file__, objective.__file__, cache_module.__file__)
+_FILES = (__file__, inspect.getfile(Objective), inspect.getfile(Cache))
 
 Note = Callable[[str], object]
 
