@@ -28,6 +28,7 @@ class Update:
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer, clip: float | None):
         self.run = run
         self.optimizer = optimizer
+        self.is_maskable = is_maskable(optimizer)
         self.scaler = run.accelerator.scaler
         self.clip = float("inf") if clip is None else clip
         self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
@@ -63,7 +64,7 @@ class Update:
     def _step(self, wanted: Tensor) -> None:
         # fused SGD leaves its momentum unset where the first step is masked, as fp16 may have it
         is_unset = self.scaler is not None and self.optimizer.defaults.get("momentum")
-        if is_maskable(self.optimizer) and not is_unset:
+        if self.is_maskable and not is_unset:
             self.optimizer.found_inf = (~wanted).float()  # read by the fused kernels
             self.optimizer.step()
         elif wanted:

@@ -105,6 +105,13 @@ def test_updates_that_are_the_cpu_s_are_not_refused(name):
     refuse_wrong_updates(Optimizer(name=name, lr=0.01), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    "values", [{"lr": 1e-30}, {"lr": 1e38}, {"lr": 1, "weight_decay": 1e38}], ids=str
+)
+def test_values_that_no_device_can_do_with_are_no_wrong_device(values):
+    refuse_wrong_updates(Optimizer(name="AdamW", **values), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("wrong", ["transposed weights stay", "vectors stay", "nothing is decayed"])
 def test_a_device_that_updates_otherwise_is_refused(monkeypatch, wrong):
     stepped = []
