@@ -106,13 +106,9 @@ def test_an_attention_that_begins_at_zero_hides_no_leak(monkeypatch, tmp_path):
     assert proofs[0].name == "causal" and proofs[0].passed is False
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "name",
-    ["gpt2ish", "gpt2", "ue", "value_norm", "nnm4", "nnm1", "rpa_ue", "uw6_4", "lra", "recurrent"],
-)
-def test_the_cpu_computes_every_family_rightly(name, precision):
-    assert all(proof.passed for proof in found(name, precision).values())
+@pytest.mark.parametrize("name", ["gpt2ish", "gpt2", "ue", "value_norm", "nnm1", "uw6_4"])
+def test_the_cpu_computes_every_family_rightly_in_bf16(name):
+    assert all(proof.passed for proof in found(name).values())
 
 
 def test_the_first_position_that_moves_is_named(monkeypatch):
