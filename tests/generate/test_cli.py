@@ -121,16 +121,22 @@ def test_json_is_one_document_that_tells_all(generator, runs):
 def test_a_device_that_computes_wrongly_writes_nothing(generator, monkeypatch, capsys):
     asked = []
 
-    def refuse(device, precision, experiment, config, note, **_):
-        asked.append((device.type, precision, experiment.source, config.max_len))
+    def refuse(device, precision, experiment, config, note, is_trained):
+        asked.append((device.type, precision, experiment.source, config.max_len, is_trained))
         raise UserError("cpu computes gpt2ish wrongly in bf16")
 
     monkeypatch.setattr("lmplay.device_check.refuse_wrong", refuse)
     with pytest.raises(UserError):
         generator("quick/gpt2ish/seed-0", "ab", "--precision", "bf16")
 
-    assert asked == [("cpu", "bf16", SOURCE.read_text(), 32)]
+    assert asked == [("cpu", "bf16", SOURCE.read_text(), 32, False)]
     assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_draws_by_itself_draws_by_the_seed(generator):
+    generator("quick/gpt2ish/seed-0", "ab", "--seed", 7)
+
+    assert torch.initial_seed() == 7
 
 
 def test_prompts_come_from_an_option_a_file_or_stdin(generator, tmp_path):

@@ -472,6 +472,21 @@ def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkey
     assert not list(Path("runs").rglob("run.json"))
 
 
+def test_a_device_that_updates_wrongly_is_refused_before_training(place, monkeypatch):
+    asked = []
+
+    def refuse(wanted, device):
+        asked.append((wanted.name, device.type))
+        raise UserError("cpu updates weights wrongly by SGD")
+
+    monkeypatch.setattr(session, "refuse_wrong_updates", refuse)
+    with pytest.raises(UserError):
+        run(changes={"optimizer.name": "SGD"})
+
+    assert asked == [("SGD", "cpu")]
+    assert not list(Path("runs").rglob("run.json"))
+
+
 def test_a_device_without_enough_memory_gets_smaller_parts(place, monkeypatch):
     real = loop.score
 
