@@ -7,6 +7,7 @@ experiment gpt2, which is transformers' GPT2LMHeadModel weight for weight). Side
 their own that write in turn, so a machine that slows down slows all of them.
 
 * lmplay: what lmp-generator does: on a CPU from packed weights, else in bf16 under autocast.
+* lmplay+compile: what it does with --compile, which a CPU has in bf16 alone.
 * static, dynamic: transformers' `generate` with that cache; in bf16 its weights are bf16.
 
 At batch 1 a step reads every weight once and computes little, so its limit is the memory. The bytes
@@ -41,12 +42,14 @@ from lmplay.catalog import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.experiment import load_experiment
+from lmplay.generate.compiling import CompiledSteps, can_compile
 from lmplay.machine import num_cores
-from lmplay.runner import resolve_device
+from lmplay.runner import keep_memory, resolve_device
 
 # B rows, T positions
 
-SIDES = ("lmplay", "static", "dynamic")
+OURS = ("lmplay", "lmplay+compile")
+SIDES = (*OURS, "static", "dynamic")
 PROMPT = 32
 WAKING = 8  # tokens that each turn begins with, not timed
 WANTED = {("base", 8, "fp32"): 1.25, ("base", 8, "bf16"): 3.0, ("base", 1, "bf16"): 1.8}
@@ -59,20 +62,24 @@ def lmplay(turns: Turns, settings: dict) -> None:
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import GREEDY, generate
 
+    keep_memory()
     size, device = Size(**settings["size"]), torch.device(settings["device"])
     experiment = load_experiment(resolve(settings["exp"]))
     model = experiment.model(size.config(experiment), seed=0, device=device).eval()
     prompts = _prompts(settings).tolist()
-    is_packed = pack(model, settings["precision"], settings["batch"])
+    read = CompiledSteps() if settings["compile"] else None
+    is_packed = not read and pack(model, settings["precision"], settings["batch"])
     is_low = settings["precision"] != "fp32" and not is_packed
 
     def write(num_tokens: int) -> None:
-        with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():
-            steps = generate(model, prompts, num_tokens, GREEDY, size.max_len)
-            assert sum(1 for _ in steps) == num_tokens
+        steps = generate(model, prompts, num_tokens, GREEDY, size.max_len, read=read)
+        assert sum(1 for _ in steps) == num_tokens
         synchronize(device)
+        while read and read.news:
+            note(read.news.pop())
 
-    _turns(turns, settings, write)
+    with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():
+        _turns(turns, settings, write)
 
 
 def transformers(turns: Turns, settings: dict) -> None:
@@ -121,9 +128,9 @@ def measure(
     running: list[Side] = []
     try:
         for side in sides:
-            kind = "lmplay" if side == "lmplay" else "transformers"
-            cache = None if side == "dynamic" else side
-            running.append(Side(__file__, kind, common | {"cache": cache}, side))
+            kind = "lmplay" if side.startswith("lmplay") else "transformers"
+            own = {"cache": None if side == "dynamic" else side, "compile": "+" in side}
+            running.append(Side(__file__, kind, common | own, side))
         measured = interleave(running, seconds)
     finally:
         for side in running:
@@ -145,12 +152,14 @@ def measure(
                 "rounds": len(turns) - 1,
             }
         )
-    made = {"size": name, "batch": batch, "precision": precision, "sides": found}
-    if {"lmplay", "static"} <= set(sides):
-        times = [[turn["seconds"] for turn in measured[s][1:]] for s in ("lmplay", "static")]
-        middle, least, most = median_ratio(*times)
-        made |= {"ratio": middle, "ratio_range": [least, most]}
-    return made
+    ratios = {
+        side: median_ratio(
+            *([turn["seconds"] for turn in measured[s][1:]] for s in (side, "static"))
+        )
+        for side in OURS
+        if {side, "static"} <= set(sides)
+    }
+    return {"size": name, "batch": batch, "precision": precision, "sides": found, "ratios": ratios}
 
 
 @app.command()
@@ -190,30 +199,35 @@ def main(
         batch, _, precision = case.partition(":")
         if not batch.isdecimal() or precision not in DTYPES:
             raise UserError(f"--cases: {case!r} is no batch and precision", hint="such as 8:bf16")
-        note(f"measuring batch {batch} in {precision}: {', '.join(wanted)}")
-        made.append(measure(size, int(batch), precision, wanted, seconds, common))
+        here = [side for side in wanted if "+" not in side or can_compile(where, precision)]
+        note(f"measuring batch {batch} in {precision}: {', '.join(here)}")
+        made.append(measure(size, int(batch), precision, here, seconds, common))
         if not as_json:
             print_case(made[-1])
     if as_json:
-        rows = [row_of(case) for case in made]
+        rows = [row for case in made for row in rows_of(case)]
         print_json(report("generate", where, common["threads"], made, rows))
 
 
-def row_of(case: dict) -> dict:
+def rows_of(case: dict) -> list[dict]:
     """A case for the common table."""
     speeds = {side["side"]: side["tokens_per_second"] for side in case["sides"]}
     what = f"generate {case['size']}, batch {case['batch']} {case['precision']}"
-    if "ratio" not in case:
-        return row(f"{what}: lmplay", "tokens/s", speeds["lmplay"])
-    return row(
-        f"{what}: lmplay / static",
-        "tokens/s",
-        speeds["lmplay"],
-        speeds["static"],
-        case["ratio"],
-        WANTED.get((case["size"], case["batch"], case["precision"])),
-        case["ratio_range"],
-    )
+    if not case["ratios"]:
+        return [row(f"{what}: lmplay", "tokens/s", speeds["lmplay"])]
+    wanted = WANTED.get((case["size"], case["batch"], case["precision"]))
+    return [
+        row(
+            f"{what}: {side} / static",
+            "tokens/s",
+            speeds[side],
+            speeds["static"],
+            middle,
+            wanted,
+            ends,
+        )
+        for side, (middle, *ends) in case["ratios"].items()
+    ]
 
 
 def print_case(case: dict) -> None:
@@ -225,9 +239,8 @@ def print_case(case: dict) -> None:
     ]
     title = f"{case['size']}, batch {case['batch']} in {case['precision']}"
     show(table(title, columns, rows, right=columns[1:]))
-    if "ratio" in case:
-        least, most = case["ratio_range"]
-        note(f"lmplay is {case['ratio']:.2f}x static ({least:.2f} to {most:.2f})")
+    for side, (middle, least, most) in case["ratios"].items():
+        note(f"{side} is {middle:.2f}x static ({least:.2f} to {most:.2f})")
 
 
 if __name__ == "__main__" and not serve({"lmplay": lmplay, "transformers": transformers}):

@@ -309,6 +309,28 @@ def keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def compiled_so_far() -> dict:
+    """Graphs made in this process, breaks between them, and seconds of compiling them."""
+    from torch._dynamo import utils as dynamo  # here, not at the top: it takes a second to load
+
+    seconds = dynamo.compile_times("csv", aggregate=True)
+    spent = dict(zip(*seconds, strict=True)).get("_compile.compile_inner", "0")
+    return {
+        "graphs": dynamo.counters["stats"]["unique_graphs"],
+        "breaks": sum(dynamo.counters["graph_break"].values()),
+        "seconds": float(spent),
+    }
+
+
+def told_of_compiling(made: dict) -> str:
+    """One line on what `compiled_so_far` says."""
+    graphs, breaks = (
+        f"{made[what] or 'no'} {what.removesuffix('s') if made[what] < 2 else what}"
+        for what in ("graphs", "breaks")
+    )
+    return f"compiled: {graphs}, {breaks}, in {made['seconds']:.0f} s"
+
+
 def machine_facts(device: torch.device) -> dict[str, object]:
     """What run.json says of the machine, the versions and the commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

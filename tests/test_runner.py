@@ -18,6 +18,7 @@ from lmplay.runner import (
     resolve_device,
     resolve_precision,
     stream_seed,
+    told_of_compiling,
 )
 
 CPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -102,3 +103,13 @@ print(fresh, faults())
     if fresh < 1000:
         pytest.skip("this C library keeps it by itself")
     assert kept < fresh / 10
+
+
+@pytest.mark.parametrize(
+    ("graphs", "breaks", "said"),
+    [(1, 0, "1 graph, no break"), (0, 1, "no graph, 1 break"), (3, 2, "3 graphs, 2 breaks")],
+)
+def test_graphs_and_breaks_are_told(graphs, breaks, said):
+    made = {"graphs": graphs, "breaks": breaks, "seconds": 4.4}
+
+    assert told_of_compiling(made) == f"compiled: {said}, in 4 s"

@@ -50,16 +50,35 @@ class Cache:
         slot = self._slot(module, self._num_appends)
         buffers = self._buffers.get(slot)
         if buffers is None:
-            buffers = self._buffers[slot] = [_Buffer(self._capacity) for _ in tensors]
-        return tuple(b.append(t, keep) for b, t in zip(buffers, tensors, strict=True))
+            buffers = self._buffers[slot] = [_Buffer(self._capacity, keep) for _ in tensors]
+        return tuple(b.append(t) for b, t in zip(buffers, tensors, strict=True))
 
     def state(self, module: nn.Module) -> dict:
         """A dict for this use of `module`, empty at first, for it to read and fill in each pass."""
         return self._states.setdefault(self._slot(module, self._num_states), {})
 
+    def opened(self) -> list[tuple[nn.Module, tuple[Tensor, ...]]] | None:
+        """The memory itself, for a pass over one position that does without `append`.
+
+        Returns:
+            For each append, in the order of the first pass, its module and its tensors, in which
+            position `length` is to be written and those behind it, one at least, mean nothing. The
+            pass may be run again until `advance(1)`. None where a module keeps a state, or does
+            not keep all positions.
+        """
+        buffers = [buffer for slot in self._buffers.values() for buffer in slot]
+        if self._states or any(buffer.keep is not None for buffer in buffers):
+            return None
+        for buffer in buffers:
+            buffer.reserve(1, spare=1)
+        return [(slot[0], tuple(b.data for b in of)) for slot, of in self._buffers.items()]
+
     def advance(self, num_positions: int) -> None:
         """Count the positions of a pass that has ended; the harness calls this, not a model."""
         self.length += num_positions
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                buffer.advance()
         self._num_appends.clear()
         self._num_states.clear()
 
@@ -71,44 +90,54 @@ class Cache:
 
 
 class _Buffer:
-    """Positions in one preallocated tensor; `start` to `end` of it are still needed."""
+    """Positions in one preallocated tensor: `end` of them were kept, `num_new` are of this pass."""
 
-    def __init__(self, capacity: int | None):
+    def __init__(self, capacity: int | None, keep: int | None):
         self.capacity = capacity
+        self.keep = keep
         self.data: Tensor | None = None
         self.end = 0
+        self.num_new = 0
 
-    def append(self, new: Tensor, keep: int | None) -> Tensor:
-        if self.data is None:
-            T = new.shape[-2]
-            num_kept = T if keep is None else min(T, keep)
-            self._make_room(new, 0, num_kept, keep)
-            self._write(new.narrow(-2, T - num_kept, num_kept))
-            return new
-        start = 0 if keep is None else max(0, self.end - keep + 1)
+    def append(self, new: Tensor) -> Tensor:
         T = new.shape[-2]
-        if self.end + T > self.data.shape[-2]:
-            self._make_room(new, start, T, keep)
+        if self.data is not None:
+            seen = self.open(T)
+            seen.narrow(-2, seen.shape[-2] - T, T).copy_(new)
+            return seen
+        num_kept = T if self.keep is None else min(T, self.keep)
+        self._make_room(new, 0, num_kept)
+        self.open(num_kept).copy_(new.narrow(-2, T - num_kept, num_kept))
+        return new
+
+    def open(self, T: int) -> Tensor:
+        """What the next T positions see, with room at its end for them."""
+        start = self.reserve(T)
+        return self.data.narrow(-2, start, self.end + T - start)
+
+    def reserve(self, T: int, spare: int = 0) -> int:
+        """Have room for T more positions; where what they see begins."""
+        start = 0 if self.keep is None else max(0, self.end - self.keep + 1)
+        if self.end + T + spare > self.data.shape[-2]:
+            self._make_room(self.data, start, T + spare)
             start = 0
-        self._write(new)
-        return self.data.narrow(-2, start, self.end - start)
+        self.num_new = T
+        return start
 
-    def _write(self, new: Tensor) -> None:
-        T = new.shape[-2]
-        self.data.narrow(-2, self.end, T).copy_(new)
-        self.end += T
+    def advance(self) -> None:
+        self.end += self.num_new
+        self.num_new = 0
 
-    def _make_room(self, new: Tensor, start: int, T: int, keep: int | None) -> None:
+    def _make_room(self, like: Tensor, start: int, T: int) -> None:
         """Bring what is still needed to the front of a buffer with room for T more, and spare."""
         num_kept = self.end - start
         needed = num_kept + T
         size = max(64, 2 * needed)
-        if keep is None and self.capacity is not None:
+        if self.keep is None and self.capacity is not None:
             size = max(needed, min(size, self.capacity))
         old = self.data
         if old is None or old.shape[-2] < size or start < num_kept:
-            like = new if old is None else old
-            self.data = like.new_empty(*new.shape[:-2], size, new.shape[-1])
+            self.data = like.new_empty(*like.shape[:-2], size, like.shape[-1])
         if num_kept:
             self.data.narrow(-2, 0, num_kept).copy_(old.narrow(-2, start, num_kept))
         self.end = num_kept

@@ -49,6 +49,7 @@ class Settings:
     stop: list[str]
     device: str
     precision: str
+    compile: bool
 
 
 def _refuse_nonsense(settings: Settings) -> None:
@@ -136,6 +137,14 @@ def main(
     precision: Annotated[
         str | None, precision_option("fp32 on the CPU, else what the run was trained in")
     ] = None,
+    compile: Annotated[
+        bool,
+        Option(
+            "--compile",
+            metavar="",
+            help="Compile the steps, which takes 20 s mostly; on a CPU in bf16 alone.",
+        ),
+    ] = False,
     runs: Annotated[Path, Option(help="Folder of all runs.", metavar="PATH")] = Path(RUNS),
     as_json: Annotated[
         bool, Option("--json", metavar="", help="Print settings and texts as one JSON document.")
@@ -160,6 +169,7 @@ def main(
         stop=stop or [],
         device=device,
         precision=precision or "",
+        compile=compile,
     )
     _refuse_nonsense(settings)
     asked = _prompt(text, prompt, prompt_file)
@@ -173,26 +183,35 @@ def main(
     import torch
 
     from lmplay.device_check import refuse_wrong
+    from lmplay.generate.compiling import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import Sampler
-    from lmplay.runner import open_trained, resolve_device, resolve_precision
+    from lmplay.runner import keep_memory, open_trained, resolve_device, resolve_precision
 
     place = resolve_device(device)
     wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])
     settings = replace(settings, device=str(place), precision=resolve_precision(wanted, place))
+    if compile and not can_compile(place, settings.precision):
+        problem = f"--compile: on the CPU, {settings.precision} is faster without"
+        raise UserError(problem, hint="add --precision bf16, or leave out --compile")
     choose = Sampler(seed, settings.temperature, top_k, top_p)
+    keep_memory()
     trained = open_trained(
         folder, named_step if step is None else step, settings.device, settings.precision
     )
     asked_of = trained.device, settings.precision, trained.experiment, trained.config
     refuse_wrong(*asked_of, note, is_trained=False)
     torch.manual_seed(seed)  # for a model that writes by itself
-    if pack(trained.model, settings.precision, min(num_samples, _ROWS)):
+    read = CompiledSteps() if compile else None
+    if compile:
+        note("--compile: behind the first token comes a pause of 20 s, for a long graph of minutes")
+    if not compile and pack(trained.model, settings.precision, min(num_samples, _ROWS)):
         trained = replace(trained, autocast=nullcontext)
     note(f"{folder.path}, step {trained.step}, {settings.device}, {settings.precision}")
-    if asked is None:
-        return _talk(trained, settings, choose)
-    samples = _write(trained, settings, choose, asked, show=not as_json)
+    with trained.autocast():  # once: it casts each weight the first time
+        if asked is None:
+            return _talk(trained, settings, choose, read)
+        samples = _write(trained, settings, choose, read, asked, show=not as_json)
     if as_json:
         print_json(
             {
@@ -242,7 +261,7 @@ def _resolve(run: str | None, runs: Path):
 
 
 def _write(
-    trained: "Trained", settings: Settings, choose, prompt: str, first_row: int = 0, show=True
+    trained: "Trained", settings: Settings, choose, read, prompt: str, first_row: int = 0, show=True
 ) -> list["Sample"]:
     """Write all samples; show each behind its prompt, the first one while it is written."""
     from lmplay.generate.sampling import Sample, write
@@ -264,12 +283,12 @@ def _write(
                 stops=settings.stop,
                 repetition_penalty=settings.repetition_penalty,
                 first_row=first_row + start,
+                read=read,
                 note=notes.setdefault,
             )
-            with trained.autocast():
-                for row, piece in pieces:
-                    if show and start + row == 0:
-                        _print(piece)
+            for row, piece in pieces:
+                if show and start + row == 0:
+                    _print(piece)
         if show:
             _print("\n")
             for sample in samples[1:]:
@@ -281,13 +300,15 @@ def _write(
     finally:
         seconds = time.perf_counter() - begin
         num_tokens = sum(len(sample.tokens) for sample in samples)
-        for text in notes:
+        for text in [*notes, *(read.news if read else ())]:
             note(text)
+        if read:
+            read.news.clear()
         note(f"{num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s)")
     return samples
 
 
-def _talk(trained: "Trained", settings: Settings, choose) -> None:
+def _talk(trained: "Trained", settings: Settings, choose, read) -> None:
     """Ask for prompts until Ctrl-D; each has rows of its own, so that asking again answers anew."""
     import contextlib
 
@@ -309,7 +330,7 @@ def _talk(trained: "Trained", settings: Settings, choose) -> None:
             note(_HELP)
             continue
         with contextlib.suppress(KeyboardInterrupt):
-            _write(trained, settings, choose, prompt, num_rows)
+            _write(trained, settings, choose, read, prompt, num_rows)
         num_rows += settings.num_samples
 
 

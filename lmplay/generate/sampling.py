@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from lmplay.generate.cache import Cache
 _FEW = 1024  # tokens, which mostly hold a top-p; sorting all of a large vocabulary is slow
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
+Read = Callable[[nn.Module, Tensor, Cache | None], Tensor]
 
 
 class Sampler:
@@ -61,7 +63,7 @@ class Sampler:
             rows: the number of each row, which names its generator.
         """
         if self.temperature < 1e-6:
-            return logits_BV.argmax(-1)
+            return _likeliest(logits_BV)
         scores_BV = logits_BV.float()
         scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / self.temperature
         weights_BK, ids_BK = self._candidates(scores_BV)
@@ -106,6 +108,21 @@ class Sampler:
 
 
 GREEDY = Sampler(seed=0, temperature=0)
+
+
+def _likeliest(logits_BV: Tensor) -> Tensor:
+    """argmax, the first of equals; on a CPU by maxima of parts, which takes a fifth of the time."""
+    if logits_BV.device.type != "cpu":
+        return logits_BV.argmax(-1)
+    V = logits_BV.shape[-1]
+    size = math.isqrt(V)
+    best_BN = logits_BV.unfold(-1, size, size).amax(-1)
+    rest_BR = logits_BV[..., V // size * size :]
+    if rest_BR.shape[-1]:
+        best_BN = torch.cat([best_BN, rest_BR.amax(-1, keepdim=True)], dim=-1)
+    start_B1 = best_BN.argmax(-1, keepdim=True) * size
+    places_BP = (start_B1 + torch.arange(size, device=start_B1.device)).clamp(max=V - 1)
+    return start_B1.squeeze(-1) + logits_BV.gather(-1, places_BP).argmax(-1)
 
 
 def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -157,6 +174,7 @@ def generate(
     is_last: Callable[[int, int], bool] = lambda row, token: False,
     repetition_penalty: float = 1.0,
     first_row: int = 0,
+    read: Read | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[list[int | None]]:
     """Write up to `num_tokens` behind each prompt.
@@ -178,6 +196,7 @@ def generate(
         is_last: asked about each new (row, token); a row ends where it says so.
         repetition_penalty: see `penalise`; over the row's prompt and answer but for the end marker.
         first_row: the number of the first row, where several calls make one set of samples.
+        read: takes a model, tokens_BT and a cache or None, and gives logits_BV; `last_logits`.
         note: gets one sentence when the context is full for the first time, and the like.
     Yields:
         At each step, each row's new token (its end marker too), None where it has none.
@@ -197,7 +216,8 @@ def generate(
                 note("this model writes by itself: the repetition penalty is not used")
             yield from _by_the_model(model, rows, choose)
         else:
-            yield from _by_steps(model, rows, choose, repetition_penalty, note)
+            reader = _Reader(model, rows, read or last_logits, note)
+            yield from _by_steps(reader, rows, choose, repetition_penalty)
     finally:
         model.train(was_training)
 
@@ -239,8 +259,7 @@ class _Rows:
         return new
 
 
-def _by_steps(model, rows: _Rows, choose: Choose, penalty: float, note):
-    reader = _Reader(model, rows, note)
+def _by_steps(reader: "_Reader", rows: _Rows, choose: Choose, penalty: float):
     seen_BV = None
     T = min(map(len, rows.texts))
     while writing := rows.writing():
@@ -287,15 +306,16 @@ def _by_the_model(model, rows: _Rows, choose: Choose):
 class _Reader:
     """Gives the logits behind the texts, and reads only what it has not read, if the model can."""
 
-    def __init__(self, model: nn.Module, rows: _Rows, note: Callable[[str], None]):
+    def __init__(self, model: nn.Module, rows: _Rows, read: Read, note: Callable[[str], None]):
         self.model = model
+        self.read = read
         self.texts = rows.texts
         self.max_len = rows.max_len
         self.note = note
         self.device = _device_of(model)
         self.start = 0  # where the context begins in the texts
         longest = max(map(len, rows.texts)) + max(rows.num_left)
-        self.capacity = min(rows.max_len, longest)
+        self.capacity = min(rows.max_len, longest) + 1  # one spare, see Cache.opened
         self.cache = Cache(self.capacity) if _takes_cache(model) else None
 
     def logits(self, T: int) -> Tensor:
@@ -304,7 +324,7 @@ class _Reader:
             self._slide(T)
         first = self.start + (0 if self.cache is None else self.cache.length)
         tokens_BT = torch.tensor([text[first:T] for text in self.texts], device=self.device)
-        logits_BV = _last_logits(self.model, tokens_BT, self.cache)
+        logits_BV = self.read(self.model, tokens_BT, self.cache)
         if first == self.start and not torch.isfinite(logits_BV.amax(-1)).all():
             hint = "take an earlier checkpoint with --step"
             raise UserError("the model's numbers are not finite", hint=hint, code=NUMERIC)
@@ -326,7 +346,8 @@ class _Reader:
             self.cache = Cache(self.capacity)
 
 
-def _last_logits(model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
+def last_logits(model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
+    """The logits of the token behind each row, shape (B, V), in fp32 at least."""
     options = {} if cache is None else {"cache": cache}
     if hasattr(model, "hidden") and hasattr(model, "head"):
         x_BTC = model.hidden(tokens_BT, **options)

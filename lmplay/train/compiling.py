@@ -34,28 +34,6 @@ def is_repaid(
     return graphs == 1 and nodes <= MANY
 
 
-def compiled_so_far() -> dict:
-    """Graphs made in this process, breaks between them, and seconds of compiling them."""
-    from torch._dynamo import utils as dynamo  # here, not at the top: it takes a second to load
-
-    seconds = dynamo.compile_times("csv", aggregate=True)
-    spent = dict(zip(*seconds, strict=True)).get("_compile.compile_inner", "0")
-    return {
-        "graphs": dynamo.counters["stats"]["unique_graphs"],
-        "breaks": sum(dynamo.counters["graph_break"].values()),
-        "seconds": float(spent),
-    }
-
-
-def told_of_compiling(made: dict) -> str:
-    """One line on what `compiled_so_far` says."""
-    graphs, breaks = (
-        f"{made[what] or 'no'} {what.removesuffix('s') if made[what] < 2 else what}"
-        for what in ("graphs", "breaks")
-    )
-    return f"compiled: {graphs}, {breaks}, in {made['seconds']:.0f} s"
-
-
 def _can_build(device: torch.device) -> bool:
     from torch.utils._triton import has_triton
 

@@ -30,6 +30,7 @@ from lmplay.plan import Plan
 from lmplay.run_folder import RunFolder, run_path
 from lmplay.runner import (
     Run,
+    compiled_so_far,
     keep_memory,
     load_weights,
     machine_facts,
@@ -38,12 +39,13 @@ from lmplay.runner import (
     resolve_device,
     resolve_precision,
     stream_seed,
+    told_of_compiling,
 )
 from lmplay.shard import spread_optimizer
 from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.tokens import Tokenizer, vocab_size_of
 from lmplay.train.batches import Data, open_data
-from lmplay.train.compiling import compiled_so_far, is_repaid, told_of_compiling
+from lmplay.train.compiling import is_repaid
 from lmplay.train.curves import Curves, NotFinite, matmul_rate
 from lmplay.train.display import Display
 from lmplay.train.initial import Initial, begin_from, told

@@ -114,6 +114,7 @@ def test_json_is_one_document_that_tells_all(generator, runs):
             "stop": [],
             "device": "cpu",
             "precision": "fp32",
+            "compile": False,
         },
     }
 
@@ -213,6 +214,25 @@ def test_how_fast_it_was_is_told_after_the_last_sample(generator, monkeypatch):
     assert "18 tokens in" in both.getvalue().rpartition("---\n")[2].splitlines()[1]
 
 
+def test_compiled_steps_write_the_same_and_say_what_came_of_it(generator, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: real(f, backend="eager", **given))
+    monkeypatch.setattr("lmplay.generate.packing.pack", lambda *given: False)
+    asked = ["--prompt", "ab", "--greedy", "--precision", "bf16", "--num-samples", 2]
+
+    plain, compiled = generator(*asked), generator(*asked, "--compile")
+
+    assert compiled.out == plain.out
+    assert "compiled: " in compiled.err and "compiled: " not in plain.err
+
+
+def test_a_cpu_compiles_nothing_in_fp32(generator):
+    with pytest.raises(UserError, match="--compile: on the CPU, fp32 is faster without") as caught:
+        generator("--prompt", "a", "--compile")
+
+    assert "--precision bf16" in caught.value.hint
+
+
 def test_greedy_is_temperature_zero(generator):
     greedy = generator("--prompt", "a", "--json", "--greedy", "--seed", 3)
     cold = generator("--prompt", "a", "--json", "--temperature", 0, "--seed", 3)
@@ -251,13 +271,13 @@ def test_ctrl_c_stops_the_text_and_asks_again(generator, monkeypatch):
 
     passes = []
 
-    def interrupted(model, tokens_BT, cache, real=sampling._last_logits):
+    def interrupted(model, tokens_BT, cache, real=sampling.last_logits):
         passes.append(1)
         if len(passes) == 5:
             raise KeyboardInterrupt
         return real(model, tokens_BT, cache)
 
-    monkeypatch.setattr(sampling, "_last_logits", interrupted)
+    monkeypatch.setattr(sampling, "last_logits", interrupted)
     shown = generator("--max-tokens", 20, stdin=b"first\nsecond\n", terminal=True)
 
     _, first, second, _ = shown.out.split("> ")

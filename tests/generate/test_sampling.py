@@ -371,6 +371,14 @@ def test_zero_temperature_one_candidate_or_no_mass_is_greedy(logits, choice):
     assert Sampler(0, **choice)(torch.tensor([logits]), [0]).tolist() == [best]
 
 
+@given(num_tokens=integers(1, 300), levels=integers(1, 300), seed=integers(0, 9))
+def test_greedy_takes_the_first_of_the_likeliest(num_tokens, levels, seed):
+    draw = torch.Generator().manual_seed(seed)
+    logits_BTV = torch.randint(levels, (2, 3, num_tokens), generator=draw).float()
+
+    assert torch.equal(GREEDY(logits_BTV, [0, 1]), logits_BTV.argmax(-1))
+
+
 @pytest.mark.parametrize(
     "bad",
     [

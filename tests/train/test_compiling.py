@@ -56,16 +56,6 @@ def test_on_the_cpu_nothing_is_compiled_by_itself_nor_counted():
     assert not compiling.is_repaid(load_experiment(resolve("gpt2ish")), CPU, "bf16", pytest.fail)
 
 
-@pytest.mark.parametrize(
-    ("graphs", "breaks", "said"),
-    [(1, 0, "1 graph, no break"), (0, 1, "no graph, 1 break"), (3, 2, "3 graphs, 2 breaks")],
-)
-def test_graphs_and_breaks_are_told(graphs, breaks, said):
-    made = {"graphs": graphs, "breaks": breaks, "seconds": 4.4}
-
-    assert compiling.told_of_compiling(made) == f"compiled: {said}, in 4 s"
-
-
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_a_run_is_compiled_as_asked_for_else_as_it_began(place, monkeypatch, asked):
     def request(compiled, **changes):
