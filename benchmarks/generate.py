@@ -52,7 +52,11 @@ OURS = ("lmplay", "lmplay+compile")
 SIDES = (*OURS, "static", "dynamic")
 PROMPT = 32
 WAKING = 8  # tokens that each turn begins with, not timed
-WANTED = {("base", 8, "fp32"): 1.25, ("base", 8, "bf16"): 3.0, ("base", 1, "bf16"): 1.8}
+WANTED = {
+    ("base", 8, "fp32", "lmplay"): 1.25,
+    ("base", 8, "bf16", "lmplay+compile"): 3.0,
+    ("base", 1, "bf16", "lmplay"): 1.8,
+}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -215,19 +219,13 @@ def rows_of(case: dict) -> list[dict]:
     what = f"generate {case['size']}, batch {case['batch']} {case['precision']}"
     if not case["ratios"]:
         return [row(f"{what}: lmplay", "tokens/s", speeds["lmplay"])]
-    wanted = WANTED.get((case["size"], case["batch"], case["precision"]))
-    return [
-        row(
-            f"{what}: {side} / static",
-            "tokens/s",
-            speeds[side],
-            speeds["static"],
-            middle,
-            wanted,
-            ends,
-        )
-        for side, (middle, *ends) in case["ratios"].items()
-    ]
+    case_of = case["size"], case["batch"], case["precision"]
+    rows = []
+    for side, (middle, *spread) in case["ratios"].items():
+        wanted = WANTED.get((*case_of, side))
+        given = speeds[side], speeds["static"], middle, wanted, spread
+        rows.append(row(f"{what}: {side} / static", "tokens/s", *given))
+    return rows
 
 
 def print_case(case: dict) -> None:
