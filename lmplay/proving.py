@@ -207,7 +207,7 @@ class Lesson:
 
 
 def prove(claims: Mapping[str, Callable[[Bench], str]], bench: Bench) -> list[Proof]:
-    """Every claim by its name, whatever the others find; torch's random state is put back.
+    """Every claim by its name, whatever the others find; the random state of the CPU is put back.
 
     A claim returns what was found, or raises Refuted or Exempt; any other error refutes it too.
     """

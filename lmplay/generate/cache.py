@@ -41,7 +41,7 @@ class Cache:
             tensors: positions are the last dimension but one, (..., T, D); each is kept in the
                 dtype and on the device that its first pass had.
             keep: how far a position looks back, itself included; None for all the way. Memory is
-                then bounded by it.
+                then bounded by it. The first pass says it for all.
         Returns:
             A tuple, one for each of `tensors`, with all positions so far; or with the new ones and
             the `keep - 1` before them, that is the last `keep` when T is 1, and all T in the

@@ -38,16 +38,17 @@ class CompiledSteps:
     def __init__(self):
         self.news: list[str] = []
         self._run: Callable[..., Tensor] | None = None
+        self._is_judged = False
         self._is_off = False
 
     def __call__(self, model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
         """The logits of the token behind each row, shape (B, V)."""
-        made_BV, is_first = None, self._run is None
+        made_BV = None
         if cache is None:
             self._stop("it keeps nothing of earlier positions")
         elif cache.length and tokens_BT.shape[1] == 1 and not self._is_off:
             made_BV = self._step(model, tokens_BT, cache)
-        if made_BV is not None and not is_first:
+        if made_BV is not None and self._is_judged:
             return made_BV
         logits_BV = last_logits(model, tokens_BT, cache)
         if made_BV is not None:
@@ -68,6 +69,7 @@ class CompiledSteps:
             return self._stop((str(error).strip() or repr(error)).splitlines()[0])
 
     def _judge(self, made_BV: Tensor, logits_BV: Tensor) -> None:
+        self._is_judged = True
         far = (made_BV - logits_BV).square().mean().sqrt() / logits_BV.std()
         if far <= _FAR:
             self.news.append(told_of_compiling(compiled_so_far()))

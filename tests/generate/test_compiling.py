@@ -173,6 +173,24 @@ def test_a_compiler_that_errs_is_found_at_the_first_step(change, compiler):
     assert "of their spread away from those without" in said
 
 
+def test_what_was_interrupted_before_it_was_compared_is_compared_next_time(compiler):
+    calls = []
+
+    def interrupted(model, tokens_BT, cache):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return torch.randn(2, model.config.vocab_size)
+
+    compiler(interrupted)
+    read, model = CompiledSteps(), model_of("gpt2ish")
+    with pytest.raises(KeyboardInterrupt):
+        written(model, read)
+
+    assert_same(written(model, read), written(model), atol=0, rtol=0)
+    assert "of their spread away" in read.news[0] and len(calls) == 2
+
+
 def test_a_cpu_compiles_bf16_alone():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
 
