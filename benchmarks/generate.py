@@ -80,7 +80,7 @@ def lmplay(turns: Turns, settings: dict) -> None:
         assert sum(1 for _ in steps) == num_tokens
         synchronize(device)
         while read and read.news:
-            note(read.news.pop())
+            note(read.news.pop(0))
 
     with torch.autocast(device.type, torch.bfloat16) if is_low else nullcontext():
         _turns(turns, settings, write)
@@ -218,7 +218,7 @@ def rows_of(case: dict) -> list[dict]:
     speeds = {side["side"]: side["tokens_per_second"] for side in case["sides"]}
     what = f"generate {case['size']}, batch {case['batch']} {case['precision']}"
     if not case["ratios"]:
-        return [row(f"{what}: lmplay", "tokens/s", speeds["lmplay"])]
+        return [row(f"{what}: {side}", "tokens/s", speed) for side, speed in speeds.items()]
     case_of = case["size"], case["batch"], case["precision"]
     rows = []
     for side, (middle, *spread) in case["ratios"].items():

@@ -41,7 +41,7 @@ class Cache:
             tensors: positions are the last dimension but one, (..., T, D); each is kept in the
                 dtype and on the device that its first pass had.
             keep: how far a position looks back, itself included; None for all the way. Memory is
-                then bounded by it. The first pass says it for all.
+                then bounded by it.
         Returns:
             A tuple, one for each of `tensors`, with all positions so far; or with the new ones and
             the `keep - 1` before them, that is the last `keep` when T is 1, and all T in the
@@ -50,8 +50,8 @@ class Cache:
         slot = self._slot(module, self._num_appends)
         buffers = self._buffers.get(slot)
         if buffers is None:
-            buffers = self._buffers[slot] = [_Buffer(self._capacity, keep) for _ in tensors]
-        return tuple(b.append(t) for b, t in zip(buffers, tensors, strict=True))
+            buffers = self._buffers[slot] = [_Buffer(self._capacity) for _ in tensors]
+        return tuple(b.append(t, keep) for b, t in zip(buffers, tensors, strict=True))
 
     def state(self, module: nn.Module) -> dict:
         """A dict for this use of `module`, empty at first, for it to read and fill in each pass."""
@@ -62,16 +62,22 @@ class Cache:
 
         Returns:
             For each append, in the order of the first pass, its module and its tensors, in which
-            position `length` is to be written and those behind it, one at least, mean nothing. The
-            pass may be run again until `advance(1)`. None where a module keeps a state, or does
-            not keep all positions.
+            position `length` is to be written and those behind it, one at least, mean nothing.
+            `fill` then says that all were written. None where a module keeps a state, or others
+            than the positions so far.
         """
         buffers = [buffer for slot in self._buffers.values() for buffer in slot]
-        if self._states or any(buffer.keep is not None for buffer in buffers):
+        if self._states or any(b.keep is not None or b.end != self.length for b in buffers):
             return None
         for buffer in buffers:
             buffer.reserve(1, spare=1)
         return [(slot[0], tuple(b.data for b in of)) for slot, of in self._buffers.items()]
+
+    def fill(self) -> None:
+        """Count the position that was written to each opened tensor, as if it were appended."""
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                buffer.num_new = 1
 
     def advance(self, num_positions: int) -> None:
         """Count the positions of a pass that has ended; the harness calls this, not a model."""
@@ -92,37 +98,36 @@ class Cache:
 class _Buffer:
     """Positions in one preallocated tensor: `end` of them were kept, `num_new` are of this pass."""
 
-    def __init__(self, capacity: int | None, keep: int | None):
+    def __init__(self, capacity: int | None):
         self.capacity = capacity
-        self.keep = keep
+        self.keep: int | None = None
         self.data: Tensor | None = None
         self.end = 0
         self.num_new = 0
 
-    def append(self, new: Tensor) -> Tensor:
+    def append(self, new: Tensor, keep: int | None) -> Tensor:
         T = new.shape[-2]
-        if self.data is not None:
-            seen = self.open(T)
-            seen.narrow(-2, seen.shape[-2] - T, T).copy_(new)
-            return seen
-        num_kept = T if self.keep is None else min(T, self.keep)
-        self._make_room(new, 0, num_kept)
-        self.open(num_kept).copy_(new.narrow(-2, T - num_kept, num_kept))
-        return new
-
-    def open(self, T: int) -> Tensor:
-        """What the next T positions see, with room at its end for them."""
+        self.keep = keep
+        if self.data is None:
+            num_kept = T if keep is None else min(T, keep)
+            self._make_room(new, 0, num_kept)
+            self._write(new.narrow(-2, T - num_kept, num_kept))
+            return new
         start = self.reserve(T)
+        self._write(new)
         return self.data.narrow(-2, start, self.end + T - start)
 
     def reserve(self, T: int, spare: int = 0) -> int:
         """Have room for T more positions; where what they see begins."""
         start = 0 if self.keep is None else max(0, self.end - self.keep + 1)
-        if self.end + T + spare > self.data.shape[-2]:
-            self._make_room(self.data, start, T + spare)
-            start = 0
-        self.num_new = T
-        return start
+        if self.end + T + spare <= self.data.shape[-2]:
+            return start
+        self._make_room(self.data, start, T + spare)
+        return 0
+
+    def _write(self, new: Tensor) -> None:
+        self.num_new = new.shape[-2]
+        self.data.narrow(-2, self.end, self.num_new).copy_(new)
 
     def advance(self) -> None:
         self.end += self.num_new

@@ -202,10 +202,12 @@ def main(
     asked_of = trained.device, settings.precision, trained.experiment, trained.config
     refuse_wrong(*asked_of, note, is_trained=False)
     torch.manual_seed(seed)  # for a model that writes by itself
-    read = CompiledSteps() if compile else None
-    if compile:
+    read = CompiledSteps() if compile and not hasattr(trained.model, "generate") else None
+    if read:
         note("--compile: behind the first token comes a pause of 20 s, for a long graph of minutes")
-    if not compile and pack(trained.model, settings.precision, min(num_samples, _ROWS)):
+    elif compile:
+        note("--compile: this model writes by itself, and is not compiled")
+    if not read and pack(trained.model, settings.precision, min(num_samples, _ROWS)):
         trained = replace(trained, autocast=nullcontext)
     note(f"{folder.path}, step {trained.step}, {settings.device}, {settings.precision}")
     with trained.autocast():  # once: it casts each weight the first time

@@ -214,8 +214,6 @@ def generate(
         if hasattr(model, "generate"):
             if repetition_penalty != 1:
                 note("this model writes by itself: the repetition penalty is not used")
-            if read is not None:
-                note("this model writes by itself: its steps are not compiled")
             yield from _by_the_model(model, rows, choose)
         else:
             reader = _Reader(model, rows, read or last_logits, note)

@@ -37,6 +37,15 @@ def test_keep_gives_back_what_the_new_positions_can_see(first, num_steps, keep):
         assert torch.equal(keys, positions(max(0, start - keep + 1), stop))
 
 
+def test_a_window_may_begin_after_the_first_pass():
+    cache, module = Cache(), nn.Identity()
+
+    for start, stop in steps(20, 30):
+        (keys,) = cache.append(module, positions(start, stop), keep=4 if start else None)
+        cache.advance(stop - start)
+        assert torch.equal(keys, positions(max(0, stop - 4) if start else 0, stop))
+
+
 @given(keep=integers(1, 90))
 def test_a_window_uses_bounded_memory(keep):
     cache, module = Cache(), nn.Identity()

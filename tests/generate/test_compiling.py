@@ -1,6 +1,8 @@
 """Compiled steps: the same logits, or the reason why there are none."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lmplay.catalog import resolve
 from lmplay.experiment import load_experiment
 from lmplay.generate.cache import Cache
 from lmplay.generate.compiling import CompiledSteps, can_compile
-from lmplay.generate.sampling import GREEDY, generate
+from lmplay.generate.sampling import GREEDY, generate, last_logits
 
 COMPILE = torch.compile
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
@@ -93,6 +95,15 @@ def test_one_prompt_of_one_token_is_the_same_graph(graphs):
     assert len(graphs) == 1
 
 
+def test_another_number_of_rows_is_compared_and_told_for_itself(graphs):
+    read, model = CompiledSteps(), model_of("gpt2ish")
+
+    for prompts in (PROMPTS, PROMPTS + PROMPTS[:1], PROMPTS):
+        assert_same(written(model, read, prompts), written(model, None, prompts))
+
+    assert len(graphs) == len(read.news) == 2
+
+
 @needs_compiler
 def test_what_the_compiler_made_gives_the_same_logits_in_bf16():
     torch._dynamo.reset()
@@ -131,6 +142,24 @@ def state(module, x_BTC, cache):
     return kept["sum"]
 
 
+def sink(module, x_BTC, cache):
+    first_BTC = torch.ones_like(x_BTC[:, :1])
+    new_BTC = x_BTC if cache.length else torch.cat([first_BTC, x_BTC], dim=1)
+    (seen_BSC,) = cache.append(module, new_BTC)
+    return seen_BSC.mean(-2, keepdim=True)
+
+
+def late_window(module, x_BTC, cache):
+    (seen_BSC,) = cache.append(module, x_BTC, keep=4 if cache.length else None)
+    return seen_BSC[:, -4:].mean(-2, keepdim=True)
+
+
+def only_at_first(module, x_BTC, cache):
+    if not cache.length:
+        cache.append(module, x_BTC)
+    return x_BTC
+
+
 def nothing(module, x_BTC, cache):
     return x_BTC
 
@@ -138,18 +167,21 @@ def nothing(module, x_BTC, cache):
 @pytest.mark.parametrize(
     ("remember", "why"),
     [
-        (window, "it keeps a state, or a window of positions"),
-        (state, "it keeps a state, or a window of positions"),
+        (window, "it keeps a state, or not all positions"),
+        (state, "it keeps a state, or not all positions"),
+        (sink, "it keeps a state, or not all positions"),
+        (late_window, "its steps keep something else than its first pass"),
+        (only_at_first, "its steps keep less than its first pass"),
         (nothing, "it keeps nothing of earlier positions"),
     ],
 )
-def test_a_memory_that_is_no_growing_tensor_is_left_alone(remember, why, compiler):
-    compiler(None)
+def test_a_memory_that_does_not_grow_with_the_text_is_left_alone(remember, why, compiler):
+    compiler(last_logits)
     read, model = CompiledSteps(), Keeper(remember)
 
     assert_same(written(model, read), written(model))
 
-    assert read.news == [f"the model is not compiled: {why}"]
+    assert read.news == [f"the model is not compiled, leave --compile out: {why}"]
 
 
 def test_a_compiler_that_fails_costs_nothing_and_is_told_once(compiler):
@@ -160,12 +192,26 @@ def test_a_compiler_that_fails_costs_nothing_and_is_told_once(compiler):
     read, model = CompiledSteps(), model_of("gpt2ish")
 
     assert_same(written(model, read), written(model), atol=0, rtol=0)
-    assert read.news == ["the model is not compiled: no compiler here"]
+    assert read.news == ["the model is not compiled, leave --compile out: no compiler here"]
 
 
-@pytest.mark.parametrize("change", [lambda x: x.roll(1, -1), lambda x: x * float("nan")])
+def other_logits(logits_BV, cache):
+    return logits_BV.roll(1, -1)
+
+
+def no_number(logits_BV, cache):
+    return logits_BV * float("nan")
+
+
+def forgetful(logits_BV, cache):
+    for kept in cache._kept[0]:
+        kept[..., cache.length, :] = 0
+    return logits_BV
+
+
+@pytest.mark.parametrize("change", [other_logits, no_number, forgetful])
 def test_a_compiler_that_errs_is_found_at_the_first_step(change, compiler):
-    compiler(lambda model, tokens_BT, cache: change(torch.randn(2, model.config.vocab_size)))
+    compiler(lambda *given: change(last_logits(*given), given[-1]))
     read, model = CompiledSteps(), model_of("gpt2ish")
 
     assert_same(written(model, read), written(model), atol=0, rtol=0)
@@ -176,11 +222,11 @@ def test_a_compiler_that_errs_is_found_at_the_first_step(change, compiler):
 def test_what_was_interrupted_before_it_was_compared_is_compared_next_time(compiler):
     calls = []
 
-    def interrupted(model, tokens_BT, cache):
+    def interrupted(*given):
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return torch.randn(2, model.config.vocab_size)
+        return last_logits(*given).roll(1, -1)
 
     compiler(interrupted)
     read, model = CompiledSteps(), model_of("gpt2ish")
@@ -197,6 +243,15 @@ def test_a_cpu_compiles_bf16_alone():
     assert can_compile(cpu, "bf16") and can_compile(gpu, "fp32") and not can_compile(cpu, "fp32")
 
 
+def test_loading_this_does_not_load_the_compiler():
+    code = (
+        "import lmplay.generate.compiling, sys; print('torch._inductor.compile_fx' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert found.stdout == "False\n"
+
+
 def test_torch_has_its_attention_back(graphs):
     kernel = nn.functional.scaled_dot_product_attention
 
@@ -205,7 +260,7 @@ def test_torch_has_its_attention_back(graphs):
     assert nn.functional.scaled_dot_product_attention is kernel
 
 
-def test_an_opened_cache_may_be_passed_again_until_it_advances():
+def test_an_opened_cache_may_be_passed_again_until_it_is_filled():
     cache, module = Cache(capacity=4), nn.Identity()
     first = torch.randn(1, 3, 2)
     cache.append(module, first)
@@ -214,11 +269,9 @@ def test_an_opened_cache_may_be_passed_again_until_it_advances():
     for _ in range(2):
         ((found, (kept,)),) = cache.opened()
         kept[:, 3] = 7
+    cache.fill()
     cache.advance(1)
-    cache.append(module, torch.zeros(1, 1, 2))
-    (seen,) = cache.append(nn.Identity(), first)  # another module's is its own
+    (seen,) = cache.append(module, torch.zeros(1, 1, 2))
 
     assert found is module and kept.shape[-2] > 4
-    assert torch.equal(seen, first)
-    ((_, (kept,)), _) = cache.opened()
-    assert torch.equal(kept[:, :4], torch.cat([first, torch.full((1, 1, 2), 7.0)], dim=1))
+    assert torch.equal(seen[:, :4], torch.cat([first, torch.full((1, 1, 2), 7.0)], dim=1))
