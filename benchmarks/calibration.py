@@ -26,7 +26,7 @@ import typer
 from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
-from lmplay.run_folder import RunFolder, run_path
+from lmplay.run.folder import RunFolder, run_path
 from lmplay.stats.compare import read_run
 from lmplay.stats.verdict import paired
 

@@ -38,13 +38,13 @@ from measure import (
 from sizes import SIZES, Size, transformers_gpt2
 from typer import Option
 
-from lmplay.catalog import resolve
+from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.errors import UserError
-from lmplay.experiment import load_experiment
-from lmplay.generate.compiling import CompiledSteps, can_compile
+from lmplay.generate.compiled_steps import CompiledSteps, can_compile
 from lmplay.machine import num_cores
-from lmplay.runner import keep_memory, resolve_device
+from lmplay.model.experiment import load_experiment
+from lmplay.run.opening import keep_memory, resolve_device
 
 # B rows, T positions
 
@@ -204,6 +204,8 @@ def main(
         if not batch.isdecimal() or precision not in DTYPES:
             raise UserError(f"--cases: {case!r} is no batch and precision", hint="such as 8:bf16")
         here = [side for side in wanted if "+" not in side or can_compile(where, precision)]
+        if not here:
+            raise UserError(f"--cases {case}: a CPU compiles bf16 alone", hint="such as 8:bf16")
         note(f"measuring batch {batch} in {precision}: {', '.join(here)}")
         made.append(measure(size, int(batch), precision, here, seconds, common))
         if not as_json:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from lmplay.errors import UserError
-from lmplay.runner import machine_facts
+from lmplay.run.opening import machine_facts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEER = "transformers"

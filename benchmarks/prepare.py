@@ -31,15 +31,15 @@ from train import write_data
 from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
+from lmplay.data.batches import Data
+from lmplay.data.preparation import prepare
+from lmplay.data.shard_format import token_dtype
+from lmplay.data.sources import documents
+from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.machine import num_cores
 from lmplay.plan import Dataset, Plan, Validation
-from lmplay.tokens import Tokenizer, open_tokenizer
-from lmplay.train.batches import Data
 from lmplay.train.curves import peak_memory
-from lmplay.train.layout import token_dtype
-from lmplay.train.preparing import prepare
-from lmplay.train.text import documents
 
 SIDES = ("lmplay", "recipe")
 TIMES = (4, 12)  # the text, for the memory

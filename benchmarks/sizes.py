@@ -6,7 +6,7 @@ from typing import Annotated
 from torch import nn
 from typer import Option
 
-from lmplay.experiment import Experiment
+from lmplay.model.experiment import Experiment
 
 
 @dataclass(frozen=True)

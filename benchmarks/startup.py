@@ -29,12 +29,12 @@ import typer
 from measure import chosen, report, row
 from typer import Option
 
-from lmplay import catalog
+from lmplay.catalog import entries as catalog
 from lmplay.console import note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.roots import bundled_root
-from lmplay.run_folder import RunFolder
-from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS
+from lmplay.run.folder import RunFolder
+from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS
 
 BUDGETS = {"help": 0.25, "list": 0.25, "plans": 0.25, "step": 6.0, "plot": 2.0}  # seconds
 TRAINER = ("-m", "lmplay.train")

@@ -22,10 +22,10 @@ from torch.profiler import profile
 from train import lmplay, loop, side_settings, write_data
 from typer import Option
 
-from lmplay.catalog import resolve
+from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
-from lmplay.experiment import count, load_experiment
-from lmplay.runner import resolve_device
+from lmplay.model.experiment import count, load_experiment
+from lmplay.run.opening import resolve_device
 from lmplay.train.curves import matmul_rate
 
 SIDES = {"loop": loop, "lmplay": lmplay}  # in this order: lmplay sets malloc for its process

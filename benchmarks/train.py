@@ -44,15 +44,15 @@ from rich.console import Console
 from sizes import SIZES, Precisions, Size, Sizes, transformers_gpt2
 from typer import Option
 
-from lmplay.catalog import resolve
+from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
-from lmplay.experiment import count, load_experiment
+from lmplay.data.shard_format import map_shard, token_dtype, write_shard
 from lmplay.machine import num_cores
+from lmplay.model.experiment import count, load_experiment
 from lmplay.plan import Plan
-from lmplay.runner import resolve_device
+from lmplay.run.opening import resolve_device
 from lmplay.train.curves import CADENCE, matmul_rate, peak_memory
 from lmplay.train.display import Display
-from lmplay.train.layout import map_shard, token_dtype, write_shard
 
 # B rows, T positions
 

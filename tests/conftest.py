@@ -1,9 +1,39 @@
-"""One thread for each test process: models this small only get slower with more."""
+"""What all tests share. A process has one thread: models this small only get slower with more."""
 
+import json
 import os
+import random
 
+import pytest
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for every subprocess
 settings.register_profile("lmplay", deadline=None)  # a busy machine is no failure
 settings.load_profile("lmplay")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a plan on text of its own: 9 steps, dropout on, 2 epochs, an uneven end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
+    words = random.Random(0).choices(["one", "two", "three", "four", "five"], k=700)
+    rows = [{"text": " ".join(words[i : i + 7])} for i in range(0, len(words), 7)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    plan = {
+        "tokenizer": "byte",
+        "sequence_length": 32,
+        "batch_size": 5,
+        "model": {"num_blocks": 1, "width": 16, "num_heads": 2},
+        "datasets": {"words": {"files": [str(tmp_path / "text.jsonl")]}},
+        "stages": [{"datasets": ["words"]}],
+        "tokens": 9 * 5 * 32,
+        "optimizer": {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1},
+        "schedule": {"name": "cosine", "warmup": 0.2},
+        "precision": "fp32",
+        "validation": {"tokens": 300, "fraction": 0.1, "every_tokens": 3 * 160},
+        "checkpoints": {"every_tokens": 4 * 160, "keep": 3},
+    }
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "words.json").write_text(json.dumps(plan))
+    return tmp_path

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.catalog import Entry, parent_of, read_file, resolve
-from lmplay.check import check
-from lmplay.experiment import Experiment, folded, load_experiment
-from lmplay.objective import Objective
+from lmplay.catalog.entries import Entry, parent_of, read_file, resolve
+from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.objective import Objective
+from lmplay.proofs.tiny import check
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = [read_file(path)[0] for path in sorted(FOLDER.glob("[!_]*.py"))]

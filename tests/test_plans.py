@@ -5,9 +5,9 @@ from math import ceil
 
 import pytest
 
+from lmplay.data import sources as text
 from lmplay.plan import Plan, read_plan
 from lmplay.roots import bundled_root
-from lmplay.train import text
 
 FOLDER = bundled_root() / "plans"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from lmplay import catalog
+from lmplay.catalog import entries as catalog
 from lmplay.generate import cli as generate
 from lmplay.plan import plan_paths
 from lmplay.stats import cli as plot

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from lmplay.console import Version, note, print_json, run_app
 from lmplay.errors import UserError
-from lmplay.run_folder import RUNS, resolve_run
+from lmplay.run.folder import RUNS, resolve_run
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -70,7 +70,7 @@ def main(
     if missing := [key for key in _NEEDED if key not in facts]:
         raise UserError(f"{folder.run_json} is damaged: it lacks {', '.join(missing)}")
     note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
-    from lmplay.export.files import export
+    from lmplay.export.folder import export
 
     made = export(folder, named_step if step is None else step, to.value, fold, out)
     if as_json:

@@ -20,11 +20,11 @@ from lmplay.console import (
     run_app,
 )
 from lmplay.errors import UserError
-from lmplay.run_folder import RUNS, resolve_run
+from lmplay.run.folder import RUNS, resolve_run
 
 if TYPE_CHECKING:
     from lmplay.generate.sampling import Sample
-    from lmplay.runner import Trained
+    from lmplay.run.opening import Trained
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -182,11 +182,11 @@ def main(
     note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
     import torch
 
-    from lmplay.device_check import refuse_wrong
-    from lmplay.generate.compiling import CompiledSteps, can_compile
+    from lmplay.generate.compiled_steps import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import Sampler
-    from lmplay.runner import keep_memory, open_trained, resolve_device, resolve_precision
+    from lmplay.proofs.device import refuse_wrong
+    from lmplay.run.opening import keep_memory, open_trained, resolve_device, resolve_precision
 
     place = resolve_device(device)
     wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.errors import NUMERIC, UserError
-from lmplay.generate.cache import Cache
+from lmplay.model.cache import Cache
 
 # B rows, T positions, K candidates, V vocabulary
 
@@ -402,7 +402,7 @@ def write(
     The model reads the end marker, behind which every document begins, and then the prompt.
 
     Args:
-        tokenizer: an lmplay.tokens.Tokenizer.
+        tokenizer: an lmplay.data.tokenizers.Tokenizer.
         samples: filled while this runs.
         stops: a row ends where its text comes to hold one of these; it is left out of the text.
         options: as of `generate`, and so are the others.

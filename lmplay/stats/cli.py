@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from lmplay.console import Version, note, print_json, run_app
 from lmplay.errors import UserError
-from lmplay.run_folder import RUNS, RunFolder, find_runs, resolve_run
+from lmplay.run.folder import RUNS, RunFolder, find_runs, resolve_run
 from lmplay.stats.board import split_board, write_board
 from lmplay.stats.table import by_plan, markdown, plain, print_verdicts
 

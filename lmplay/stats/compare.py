@@ -10,8 +10,8 @@ import pyarrow as pa
 from pyarrow import csv
 
 from lmplay.errors import UserError, nearest
-from lmplay.run_folder import RunFolder
-from lmplay.stats.record import damaged, whole_lines
+from lmplay.run.folder import RunFolder
+from lmplay.run.records import damaged, whole_lines
 
 X_COLUMNS = {"tokens": "tokens", "steps": "step", "seconds": "seconds", "flops": "tokens"}
 DEFAULT_BASELINE = "gpt2ish"

@@ -5,7 +5,7 @@ from statistics import fmean, median, stdev
 
 import numpy as np
 
-from lmplay.run_folder import RunFolder
+from lmplay.run.folder import RunFolder
 from lmplay.stats.compare import Pair, Run, nature_marks, tokens_per_second, why_not_comparable
 from lmplay.stats.verdict import (
     ALPHA,

@@ -17,7 +17,7 @@ from matplotlib.ticker import (
 )
 
 from lmplay.stats.compare import NO_CURVE, Curve, Pair, curve, difference, smooth
-from lmplay.stats.looks import (
+from lmplay.stats.style import (
     BASELINE_COLOUR,
     Look,
     amount,

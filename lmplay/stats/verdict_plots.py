@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormat
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lmplay.stats.compare import Pair
-from lmplay.stats.looks import (
+from lmplay.stats.style import (
     BASELINE_COLOUR,
     LEFT,
     VERDICTS,

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from lmplay import catalog
-from lmplay.catalog import Entry
+from lmplay.catalog import entries as catalog
+from lmplay.catalog.entries import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.errors import NUMERIC, UserError, nearest
 from lmplay.stats.table import print_verdicts
@@ -226,8 +226,8 @@ def main(
         return list_experiments(as_json)
     if plan == "list":
         return list_plans(as_json)
+    from lmplay.data.local_files import existing
     from lmplay.plan import has_key, plan_schema, read_plan  # here, not at the top: pydantic
-    from lmplay.train.files import existing
 
     if plan == "schema":
         return print_json(plan_schema())
@@ -278,7 +278,7 @@ def main(
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{what} on {resolved.name}: loading torch")
-    from lmplay.train.initial import find_initial
+    from lmplay.train.initial_model import find_initial
     from lmplay.train.session import Request
 
     if budget == "seconds":
@@ -306,7 +306,7 @@ def _one(names: list[str], option: str) -> str:
 
 def _write(name: str, path: Path) -> None:
     """The file of a stack, also of one with conflicts, which the exit code then says."""
-    from lmplay.stack import Conflict
+    from lmplay.catalog.stack import Conflict
 
     if path.exists():
         raise UserError(f"{path} is there already", hint="choose another name")
@@ -333,7 +333,7 @@ def _baseline(entries: list[Entry], name: str | None) -> Entry:
 
 def _launch(gpus: int, device: str) -> int:
     """This very command in a process for each GPU; its exit code."""
-    from lmplay.train.launch import launch, refuse_missing_gpus
+    from lmplay.grid.launch import launch, refuse_missing_gpus
 
     refuse_missing_gpus(gpus, device)
     return launch([sys.executable, *sys.orig_argv[1:]], gpus)
@@ -366,8 +366,8 @@ def _refuse_for_many(resumes: bool, is_shared: bool) -> None:
 def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) -> None:
     from dataclasses import replace
 
-    from lmplay.runner import leave_processes
-    from lmplay.train.budget import sized
+    from lmplay.grid.budget import sized
+    from lmplay.run.opening import leave_processes
     from lmplay.train.display import Display
     from lmplay.train.loop import Stopped
     from lmplay.train.session import run_experiment
@@ -400,7 +400,7 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
 def _train_all(
     request: "Request", entries: list[Entry], rival: Entry, seeds: range, budget: str, as_json: bool
 ) -> None:
-    from lmplay.train.grid import Bench
+    from lmplay.grid.grid import Bench
     from lmplay.train.loop import Stopped
 
     try:
@@ -418,10 +418,10 @@ def _train_all(
 
 
 def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool):
-    from lmplay.stack import Conflict
+    from lmplay.catalog.stack import Conflict
+    from lmplay.grid.grid import Bench
+    from lmplay.grid.search import search
     from lmplay.stats.verdict_plots import draw_path
-    from lmplay.train.greedy import search
-    from lmplay.train.grid import Bench
     from lmplay.train.loop import Stopped
 
     base = request.entry

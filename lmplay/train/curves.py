@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lmplay.errors import NUMERIC, UserError
-from lmplay.objective import Sums
-from lmplay.runner import Run
-from lmplay.stats.record import Record
+from lmplay.model.objective import Sums
+from lmplay.run.opening import Run
+from lmplay.run.records import Record
 
 CADENCE = 10  # steps between two looks at the device; on the CPU every step is looked at
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmplay import catalog
-from lmplay.catalog import Entry
+from lmplay.catalog import entries as catalog
+from lmplay.catalog.entries import Entry
 from lmplay.console import note, out, print_json, show, table
 from lmplay.errors import UserError
 
@@ -18,11 +18,11 @@ def print_check(
     entry: Entry, plan: "Plan", config: dict, device: str, precision: str | None, as_json: bool
 ) -> None:
     note(f"checking {entry.name}: loading torch")
-    from lmplay.check import check
-    from lmplay.device_check import check_on
-    from lmplay.experiment import load_experiment, scale
-    from lmplay.runner import resolve_device, resolve_precision
-    from lmplay.tokens import vocab_size_of
+    from lmplay.data.tokenizers import vocab_size_of
+    from lmplay.model.experiment import load_experiment, scale
+    from lmplay.proofs.device import check_on
+    from lmplay.proofs.tiny import check
+    from lmplay.run.opening import resolve_device, resolve_precision
 
     experiment, where = load_experiment(entry), resolve_device(device)
     proofs = check(experiment)
@@ -63,9 +63,9 @@ def describe(
         sys.stdout.flush()  # this much needs no torch
     from dataclasses import asdict
 
-    from lmplay.experiment import count, freeze, load_experiment, scale
+    from lmplay.data.tokenizers import vocab_size_of
     from lmplay.generate.sampling import uses_cache
-    from lmplay.tokens import vocab_size_of
+    from lmplay.model.experiment import count, freeze, load_experiment, scale
 
     experiment = load_experiment(entry)
     made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)

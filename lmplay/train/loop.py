@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lmplay.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, unchanged_rng
-from lmplay.objective import Objective, Sums
-from lmplay.runner import Run
-from lmplay.shard import whole
-from lmplay.stats.record import Record
-from lmplay.train.batches import Batch, Data
+from lmplay.data.batches import Batch, Data
+from lmplay.model.objective import Objective, Sums
+from lmplay.optim.registry import learning_rate
+from lmplay.run.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, unchanged_rng
+from lmplay.run.fsdp import whole
+from lmplay.run.opening import Run
+from lmplay.run.records import Record
 from lmplay.train.curves import Curves
-from lmplay.train.optim import learning_rate
 from lmplay.train.update import Update
 
 

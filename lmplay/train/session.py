@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lmplay import check, device_check
-from lmplay.catalog import Entry, canonical_name
-from lmplay.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
+from lmplay.catalog.entries import Entry, canonical_name
+from lmplay.data.batches import Data, open_data
+from lmplay.data.tokenizers import Tokenizer, vocab_size_of
 from lmplay.errors import UserError
-from lmplay.experiment import (
+from lmplay.generate.sampling import greedy_text
+from lmplay.model.experiment import (
     Experiment,
     Scale,
     count,
@@ -25,10 +26,14 @@ from lmplay.experiment import (
     load_source,
     scale,
 )
-from lmplay.generate.sampling import greedy_text
+from lmplay.optim.registry import make_optimizer, refuse_sharding, refuse_wrong_updates
 from lmplay.plan import Plan
-from lmplay.run_folder import RunFolder, run_path
-from lmplay.runner import (
+from lmplay.proofs import device as device_check
+from lmplay.proofs import tiny as check
+from lmplay.run.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
+from lmplay.run.folder import RunFolder, run_path
+from lmplay.run.fsdp import spread_optimizer
+from lmplay.run.opening import (
     Run,
     compiled_so_far,
     keep_memory,
@@ -41,14 +46,11 @@ from lmplay.runner import (
     stream_seed,
     told_of_compiling,
 )
-from lmplay.shard import spread_optimizer
-from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
-from lmplay.tokens import Tokenizer, vocab_size_of
-from lmplay.train.batches import Data, open_data
-from lmplay.train.compiling import is_repaid
+from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.train.compilation import is_repaid
 from lmplay.train.curves import Curves, NotFinite, matmul_rate
 from lmplay.train.display import Display
-from lmplay.train.initial import Initial, begin_from, told
+from lmplay.train.initial_model import Initial, begin_from, told
 from lmplay.train.loop import (
     Session,
     Signals,
@@ -57,7 +59,6 @@ from lmplay.train.loop import (
     scattered_rng,
     train,
 )
-from lmplay.train.optim import make_optimizer, refuse_sharding, refuse_wrong_updates
 from lmplay.train.update import Update
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed

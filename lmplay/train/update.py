@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lmplay.runner import Run
-from lmplay.shard import whole
-from lmplay.train.optim import is_maskable, set_learning_rate
+from lmplay.optim.registry import is_maskable, set_learning_rate
+from lmplay.run.fsdp import whole
+from lmplay.run.opening import Run
 
 MOST_OVERFLOWS = 20  # in a row: by then the scaler has divided its scale of 65,536 by a million
 

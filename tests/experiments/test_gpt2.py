@@ -2,9 +2,9 @@
 
 import torch
 
-from lmplay.catalog import resolve
-from lmplay.experiment import count, load_experiment
-from lmplay.objective import Objective
+from lmplay.catalog.entries import resolve
+from lmplay.model.experiment import count, load_experiment
+from lmplay.model.objective import Objective
 
 COUNTS = {
     "gpt2": 124_439_808,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.catalog import read_file
-from lmplay.experiment import Experiment, load_experiment
-from lmplay.objective import Objective
+from lmplay.catalog.entries import read_file
+from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.objective import Objective
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
 FILES = ("gpt2ish", "nnm1", "nnm1_direct", "nnm2", "nnm2_direct", "nnm3", "nnm4")

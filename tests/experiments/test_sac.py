@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmplay.catalog import read_file
-from lmplay.experiment import Experiment, folded, load_experiment
-from lmplay.objective import Objective
+from lmplay.catalog.entries import read_file
+from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.objective import Objective
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
 

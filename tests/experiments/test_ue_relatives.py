@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmplay.catalog import read_file
-from lmplay.experiment import Experiment, load_experiment
+from lmplay.catalog.entries import read_file
+from lmplay.model.experiment import Experiment, load_experiment
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"
 

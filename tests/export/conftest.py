@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmplay.catalog import Entry, resolve
-from lmplay.checkpoint import Checkpoint, save_checkpoint
-from lmplay.experiment import load_experiment
-from lmplay.run_folder import RunFolder
+from lmplay.catalog.entries import Entry, resolve
+from lmplay.model.experiment import load_experiment
+from lmplay.run.checkpoint import Checkpoint, save_checkpoint
+from lmplay.run.folder import RunFolder
 
 MAX_LEN = 24
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmplay.catalog import resolve
-from lmplay.export.files import export
-from lmplay.runner import open_trained
+from lmplay.catalog.entries import resolve
+from lmplay.export.folder import export
+from lmplay.run.opening import open_trained
 
 GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 8}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmplay.checkpoint import Checkpoint, save_checkpoint
 from lmplay.errors import UserError
-from lmplay.experiment import load_source
 from lmplay.generate.cli import app
-from lmplay.run_folder import RunFolder
+from lmplay.model.experiment import load_source
+from lmplay.run.checkpoint import Checkpoint, save_checkpoint
+from lmplay.run.folder import RunFolder
 
 SOURCE = Path(__file__).parents[2] / "experiments" / "gpt2ish.py"
 CONFIG = {"vocab_size": 257, "max_len": 32, "num_blocks": 1, "width": 16, "num_heads": 2}
@@ -126,7 +126,7 @@ def test_a_device_that_computes_wrongly_writes_nothing(generator, monkeypatch, c
         asked.append((device.type, precision, experiment.source, config.max_len, is_trained))
         raise UserError("cpu computes gpt2ish wrongly in bf16")
 
-    monkeypatch.setattr("lmplay.device_check.refuse_wrong", refuse)
+    monkeypatch.setattr("lmplay.proofs.device.refuse_wrong", refuse)
     with pytest.raises(UserError):
         generator("quick/gpt2ish/seed-0", "ab", "--precision", "bf16")
 
@@ -224,6 +224,9 @@ def test_compiled_steps_write_the_same_and_say_what_came_of_it(generator, monkey
 
     assert compiled.out == plain.out
     assert "compiled: " in compiled.err and "compiled: " not in plain.err
+    asked = ["--precision", "bf16", "--compile"]
+    talk = generator(*asked, stdin=b"first\nsecond\n", terminal=True)
+    assert talk.err.count("compiled: ") == 1
 
 
 def test_a_cpu_compiles_nothing_in_fp32(generator):

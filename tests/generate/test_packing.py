@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lmplay.catalog import resolve
-from lmplay.experiment import load_experiment
+from lmplay.catalog.entries import resolve
 from lmplay.generate.packing import is_supported, pack
 from lmplay.generate.sampling import GREEDY, generate
+from lmplay.model.experiment import load_experiment
 
 pytestmark = pytest.mark.skipif(not is_supported("fp32"), reason="this torch has no oneDNN")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from lmplay.run_folder import RunFolder
-from lmplay.stats.record import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record
+from lmplay.run.folder import RunFolder
+from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record
 
 
 @pytest.fixture

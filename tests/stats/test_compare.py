@@ -4,6 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lmplay.errors import UserError
+from lmplay.run.records import VALIDATION_COLUMNS, Record
 from lmplay.stats.compare import (
     Curve,
     Run,
@@ -15,7 +16,6 @@ from lmplay.stats.compare import (
     smooth,
     why_not_comparable,
 )
-from lmplay.stats.record import VALIDATION_COLUMNS, Record
 
 FINITE = st.floats(-1e3, 1e3).map(lambda value: round(value, 6))
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lmplay.run.records import TRAIN_COLUMNS, Record
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.judge import judge
-from lmplay.stats.record import TRAIN_COLUMNS, Record
 from lmplay.stats.verdict import power
 
 MACHINE = {"device_name": "a CPU", "threads": 2, "world_size": 1, "compiled": False}

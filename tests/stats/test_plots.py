@@ -8,7 +8,6 @@ from scipy import stats
 
 from lmplay.stats.compare import Curve, pair_runs, read_run
 from lmplay.stats.judge import judge
-from lmplay.stats.looks import looks
 from lmplay.stats.plots import (
     _METRICS,
     COLUMNS,
@@ -20,6 +19,7 @@ from lmplay.stats.plots import (
     draw,
     mean_over_runs,
 )
+from lmplay.stats.style import looks
 
 NAMES = ["loss", "accuracy", "loss_difference", "accuracy_difference", "verdicts", "compute"]
 STEPS = np.arange(1, 21)

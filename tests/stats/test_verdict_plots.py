@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection
 from scipy import optimize, stats
 
 from lmplay.stats.compare import pair_runs, read_run
-from lmplay.stats.looks import VERDICTS, looks
+from lmplay.stats.style import VERDICTS, looks
 from lmplay.stats.verdict_plots import compute, draw_path, forest, path_figure, rising, spread
 
 

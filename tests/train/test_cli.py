@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmplay.stats.record import read_rows
+from lmplay.run.records import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 PLAN = {

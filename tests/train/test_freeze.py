@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lmplay.catalog import resolve
-from lmplay.checkpoint import read_checkpoint
+from lmplay.catalog.entries import resolve
 from lmplay.errors import BAD_INPUT, UserError
-from lmplay.experiment import load_experiment
+from lmplay.grid.grid import Bench
+from lmplay.model.experiment import load_experiment
+from lmplay.optim.registry import make_optimizer
 from lmplay.plan import Optimizer, read_plan
-from lmplay.run_folder import RunFolder
-from lmplay.runner import stream_seed
-from lmplay.stats.record import read_rows
-from lmplay.train.grid import Bench
-from lmplay.train.initial import find_initial
+from lmplay.run.checkpoint import read_checkpoint
+from lmplay.run.folder import RunFolder
+from lmplay.run.opening import stream_seed
+from lmplay.run.records import read_rows
+from lmplay.train.initial_model import find_initial
 from lmplay.train.loop import Stopped
-from lmplay.train.optim import make_optimizer
 from lmplay.train.session import Request, run_experiment
 from lmplay.train.update import Update
 

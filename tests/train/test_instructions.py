@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lmplay.catalog import resolve
-from lmplay.checkpoint import read_checkpoint
-from lmplay.experiment import load_experiment
+from lmplay.catalog.entries import resolve
+from lmplay.model.experiment import load_experiment
 from lmplay.plan import read_plan
-from lmplay.run_folder import RunFolder
-from lmplay.stats.record import read_rows
+from lmplay.run.checkpoint import read_checkpoint
+from lmplay.run.folder import RunFolder
+from lmplay.run.records import read_rows
 from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
 

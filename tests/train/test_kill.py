@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from lmplay.checkpoint import newest_checkpoint
-from lmplay.run_folder import RunFolder
-from lmplay.stats.record import read_rows
+from lmplay.run.checkpoint import newest_checkpoint
+from lmplay.run.folder import RunFolder
+from lmplay.run.records import read_rows
 
 NUM_STEPS = 400
 PLAN = {

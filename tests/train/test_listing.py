@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from lmplay import device_check, runner
-from lmplay.catalog import resolve
+from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.plan import read_plan
-from lmplay.proving import Proof
+from lmplay.proofs import device as device_check
+from lmplay.proofs.proof import Proof
+from lmplay.run import opening as runner
 from lmplay.train.listing import print_check
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmplay.catalog import resolve
-from lmplay.experiment import load_experiment, scale
+from lmplay.catalog.entries import resolve
+from lmplay.data.batches import open_data
+from lmplay.model.experiment import load_experiment, scale
 from lmplay.plan import read_plan
-from lmplay.runner import stream_seed
-from lmplay.stats.record import read_rows
-from lmplay.train.batches import open_data
+from lmplay.run.opening import stream_seed
+from lmplay.run.records import read_rows
 from lmplay.train.session import Request, run_experiment
 
 PLAN = {

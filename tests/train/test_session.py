@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmplay.catalog import resolve
-from lmplay.checkpoint import newest_checkpoint
+from lmplay.catalog.entries import resolve
+from lmplay.data.batches import Batch, Data, open_data
 from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
-from lmplay.experiment import load_experiment
-from lmplay.objective import IGNORE
+from lmplay.model.experiment import load_experiment
+from lmplay.model.objective import IGNORE
 from lmplay.plan import read_plan
-from lmplay.run_folder import RunFolder
-from lmplay.runner import stream_seed
-from lmplay.stats.record import read_rows
+from lmplay.run.checkpoint import newest_checkpoint
+from lmplay.run.folder import RunFolder
+from lmplay.run.opening import stream_seed
+from lmplay.run.records import read_rows
 from lmplay.train import curves, loop, session
-from lmplay.train.batches import Batch, Data, open_data
 from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
 from lmplay.train.update import Update

@@ -13,18 +13,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from lmplay.catalog import resolve
-from lmplay.checkpoint import newest_checkpoint
+from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
-from lmplay.experiment import load_experiment
-from lmplay.objective import Objective
+from lmplay.model.experiment import load_experiment
+from lmplay.model.objective import Objective
+from lmplay.optim.registry import refuse_sharding
 from lmplay.plan import Optimizer, read_plan
-from lmplay.run_folder import RunFolder
-from lmplay.shard import blocks, no_sync, shard, spread_model, whole
-from lmplay.stats.record import read_rows
+from lmplay.run.checkpoint import newest_checkpoint
+from lmplay.run.folder import RunFolder
+from lmplay.run.fsdp import blocks, no_sync, shard, spread_model, whole
+from lmplay.run.records import read_rows
 from lmplay.train import loop, session
 from lmplay.train.display import Display
-from lmplay.train.optim import refuse_sharding
 from lmplay.train.session import Request, run_experiment
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from lmplay.optim.registry import make_optimizer
 from lmplay.plan import Optimizer
-from lmplay.train.optim import make_optimizer
 from lmplay.train.update import MOST_OVERFLOWS, Update
 
 KINDS = [

@@ -1,0 +1,246 @@
+"""Documents to shards in the cache: what is held out, and what is trained on."""
+
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from lmplay.data import shard_cache as cache
+from lmplay.data.shard_writer import VERSION, Encoded, Shard, Writer, read_index
+from lmplay.data.shards import Shards, open_foreign
+from lmplay.data.sources import (
+    HELD_OUT_SPAN,
+    Document,
+    FairSample,
+    Split,
+    columns_of,
+    documents,
+    expected_bytes,
+    has_own_validation,
+    held_out_fraction,
+    is_fraction_known,
+    source_fingerprint,
+)
+from lmplay.data.tokenizers import Tokenizer
+from lmplay.machine import num_cores
+from lmplay.plan import Dataset, Validation
+
+SHARD_TOKENS = 1 << 24
+_BATCH_CHARACTERS = 1 << 18  # that a core makes to tokens at once
+_BATCH_RECORDS = 1024
+_MOST_BYTES = 16  # of text for a held-out token: several times the usual
+_POLL_SECONDS = 1.0  # while another process prepares
+
+Progress = Callable[[str, int, int, int | None], object]
+"""Called with the dataset's name, bytes of text done, tokens done, and bytes in all or None."""
+Note = Callable[[str], object]
+Write = Callable[[list[Shard], threading.Event], None]
+"""Writes the shards behind those that are done; stops early once the event is set."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def prepare(
+    dataset: Dataset,
+    name: str,
+    tokenizer: Tokenizer,
+    validation: Validation,
+    on_progress: Progress,
+    note: Note = lambda text: None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> tuple[Shards, Shards]:
+    """The tokens to validate with, and those to train on: from the cache, or prepared now.
+
+    A hub's training text is prepared while it is used. Of what is held out, a fair sample of
+    `validation.tokens` targets is kept.
+
+    Args:
+        dataset: where the text comes from.
+        name: of the dataset, the start of its folders' names in the cache.
+        tokenizer: whose tokens these are.
+        validation: what is held out.
+        on_progress: called now and then, from another thread for a hub dataset.
+        note: gets a sentence the user should see, the same one perhaps more than once.
+        shard_tokens: size of a shard; another size is another order of training.
+    Raises:
+        UserError: the source is missing, empty or damaged, the disk is full; code NO_DATA where
+            the network is.
+    """
+    if dataset.shards is not None:
+        return open_foreign(dataset, name, tokenizer, validation)
+    if not is_fraction_known(dataset, validation.fraction):
+        note_download(dataset, name, note)
+    fraction = held_out_fraction(dataset, validation.fraction)
+    most = validation.tokens
+    held_out = _Side(dataset, name, tokenizer, "validation", fraction, shard_tokens, most)
+    training = _Side(dataset, name, tokenizer, "train", fraction, shard_tokens, None)
+    if None in (held_out.shards.num_tokens, training.shards.num_tokens):
+        note_download(dataset, name, note)
+    in_one_pass = dataset.hub is None and not has_own_validation(dataset)
+    sample: FairSample | None = None  # of what is held out, once training has read past it all
+
+    def write_training(done: list[Shard], stop: threading.Event) -> None:
+        nonlocal sample
+        writer = training.writer(done=done)
+        expected = expected_bytes(dataset)
+        aside = FairSample(most * _MOST_BYTES) if in_one_pass and not done else None
+        others = None if aside is None else aside.add
+        source = documents(dataset, "train", fraction, writer.row, others)
+        for encoded in _encoded(tokenizer, writer.encode, source):
+            if stop.is_set():
+                return
+            writer.add(encoded)
+            on_progress(name, writer.num_bytes, writer.num_tokens, expected)
+        writer.finish()
+        sample = aside
+
+    def write_held_out(done: list[Shard], stop: threading.Event) -> None:
+        writer = held_out.writer(done=[])  # a sample is written in one go
+        source = sample
+        if source is None:
+            source = FairSample(most * _MOST_BYTES)
+            for document in documents(dataset, "validation", fraction):
+                source.add(document)
+        for batch in _batches(source, 1):
+            writer.add(writer.encode(batch))
+            if writer.full:
+                break
+        writer.finish()
+
+    if in_one_pass:
+        training.fill(write_training, note)
+        held_out.fill(write_held_out, note)
+    else:  # what is wrong with the smaller side is told first
+        held_out.fill(write_held_out, note)
+        training.fill(write_training, note, in_background=dataset.hub is not None)
+    return held_out.shards, training.shards
+
+
+def note_download(dataset: Dataset, name: str, note: Note) -> None:
+    """Say that a hub dataset is about to be read, and how large it is."""
+    if dataset.hub is not None:
+        size = f" ({dataset.download})" if dataset.download else ""
+        note(f"{name}: streaming {dataset.hub}{size} from the hub; --plan quick downloads nothing")
+
+
+class _Side:
+    """The folder in the cache that one side of a dataset is prepared in."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        name: str,
+        tokenizer: Tokenizer,
+        split: Split,
+        fraction: float,
+        shard_tokens: int,
+        limit: int | None,
+    ):
+        own = has_own_validation(dataset)
+        settings = {
+            "version": VERSION,
+            "source": source_fingerprint(dataset, split if own else "train"),
+            "tokenizer": tokenizer.fingerprint,
+            "columns": columns_of(dataset),
+            "learn_prompt": dataset.learn_prompt,
+            "held_out": None if own else [split, fraction],
+            "span": HELD_OUT_SPAN if dataset.hub and split == "validation" else None,
+            "limit": limit,
+            "shard_tokens": shard_tokens,
+        }
+        fingerprint = cache.fingerprint(settings)
+        safe_name = re.sub(r"[^\w.-]", "_", name)
+        self._folder = cache.cache_root() / f"{safe_name}-{fingerprint[:12]}"
+        self.shards = Shards(name, self._folder, fingerprint, tokenizer)
+        self.shards.publish(*read_index(self._folder))
+        self.writer = partial(
+            Writer,
+            self._folder,
+            tokenizer,
+            learn_prompt=dataset.learn_prompt,
+            shard_tokens=shard_tokens,
+            limit=limit,
+            about={"dataset": name, "files": dataset.files, "split": split, "settings": settings},
+            publish=self.shards.publish,
+        )
+
+    def fill(self, write: Write, note: Note, in_background: bool = False) -> None:
+        """Have it written where it is not complete."""
+        if self.shards.num_tokens is not None:
+            return
+        cache.make_folder(self._folder)
+        if in_background:
+            self.shards.run_in_background(lambda stop: self._write_or_follow(write, note, stop))
+        else:
+            self._write_or_follow(write, note, threading.Event())
+
+    def _write_or_follow(self, write: Write, note: Note, stop: threading.Event) -> None:
+        """Finish the folder, or follow the process that does: whoever holds the lock writes."""
+        lock = FileLock(self._folder / "lock")
+        told = False
+        while not stop.is_set():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if not told:
+                    name = self.shards.name
+                    note(f"{name}: another process prepares this text; using what it makes")
+                told = True
+                stop.wait(_POLL_SECONDS)
+                self.shards.publish(*read_index(self._folder))
+                if self.shards.num_tokens is not None:
+                    return
+                continue
+            try:
+                done, complete = read_index(self._folder)
+                self.shards.publish(done, complete)
+                if not complete:
+                    for left_over in self._folder.glob(f"{cache.TEMPORARY}*"):
+                        left_over.unlink(missing_ok=True)
+                    write(done, stop)
+            finally:
+                lock.release()
+            return
+
+
+def _encoded(
+    tokenizer: Tokenizer,
+    encode: Callable[[list[Document]], Encoded],
+    source: Iterable[Document],
+) -> Iterator[Encoded]:
+    """The documents as tokens, made on all cores while this thread takes more of them."""
+    if tokenizer.is_parallel:
+        return _in_threads(1, encode, _batches(source, min(16, num_cores())))
+    return _in_threads(num_cores(), encode, _batches(source, 1))
+
+
+def _batches(source: Iterable[Document], num_threads: int) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in source:
+        batch.append(document)
+        size += len(document.text)
+        if size >= num_threads * _BATCH_CHARACTERS or len(batch) >= num_threads * _BATCH_RECORDS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_threads(num_threads: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What a map gives, made ahead in threads while this one takes items and gives results."""
+    threads = ThreadPoolExecutor(num_threads)
+    made: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            made.append(threads.submit(function, item))
+            while made and (made[0].done() or len(made) > 2 * num_threads):
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)

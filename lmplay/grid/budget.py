@@ -1,0 +1,144 @@
+"""Leagues: budgets of tokens that give every idea the compute, or the time, of the baseline."""
+
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from lmplay.data.batches import open_data
+from lmplay.data.tokenizers import vocab_size_of
+from lmplay.errors import UserError
+from lmplay.grid.child_process import Relay, apart
+from lmplay.model.experiment import count, load_experiment, scale
+from lmplay.optim.registry import make_optimizer
+from lmplay.run.folder import make_folder
+from lmplay.run.opening import make_accelerator, open_run, resolve_device, resolve_precision
+from lmplay.train.curves import Curves
+from lmplay.train.display import Display
+from lmplay.train.loop import Session, Signals, take_step
+from lmplay.train.session import Request, rows_at_once
+from lmplay.train.update import Update
+
+ROUNDS = 9  # of timing, the two experiments taking turns
+STEPS = 3  # in a round
+
+
+def sized(request: Request, baseline: Request, kind: str, display: Display) -> Request:
+    """The request with the tokens that cost what the baseline's plan costs.
+
+    Args:
+        kind: "tokens" leaves the plan as it is; "flops" divides the baseline's training compute
+            (FLOPs per token times tokens) by the request's FLOPs per token; "seconds" does so with
+            the time of a step, measured once and kept in budget.json beside the label's runs, so
+            that every seed and every machine that shares the folder has the same tokens.
+    Raises:
+        UserError: the plan has no budget of tokens.
+    """
+    if kind == "tokens" or request.label == baseline.label:
+        return request
+    plan = request.plan
+    if plan.tokens is None:
+        raise UserError(
+            f"plan {plan.name} runs whole epochs: no budget to divide", hint="add --tokens N"
+        )
+    league = {"kind": kind, "baseline": baseline.label}
+    request = replace(request, changes=request.changes | {"budget": kind}, budget=league)
+    if kind == "flops":
+        cost = _flops_per_token(request) / _flops_per_token(baseline)
+    else:
+        cost = _kept_cost(request, baseline, display)
+    num_steps = max(1, round(math.ceil(plan.tokens / plan.tokens_per_step) / cost))
+    tokens = num_steps * plan.tokens_per_step
+    return replace(
+        request,
+        plan=plan.model_copy(update={"tokens": tokens}),
+        budget=league | {"cost": cost},
+    )
+
+
+def relative_seconds(pair: tuple[Request, Request], display: Display) -> float:
+    """Seconds of a training step of the first over those of the second, taking turns.
+
+    Both train on the plan's own batches; the median over rounds of the paired ratios.
+    """
+    plan = pair[0].plan
+    tokenizer, data = open_data(plan, pair[0].seed, display.note, display.preparing)
+    try:
+        sessions = [_session(request, data, tokenizer.vocab_size) for request in pair]
+        for session in sessions:  # compiles, allocates
+            _seconds(session)
+        ratios = []
+        for _ in range(ROUNDS):
+            first, second = (_seconds(session) for session in sessions)
+            ratios.append(first / second)
+        return statistics.median(ratios)
+    finally:
+        data.close()
+
+
+def _kept_cost(request: Request, baseline: Request, display: Display) -> float:
+    folder = request.folder.path.parent
+    path = folder / "budget.json"
+    make_folder(folder)
+    with FileLock(folder / "budget.lock"):
+        if not path.exists():
+            display.note(f"timing the steps of {request.label} against those of {baseline.label}")
+            with Relay() as relay:
+                cost = apart(relative_seconds, (request, baseline), display, relay)
+            facts = {"seconds_per_step_over_baselines": cost, "baseline": baseline.label}
+            part = path.with_name(f".budget.{os.getpid()}")
+            part.write_text(json.dumps(facts, indent=2) + "\n")
+            part.replace(path)
+        return _cost(path, baseline)
+
+
+def _cost(path: Path, baseline: Request) -> float:
+    try:
+        facts = json.loads(path.read_bytes())
+        cost, label = facts["seconds_per_step_over_baselines"], facts["baseline"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}", hint="delete it to measure again") from None
+    if label != baseline.label:
+        raise UserError(
+            f"{path} was measured against {label}, not {baseline.label}",
+            hint="--out-dir gives this league a place of its own",
+        )
+    return cost
+
+
+def _flops_per_token(request: Request) -> float:
+    experiment = load_experiment(request.entry)
+    vocab_size = vocab_size_of(request.plan.tokenizer)
+    config = scale(experiment, request.plan, vocab_size, request.config).config
+    return count(experiment, config, request.plan.freeze).flops_per_token
+
+
+def _session(request: Request, data, vocab_size: int) -> Session:
+    device = resolve_device(request.device)
+    precision = resolve_precision(request.precision or request.plan.precision, device)
+    accelerator = make_accelerator(device, precision)
+    experiment, plan = load_experiment(request.entry), request.plan
+    config = scale(experiment, plan, vocab_size, request.config).config
+    rows = request.mini_batch_size or rows_at_once(plan, device)
+    run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
+    run.may_shrink = request.mini_batch_size is None
+    update = Update(run, make_optimizer(plan.optimizer, run.model), plan.clip)
+    return Session(run, data, update, Curves(run, None), None, Signals(), lambda *_: None, 0, 0)
+
+
+def _seconds(session: Session) -> float:
+    """Of STEPS steps, to the moment when the device has done them."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step = session.run.step % session.data.num_steps
+        take_step(session, session.data.batch(step))
+    session.curves.look(now=True)
+    if session.run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

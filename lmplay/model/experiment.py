@@ -1,0 +1,314 @@
+"""The contract of an experiment file: what it must hold, how it is loaded, how it is counted."""
+
+import dataclasses
+import hashlib
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmplay.catalog.entries import Entry, read_source, resolve
+from lmplay.errors import UserError, nearest
+from lmplay.model.folding import folded
+from lmplay.plan import Plan
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file that was run once, so that its Config and Model can be made."""
+
+    entry: Entry
+    module: ModuleType = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name typed: a file's or a variant's."""
+        return self.entry.name
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first line."""
+        return self.entry.summary
+
+    @property
+    def source(self) -> str:
+        """The whole file."""
+        return self.entry.source
+
+    @property
+    def variant(self) -> dict[str, object]:
+        """Config values of this name."""
+        return self.entry.variant
+
+    @property
+    def tiny(self) -> dict[str, object]:
+        """Config values for checks and tests."""
+        return self.entry.tiny
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of Config's fields."""
+        return [field.name for field in dataclasses.fields(self.module.Config)]
+
+    def config(self, **values: object):
+        """Config with these values over the file's own, the variant's already among the defaults.
+
+        Raises:
+            UserError: a value has no field, or Config refuses it.
+        """
+        for key in values:
+            if key not in self.fields:
+                hint = nearest(key, self.fields) + "--describe shows the fields"
+                raise UserError(f"{self.entry.file} has no Config value {key!r}", hint=hint)
+        try:
+            return self.module.Config(**{**self.variant, **values})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.name}: {error}", hint="--describe shows the fields") from None
+
+    def model(self, config, seed: int | None = None, device: torch.device | str = "cpu"):
+        """A fresh Model.
+
+        Args:
+            config: what `config` made.
+            seed: fixes the weights, the same on every device; None leaves torch's generators be.
+            device: where it ends up. "meta" makes shapes without numbers.
+        """
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                return self.module.Model(config)
+        if seed is not None:
+            torch.manual_seed(seed)
+        return self.module.Model(config).to(device)
+
+
+def load_experiment(entry: Entry) -> Experiment:
+    """Run the file of `entry` and hold it to the contract.
+
+    Raises:
+        UserError: the file does not import, or breaks the contract (the rule and the line).
+    """
+    module = _run(entry)
+    for name, rule in {
+        "Config": "a frozen dataclass called Config",
+        "Model": "an nn.Module called Model",
+    }.items():
+        if not isinstance(getattr(module, name, None), type):
+            raise UserError(f"{entry.path} breaks the contract: it needs {rule}")
+    if not dataclasses.is_dataclass(module.Config) or not module.Config.__dataclass_params__.frozen:
+        _broken(entry, "Config", "is not a frozen dataclass")
+    if not issubclass(module.Model, nn.Module):
+        _broken(entry, "Model", "is not an nn.Module")
+    experiment = Experiment(entry, module)
+    for name in ("vocab_size", "max_len"):
+        if name not in experiment.fields:
+            _broken(entry, "Config", f"lacks the field {name}")
+    for name, values in {**entry.variants, "TINY": entry.tiny}.items():
+        for key in values:
+            if key not in experiment.fields:
+                hint = nearest(key, experiment.fields)
+                raise UserError(f"{entry.path}: {name} sets {key!r}, not in Config", hint=hint)
+    return experiment
+
+
+def load_source(source: str, path: Path, variant: dict[str, object]) -> Experiment:
+    """The experiment of a run's own copy, under the name `path` gives it."""
+    entry = read_source(source, path)[0]
+    return load_experiment(dataclasses.replace(entry, variant=variant))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A Config for one run, and how it stands to its plan."""
+
+    config: object
+    differs: dict[str, list]  # key: [the plan's value, this run's]; None where Config lacks the key
+
+
+def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str, object]) -> Scale:
+    """The Config of a run: the file's values, then the plan's, the variant's, those of `--set`.
+
+    Raises:
+        UserError: the plan scales what the baseline does not have, or Config refuses a value.
+    """
+    known = resolve("gpt2ish").fields
+    for key in plan.model:
+        if key not in known:
+            hint = nearest(key, known) + "a plan scales every experiment alike"
+            raise UserError(f"plan {plan.name}: gpt2ish has no Config value {key!r}", hint=hint)
+    shared = {key: value for key, value in plan.model.items() if key in experiment.fields}
+    given = {"vocab_size": vocab_size, "max_len": plan.sequence_length}
+    config = experiment.config(**shared | experiment.variant | given | changes)
+    made = dataclasses.asdict(config)
+    differs = {
+        key: [value, made.get(key)] for key, value in plan.model.items() if made.get(key) != value
+    }
+    return Scale(config, differs)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Keep the parameters of these names from being trained; a tied one is frozen by either name.
+
+    Args:
+        patterns: names in which * stands for any characters and ? for one, such as "blocks.0.*".
+    Returns:
+        The names of all frozen parameters, in the model's order.
+    Raises:
+        UserError: a pattern matches no name (with those that exist), or nothing is left to train.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matched = [name for name in named if fnmatchcase(name, pattern)]
+        if not matched:
+            hint = nearest(pattern, [*named, *_prefixes(named)]) + f"there are {_summed_up(named)}"
+            raise UserError(f"freeze: no parameter is called {pattern!r}", hint=hint)
+        for name in matched:
+            named[name].requires_grad_(False)
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if patterns and all(not weight.requires_grad for weight in named.values()):
+        raise UserError("freeze leaves no parameter to train", hint="freeze fewer of them")
+    return frozen
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What freezes a whole module: blocks.*, blocks.0.*, blocks.0.mlp.* and so on."""
+    parts = [name.split(".") for name in names]
+    found = {".".join([*some[:end], "*"]): None for some in parts for end in range(1, len(some))}
+    return list(found)
+
+
+def _summed_up(names: Iterable[str]) -> str:
+    """Names in few words, layers that differ in a number only as one: blocks.*.norm.weight (12)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        parts = ["*" if part.isdecimal() else part for part in name.split(".")]
+        alike.setdefault(".".join(parts), []).append(name)
+    return ", ".join(
+        some[0] if len(some) == 1 else f"{form} ({len(some)})" for form, some in alike.items()
+    )
+
+
+def _run(entry: Entry) -> ModuleType:
+    name = f"lmplay_experiment_{hashlib.sha256(entry.source.encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name, entry.docstring)
+    module.__file__ = str(entry.path)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    try:
+        exec(compile(entry.source, str(entry.path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[name]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(entry.path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"{entry.path}{where} does not import: {type(error).__name__}: {error}",
+            hint="an experiment imports torch and the standard library only",
+        ) from error
+    return module
+
+
+def _broken(entry: Entry, name: str, problem: str) -> None:
+    lines = entry.source.splitlines()
+    line = next((i for i, text in enumerate(lines, 1) if text.startswith(f"class {name}")), 1)
+    raise UserError(f"{entry.path}, line {line} breaks the contract: {name} {problem}")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a model and the arithmetic of training it."""
+
+    trained: int  # parameters that training changes
+    matmul: int  # of these, matrices that every position is multiplied with
+    lookup: int  # of these, tables of which a position reads one row; the rest are vectors
+    frozen: int  # that training leaves as they are
+    folded: int  # that are left once what only training needs is folded away
+    flops_per_token: float  # forward and backward, attention with the keys really attended
+
+
+def count(experiment: Experiment, config, patterns: Sequence[str] = ()) -> Counts:
+    """Count parameters and FLOPs by running one row of `max_len` tokens on the meta device.
+
+    Training costs three times the forward pass: two matrix products in the backward pass for each
+    one in the forward pass. Causal scaled-dot-product attention is counted with the (T + 1) / 2
+    keys that a position attends to on average. A network that runs on the distinct tokens of a
+    batch is counted as if every token were distinct, and a frozen matrix as if it were trained:
+    upper bounds.
+
+    Args:
+        patterns: of what the plan freezes, as `freeze` takes them.
+    Raises:
+        UserError: as `freeze` does.
+    """
+    model = experiment.model(config, device="meta")
+    freeze(model, patterns)
+    tokens_BT = torch.zeros(1, config.max_len, dtype=torch.int64, device="meta")
+    counter, attention, reads = FlopCounterMode(display=False), _Attention(), _Reads()
+    with torch.no_grad(), counter, attention, reads:
+        model(tokens_BT)
+    flops = counter.get_total_flops() + attention.flops
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    lookup = [p for p in trained if id(p) in reads.tables]
+    matmul = [p for p in trained if p.dim() > 1 and id(p) not in reads.tables]
+    return Counts(
+        trained=sum(p.numel() for p in trained),
+        matmul=sum(p.numel() for p in matmul),
+        lookup=sum(p.numel() for p in lookup),
+        frozen=sum(p.numel() for p in frozen),
+        folded=sum(p.numel() for p in folded(model).parameters()),
+        flops_per_token=3 * flops / config.max_len,
+    )
+
+
+class _Attention(TorchFunctionMode):
+    """Counts scaled-dot-product attention, which has no kernel on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
+        q_BHTD, k_BHSD, v_BHSD = [*args[:3], *named]
+        T, S = q_BHTD.shape[-2], k_BHSD.shape[-2]
+        attended = (S + 1) / 2 if T > 1 else S  # a mask has no numbers here: taken as causal
+        widths = q_BHTD.shape[-1] + v_BHSD.shape[-1]
+        self.flops += 2 * q_BHTD.shape[:-1].numel() * attended * widths
+        return q_BHTD.new_empty(*q_BHTD.shape[:-1], v_BHSD.shape[-1])
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the tables that rows are read from; gives `unique` a shape where it has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables: set[int] = set()
+        self.multiplied: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        operands = [a for a in args if isinstance(a, Tensor)]
+        names = {id(a._base) if a._is_view() else id(a) for a in operands}
+        if func in (aten.embedding.default, aten.index_select.default, aten.index.Tensor):
+            self.tables |= names - self.multiplied
+        elif func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            self.multiplied |= names  # a tied table is multiplied too, so it counts as a matrix
+            self.tables -= names
+        elif func is aten._unique2.default:
+            tokens = args[0]
+            return tokens.flatten(), tokens.clone(), tokens.new_empty(tokens.numel())
+        return func(*args, **(kwargs or {}))

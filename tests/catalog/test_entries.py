@@ -1,0 +1,167 @@
+"""Listing reads files and never runs them."""
+
+import pytest
+
+from lmplay.catalog import entries as catalog
+from lmplay.errors import UserError
+
+IDEA = '''"""Idea: one line.
+
+Changed from gpt2ish: Config, Model.
+"""
+
+raise RuntimeError("a listing must not run this")
+
+VARIANTS = {"idea_wide": {"width": 8}, "idea_same": {}}
+TINY = {"width": 4}
+
+
+class Config:
+    vocab_size: int
+    width: int = 4
+
+
+@staticmethod
+def helper():
+    return 1
+'''
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(root, name, source=IDEA):
+    path = root / "experiments" / f"{name}.py"
+    path.write_text(source)
+    return path
+
+
+def test_a_file_in_the_working_directory_joins_the_list_without_being_run(root):
+    path = write(root, "idea")
+    entries = catalog.entries()
+
+    assert {"idea", "idea_wide", "gpt2ish", "ue16x"} <= set(entries)
+    assert entries["idea_wide"].path == path.resolve()
+    assert entries["idea_wide"].variant == {"width": 8}
+    assert entries["idea"].parent == "gpt2ish" and entries["idea"].changed == ("Config", "Model")
+    assert entries["idea"].fields == {"vocab_size": "int", "width": "int"}
+    assert entries["idea"].summary == "Idea: one line."
+
+
+def test_the_working_directory_wins_over_lmplay_path_and_that_over_the_bundled(root, monkeypatch):
+    other = root / "other"
+    (other / "experiments").mkdir(parents=True)
+    theirs = write(other, "ue")
+    monkeypatch.setenv("LMPLAY_PATH", str(other))
+
+    assert catalog.resolve("ue").path == theirs.resolve()
+    assert catalog.resolve("ue").path != write(root, "ue").resolve()
+    assert catalog.resolve("ue").path == (root / "experiments" / "ue.py").resolve()
+
+
+def test_names_with_an_underscore_in_front_are_skipped(root):
+    write(root, "_draft")
+
+    assert "_draft" not in catalog.entries()
+
+
+def test_two_names_for_one_setting_have_one_canonical_name(root):
+    write(root, "idea")
+    names = {name: catalog.canonical_name(e) for name, e in catalog.entries().items()}
+
+    assert names["idea_same"] == names["idea"] == "idea"
+    assert names["idea_wide"] == "idea_wide"
+    assert names["ue8x"] == "ue"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("x = (", "line 1"),
+        ("x = 1\n", "no docstring"),
+        ('"""Doc."""\nVARIANTS = {"a": dict(b=1)}\n', "line 2"),
+        ('"""Doc."""\nTINY = make()\n', "TINY"),
+    ],
+)
+def test_a_file_that_cannot_be_listed_is_named_with_its_line(root, source, told):
+    path = write(root, "broken", source)
+    with pytest.raises(UserError) as raised:
+        catalog.resolve(str(path))
+
+    assert "broken.py" in raised.value.problem and told in raised.value.problem
+
+
+def test_a_broken_file_is_reported_and_hides_no_other(root):
+    write(root, "broken", "x = (")
+    errors = []
+    entries = catalog.entries(errors.append)
+
+    assert "gpt2ish" in entries and "broken" not in entries
+    assert ["broken.py" in error.problem for error in errors] == [True]
+    with pytest.raises(UserError, match="not valid Python"):
+        catalog.resolve("broken")
+
+
+def test_a_mistake_below_config_is_told_once_the_file_is_named(root):
+    write(root, "late", IDEA + "x = (")
+
+    assert "late" in catalog.entries()
+    with pytest.raises(UserError, match="not valid Python"):
+        catalog.resolve("late")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        IDEA.replace("width: int = 4\n", "width: int = 4\n# a comment\n\n    depth: int = 2\n"),
+        IDEA.replace("VARIANTS", "UNUSED").replace("TINY", "SMALL") + "VARIANTS = {'late': {}}\n",
+        IDEA.replace("Idea: one", "Idea: class Config\nclass Config: one"),
+        IDEA.replace("class Config", "class Other"),
+    ],
+)
+def test_a_list_says_what_the_whole_file_says(root, source):
+    path = write(root, "idea", source)
+
+    assert catalog.read_file(path, head_only=True) == catalog.read_file(path)
+
+
+def test_a_list_of_the_bundled_files_says_what_they_say():
+    listed = list(catalog.entries().values())
+    paths = dict.fromkeys(entry.path for entry in listed)
+
+    assert listed == [entry for path in paths for entry in catalog.read_file(path)]
+
+
+def test_of_two_files_that_claim_one_name_the_second_is_refused(root):
+    write(root, "one")
+    write(root, "two")
+    errors = []
+    entries = catalog.entries(errors.append)
+
+    assert entries["idea_wide"].file == "one" and "two" not in entries
+    assert "two.py names 'idea_" in errors[0].problem
+
+
+def test_an_unknown_name_gets_the_nearest(root):
+    with pytest.raises(UserError) as raised:
+        catalog.resolve("valu_norm")
+
+    assert "value_norm" in raised.value.hint
+
+
+def test_definitions_are_whole_with_their_decorators(root):
+    found = catalog.definitions(IDEA)
+
+    assert set(found) == {"Config", "helper"}
+    assert found["helper"].startswith("@staticmethod")
+
+
+def test_the_diff_against_the_parent_names_what_differs(root):
+    diff = catalog.diff(catalog.resolve("value_norm"))
+
+    assert "--- gpt2ish.py" in diff and "+++ value_norm.py" in diff
+    assert catalog.diff(catalog.resolve("gpt2ish")) == ""

@@ -1,0 +1,243 @@
+"""Every kind of local file gives its rows, and its name tells its split."""
+
+import gzip
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmplay.data.local_files import PASSAGE, file_rows, of_split, passages, source_files
+from lmplay.errors import UserError
+
+ROWS = [{"title": f"title {i}", "text": f"text {i}\nmore é"} for i in range(700)]
+
+
+def read(path):
+    rows = []
+    for file in source_files([str(path)]):
+        rows += file_rows(file, lambda names: [n for n in names if n != "unwanted"])
+    return rows
+
+
+def write_jsonl(path, rows=ROWS):
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def write_parquet(path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=100)
+
+
+def write_arrow_stream(path):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+
+
+def write_arrow_file(path):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+
+
+WRITERS = {
+    "a.jsonl": write_jsonl,
+    "a.json": write_jsonl,
+    "a.jsonl.gz": write_jsonl,
+    "a.parquet": write_parquet,
+    "a.arrow": write_arrow_stream,
+    "b.arrow": write_arrow_file,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_table_gives_its_rows_in_order(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+
+    assert read(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "a.whatever"])
+def test_anything_else_is_read_as_text(tmp_path, name):
+    text = "".join(f"line {i} é\n" for i in range(9000))
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(text)
+
+    rows = read(tmp_path / name)
+
+    assert len(rows) > 3
+    assert "".join(row["text"] for row in rows) == text
+
+
+@given(
+    lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))),
+    seed=st.randoms(use_true_random=False),
+)
+def test_passages_joined_are_the_text(lines, seed):
+    lines = [line * seed.choice([0, 1, 300, 5000]) for line in lines]
+    text = "\n".join(lines)
+
+    cut = list(passages(io.StringIO(text)))
+
+    assert "".join(cut) == text
+    assert all(0 < len(passage) <= PASSAGE for passage in cut)
+
+
+def test_passages_end_at_a_blank_line_else_at_the_end_of_a_line():
+    paragraphs = ("word " * 200 + "\n\n") * 60
+    lines = ("word " * 200 + "\n") * 60
+
+    assert all(p.endswith("\n\n") for p in passages(io.StringIO(paragraphs)))
+    assert all(p.endswith("\n") for p in passages(io.StringIO(lines)))
+
+
+def test_text_added_at_the_end_moves_no_earlier_cut():
+    text = "".join(f"line {i}\n" for i in range(9000))
+
+    before = list(passages(io.StringIO(text)))
+    after = list(passages(io.StringIO(text + "more\n" * 9000)))
+
+    assert after[: len(before) - 1] == before[:-1]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+
+    assert read(tmp_path / "a.txt") == [{"text": "hello"}]
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    for name in ("b/2.txt", "a/1.txt", "c.txt", ".hidden/x.txt", "b/.x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+
+    assert [row["text"] for row in read(tmp_path)] == ["a/1.txt", "b/2.txt", "c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.txt", "train"),
+        ("train-00001-of-00002.parquet", "train"),
+        ("validation.jsonl.gz", "validation"),
+        ("valid.txt", "validation"),
+        ("val_1.txt", "validation"),
+        ("dev/part.txt", "validation"),
+        ("test.txt", "test"),
+        ("Test-1.txt", "test"),
+        ("testament.txt", None),
+        ("training.txt", None),
+        ("value.txt", None),
+        ("my-train.txt", None),
+    ],
+)
+def test_the_start_of_a_name_tells_the_split(tmp_path, name, split):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("text")
+
+    assert [file.split for file in source_files([str(tmp_path)])] == [split]
+
+
+def names(files):
+    return [file.path.name for file in files]
+
+
+def test_training_reads_train_files_or_all_that_are_no_other_split(tmp_path):
+    for name in ("one.txt", "two.txt", "test.txt", "valid.txt"):
+        (tmp_path / name).write_text("text")
+    without_train = source_files([str(tmp_path)])
+    (tmp_path / "train.txt").write_text("text")
+    with_train = source_files([str(tmp_path)])
+
+    assert names(of_split(without_train, "train")) == ["one.txt", "two.txt"]
+    assert names(of_split(with_train, "train")) == ["train.txt"]
+    assert names(of_split(with_train, "validation")) == ["valid.txt"]
+
+
+def test_a_plan_can_say_how_held_out_files_are_called(tmp_path):
+    for name in ("one.txt", "held-1.txt", "valid.txt", "test.txt"):
+        (tmp_path / name).write_text("text")
+
+    found = source_files([str(tmp_path)], held_out="held")
+
+    assert names(of_split(found, "train")) == ["one.txt"]
+    assert names(of_split(found, "validation")) == ["held-1.txt"]
+
+
+def test_a_file_named_alone_is_trained_on_whatever_its_name(tmp_path):
+    (tmp_path / "valid.txt").write_text("text")
+    (tmp_path / "test.txt").write_text("text")
+
+    alone = source_files([str(tmp_path / "valid.txt")])
+    in_a_folder = source_files([str(tmp_path)])
+
+    assert names(of_split(alone, "train")) == ["valid.txt"]
+    assert of_split(in_a_folder, "train") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'["text"]\n', "line 1 is no JSON object"),
+        ("a.json", b'[\n{"text": "a"}]\n', "line 1 is not JSON"),
+        ("a.txt", b"caf\xe9 au lait", "is not UTF-8"),
+        ("a.txt", b"a\0b", "holds no text"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16"),
+        ("a.parquet", b"PAR1 not really", "no whole Parquet"),
+        ("a.arrow", b"ARROW1 not really", "no whole Arrow"),
+        ("a.txt.gz", b"not packed", "cannot read"),
+        ("b.txt.gz", gzip.compress(b"text " * 9999)[:-9], "cannot read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / name)
+
+    assert name in caught.value.problem
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*nowhere\.txt"):
+        source_files([str(tmp_path / "nowhere.txt")])
+
+
+def test_no_name_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+
+    with pytest.raises(UserError, match="no file ''"):
+        source_files([""])
+
+
+def test_a_folder_without_text_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no text"):
+        source_files([str(tmp_path)])
+
+
+def test_a_large_text_is_read_in_bounded_memory(tmp_path, monkeypatch):
+    import tracemalloc
+
+    (tmp_path / "a.txt").write_text("a line of text\n" * 400_000)  # 6 MB
+    (file,) = source_files([str(tmp_path / "a.txt")])
+    tracemalloc.start()
+
+    total = sum(len(row["text"]) for row in file_rows(file, list))
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 6_000_000
+    assert peak < 1_000_000

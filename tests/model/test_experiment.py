@@ -1,0 +1,169 @@
+"""The contract: what an experiment file must hold, and how it is counted."""
+
+import pytest
+import torch
+
+from lmplay.catalog.entries import read_source, resolve
+from lmplay.errors import UserError
+from lmplay.model.experiment import count, freeze, load_experiment, scale
+from lmplay.plan import read_plan
+
+GOOD = '''"""One line."""
+from dataclasses import dataclass
+from torch import nn
+{extra}
+@dataclass(frozen={frozen})
+class Config:
+    vocab_size: int
+    {max_len}
+
+class Model({base}):
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+    def forward(self, tokens_BT, cache=None):
+        return self.table(tokens_BT)
+'''
+
+
+def loaded(tmp_path, extra="", frozen=True, max_len="max_len: int = 8", base="nn.Module"):
+    source = GOOD.format(extra=extra, frozen=frozen, max_len=max_len, base=base)
+    return load_experiment(read_source(source, tmp_path / "idea.py")[0])
+
+
+def test_a_file_that_keeps_the_contract_loads(tmp_path):
+    experiment = loaded(tmp_path)
+    model = experiment.model(experiment.config(vocab_size=5), seed=1)
+
+    assert model(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"frozen": False}, "Config is not a frozen dataclass"),
+        ({"max_len": "length: int = 8"}, "Config lacks the field max_len"),
+        ({"base": "dict"}, "Model is not an nn.Module"),
+        ({"extra": "import no_such_package"}, "line 4 does not import"),
+        ({"extra": "VARIANTS = {'wide': {'widht': 3}}"}, "wide sets 'widht'"),
+    ],
+)
+def test_a_broken_contract_is_told_with_its_rule(tmp_path, change, told):
+    with pytest.raises(UserError) as raised:
+        loaded(tmp_path, **change)
+
+    assert told in raised.value.problem and raised.value.code == 2
+
+
+def test_an_unknown_config_value_gets_the_nearest():
+    experiment = load_experiment(resolve("gpt2ish"))
+    with pytest.raises(UserError, match="widht") as raised:
+        experiment.config(vocab_size=5, widht=8)
+
+    assert "width" in raised.value.hint
+
+
+def test_a_value_that_config_refuses_is_a_sentence():
+    experiment = load_experiment(resolve("gpt2ish"))
+    with pytest.raises(UserError, match="not a multiple"):
+        experiment.config(vocab_size=5, width=10, num_heads=3)
+
+
+def test_a_seed_fixes_the_weights():
+    experiment = load_experiment(resolve("gpt2ish"))
+    config = experiment.config(**experiment.tiny)
+    one, same, other = (experiment.model(config, seed).state_dict() for seed in (1, 1, 2))
+
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_file_then_plan_then_variant_then_set_decide_the_config():
+    plan = read_plan("quick", {"model.token_std": 0.5})
+    experiment = load_experiment(resolve("gpt2ish_small_init"))
+    made = scale(experiment, plan, 4096, {"num_blocks": 3})
+
+    assert made.config.width == 192  # the plan's
+    assert made.config.token_std == 0.2  # the variant's
+    assert made.config.num_blocks == 3  # --set
+    assert (made.config.vocab_size, made.config.max_len) == (4096, 256)
+    assert made.differs == {"num_blocks": [4, 3], "token_std": [0.5, 0.2]}
+
+
+def test_a_plan_may_not_scale_what_the_baseline_lacks():
+    with pytest.raises(UserError, match="widht"):
+        scale(load_experiment(resolve("ue")), read_plan("quick", {"model.widht": 1}), 4096, {})
+
+
+def test_what_an_experiment_lacks_is_reported_not_used():
+    plan = read_plan("quick", {"model.token_std": 0.5})
+    made = scale(load_experiment(resolve("ue")), plan, 4096, {})
+
+    assert made.differs == {"token_std": [0.5, None]}
+
+
+def test_flops_and_parameters_of_the_baseline_equal_the_formula():
+    experiment = load_experiment(resolve("gpt2ish"))
+    L, C, V, T = 3, 64, 1000, 128
+    config = experiment.config(vocab_size=V, max_len=T, num_blocks=L, width=C, num_heads=4)
+    counts = count(experiment, config)
+    matrices = L * 12 * C * C + C * V
+
+    assert counts.flops_per_token == 6 * matrices + 3 * L * 4 * C * (T + 1) / 2
+    assert counts.trained == V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C + V * C + V
+    assert counts.lookup >= V * C  # the token table; whether positions are read or added is free
+    assert matrices <= counts.matmul <= matrices + T * C
+
+
+def test_attention_counts_the_same_however_its_arguments_are_given(tmp_path):
+    source = resolve("gpt2ish").source
+    call = "scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD"
+    named = source.replace(call, "scaled_dot_product_attention(q_BHTD, value=v_BHSD, key=k_BHSD")
+    assert named != source
+    experiments = [load_experiment(read_source(s, tmp_path / "a.py")[0]) for s in (source, named)]
+    one, other = (count(e, e.config(**e.tiny)) for e in experiments)
+
+    assert one == other
+
+
+def test_a_tied_table_counts_as_a_matrix(tmp_path):
+    tied = GOOD.replace(
+        "return self.table(tokens_BT)", "return self.table(tokens_BT) @ self.table.weight.T"
+    ).format(extra="", frozen=True, max_len="max_len: int = 8", base="nn.Module")
+    experiment = load_experiment(read_source(tied, tmp_path / "tied.py")[0])
+    counts = count(experiment, experiment.config(vocab_size=6))
+
+    assert (counts.matmul, counts.lookup) == (36, 0)
+
+
+def test_patterns_freeze_the_parameters_of_these_names():
+    experiment = load_experiment(resolve("gpt2ish"))
+    model = experiment.model(experiment.config(**experiment.tiny))
+    frozen = freeze(model, ["blocks.0.mlp.*", "head.bia?", "blocks.0.*.bias"])
+
+    expected = [
+        name for name, _ in model.named_parameters()
+        if name.startswith("blocks.0.") and (".mlp." in name or name.endswith("bias"))
+    ] + ["head.bias"]  # fmt: skip
+    assert frozen == expected
+    assert freeze(experiment.model(experiment.config(**experiment.tiny)), []) == []
+
+
+@pytest.mark.parametrize("name", ["table.weight", "head.weight"])
+def test_a_tied_parameter_is_frozen_by_either_of_its_names(name):
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
+    model["head"].weight = model["table"].weight
+
+    assert freeze(model, [name]) == ["table.weight"]
+    assert not model["head"].weight.requires_grad and model["head"].bias.requires_grad
+
+
+def test_frozen_parameters_are_counted_apart_and_their_flops_are_an_upper_bound():
+    experiment = load_experiment(resolve("gpt2ish"))
+    config = experiment.config(**experiment.tiny)
+    whole, partly = count(experiment, config), count(experiment, config, ["blocks.0.*", "head.*"])
+
+    assert whole.frozen == 0 < partly.frozen
+    assert partly.trained + partly.frozen == whole.trained
+    assert partly.matmul < whole.matmul and partly.lookup == whole.lookup
+    assert partly.folded == whole.folded and partly.flops_per_token == whole.flops_per_token

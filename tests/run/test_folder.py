@@ -1,0 +1,288 @@
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmplay.errors import LOCKED, UserError
+from lmplay.run.folder import RunFolder, find_runs, resolve_run, run_path
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+VALUES = SCALARS | st.lists(SCALARS) | st.lists(st.lists(SCALARS))
+KEYS = st.text(st.characters(codec="utf-8"), min_size=1)
+CHANGES = st.dictionaries(KEYS, VALUES, max_size=3)
+
+HOLD = """
+import sys
+from pathlib import Path
+from lmplay.run.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def new_run(path: Path, **facts) -> RunFolder:
+    run = RunFolder(path)
+    run.write({"schema_version": 1, **facts})
+    return run
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A second process that holds the run in `tmp_path / "run"`."""
+    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_runs_folder_is_named_after_what_makes_the_run():
+    changes = {"width": 512, "optimizer.lr": 1e-3, "optimizer.options.betas": [0.9, 0.95]}
+
+    path = run_path(Path("runs"), "quick", "value_norm+ue16x", changes, seed=3)
+
+    name = "value_norm+ue16x,optimizer.lr=0.001,optimizer.options.betas=0.9+0.95,width=512"
+    assert path == Path("runs") / "quick" / name / "seed-3"
+
+
+def test_without_changes_the_folder_bears_the_experiments_name_alone():
+    assert run_path(Path("out"), "quick", "ue", {}, 0) == Path("out/quick/ue/seed-0")
+
+
+@pytest.mark.parametrize(("one", "other"), [(512, 512.0), (1e-3, 0.001), ([1, 2.0], (1.0, 2))])
+def test_two_spellings_of_one_setting_make_one_folder(one, other):
+    assert run_path(Path(), "p", "e", {"k": one}, 0) == run_path(Path(), "p", "e", {"k": other}, 0)
+
+
+@given(changes=CHANGES, seed=st.integers(0), name=KEYS, plan=KEYS)
+def test_no_setting_makes_a_name_that_a_file_system_refuses(changes, seed, name, plan):
+    path = run_path(Path("runs"), plan, name, changes, seed)
+
+    assert len(path.parts) == 4
+    for part in path.parts:
+        assert len(part.encode()) <= 120
+        assert not part.startswith(".")
+        assert all(c.isascii() and (c.isalnum() or c in "_.-~%+,=") for c in part)
+
+
+def settings(value):
+    """What tells two settings apart: their type too, but 1 is 1.0."""
+    if isinstance(value, list):
+        return tuple(map(settings, value))
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return "int", int(value)
+    return type(value).__name__, value
+
+
+@given(one=VALUES, other=VALUES)
+def test_different_settings_make_different_folders(one, other):
+    same = run_path(Path(), "p", "e", {"k": one}, 0) == run_path(Path(), "p", "e", {"k": other}, 0)
+
+    assert same == (settings(one) == settings(other))
+
+
+def test_the_order_of_changes_is_no_part_of_the_name():
+    forth, back = {"a": 1, "b": "x/y"}, {"b": "x/y", "a": 1}
+
+    assert run_path(Path(), "p", "e", forth, 0) == run_path(Path(), "p", "e", back, 0)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    facts = {"label": "ue,lr=0.001", "é": [1, 2.5, None, True], "command": [os.fsdecode(b"\xff")]}
+    run = new_run(tmp_path / "a" / "b", **facts)
+
+    assert run.read() == {"schema_version": 1, **facts}
+    assert os.listdir(run.path) == ["run.json"]
+
+
+def test_the_mode_of_run_json_follows_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        run = new_run(tmp_path)
+    finally:
+        os.umask(previous)
+
+    assert run.run_json.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("victim", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(tmp_path, monkeypatch, victim):
+    run = new_run(tmp_path / "run", status="running")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, victim, fail)
+        with pytest.raises(OSError):
+            run.write({"status": "finished"})
+
+    assert run.read()["status"] == "running"
+    assert os.listdir(run.path) == ["run.json"]
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"nonsense"])
+def test_a_damaged_run_json_is_named(tmp_path, text):
+    run = new_run(tmp_path)
+    run.run_json.write_bytes(text)
+
+    with pytest.raises(UserError, match=r"run\.json"):
+        run.read()
+
+
+def test_a_folder_without_run_json_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="not a run"):
+        RunFolder(tmp_path).read()
+
+
+def test_runs_are_found_once_each_in_natural_order(tmp_path):
+    for name in ["quick/ue/seed-10", "quick/ue/seed-2", "quick/gpt2ish/seed-0", ".hidden/seed-0"]:
+        new_run(tmp_path / "runs" / name)
+    one = tmp_path / "runs" / "quick" / "ue" / "seed-2"
+
+    runs = find_runs([one, tmp_path / "runs", one])
+
+    names = [str(run.path.relative_to(tmp_path / "runs")) for run in runs]
+    assert names == ["quick/gpt2ish/seed-0", "quick/ue/seed-2", "quick/ue/seed-10"]
+
+
+def test_a_path_without_a_run_is_an_error_beside_good_ones(tmp_path):
+    run = new_run(tmp_path / "run")
+
+    for path in (tmp_path / "nowhere", tmp_path / "run" / "run.json"):
+        with pytest.raises(UserError) as caught:
+            find_runs([run.path, path])
+        assert str(path) in caught.value.problem
+        assert caught.value.hint
+
+
+def test_a_run_is_resolved_by_folder_checkpoint_and_name(tmp_path):
+    run = new_run(tmp_path / "quick" / "ue" / "seed-0")
+    step = run.checkpoints / "step-70"
+    step.mkdir(parents=True)
+
+    assert resolve_run(str(run.path), Path("elsewhere")) == (run, None)
+    assert resolve_run(str(step), Path("elsewhere")) == (run, 70)
+    assert resolve_run(str(run.checkpoints), Path("elsewhere")) == (run, None)
+    assert resolve_run("quick/ue/seed-0", tmp_path) == (run, None)
+    assert resolve_run("quick/ue/seed-0/checkpoints/step-70", tmp_path) == (run, 70)
+    assert resolve_run("quick/ue", tmp_path) == (run, None)
+
+
+def test_a_folder_above_several_runs_does_not_mean_one_of_them(tmp_path):
+    for seed in range(2):
+        new_run(tmp_path / "quick" / "ue" / f"seed-{seed}")
+
+    with pytest.raises(UserError, match="holds 2 runs"):
+        resolve_run("quick/ue", tmp_path)
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(tmp_path):
+    new_run(tmp_path / "quick" / "gpt2ish" / "seed-0")
+
+    with pytest.raises(UserError) as caught:
+        resolve_run("quick/gtp2ish/seed-0", tmp_path)
+    assert "quick/gpt2ish/seed-0" in caught.value.hint
+
+
+def test_the_newest_run_started_last_whatever_the_file_times_say(tmp_path):
+    start = datetime(2026, 11, 21, tzinfo=UTC)
+    order = list(range(5))
+    random.Random(0).shuffle(order)
+    for number in order:
+        began = (start + timedelta(seconds=number)).isoformat()
+        run = new_run(tmp_path / f"run-{number}", started=began)
+        os.utime(run.run_json, (5 - number, 5 - number))
+    new_run(tmp_path / "no-start")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{")
+
+    assert resolve_run(None, tmp_path)[0].path.name == "run-4"
+
+
+def test_of_runs_that_started_together_the_one_with_more_steps_is_newest(tmp_path):
+    for name, step in [("a", 9), ("b", 10), ("c", 2)]:
+        run = new_run(tmp_path / name, started="2026-11-21T00:00:00+00:00")
+        (run.checkpoints / f"step-{step}").mkdir(parents=True)
+
+    assert resolve_run(None, tmp_path)[0].path.name == "b"
+
+
+def test_no_run_at_all_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError) as caught:
+        resolve_run(None, tmp_path)
+    assert "lmp-trainer" in caught.value.hint
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path, holder):
+    with pytest.raises(UserError) as caught, RunFolder(tmp_path / "run").lock():
+        pytest.fail("two processes hold one run")
+    assert caught.value.code == LOCKED
+    assert str(holder.pid) in caught.value.problem
+    assert socket.gethostname() in caught.value.problem
+    assert str(datetime.now(UTC).year) in caught.value.problem
+
+
+def test_a_killed_process_leaves_a_run_that_can_be_taken_over(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    run = RunFolder(tmp_path / "run")
+    left = json.loads((run.path / "owner.json").read_text())
+
+    with run.lock():
+        owner = json.loads((run.path / "owner.json").read_text())
+
+    assert (left["pid"], owner["pid"]) == (holder.pid, os.getpid())
+
+
+def test_a_lock_without_a_readable_owner_still_locks(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.lock():
+        for text in ("", "[]", '{"pid": 1}'):
+            (run.path / "owner.json").write_text(text)
+            with pytest.raises(UserError) as caught, run.lock():
+                pytest.fail("two locks on one run")
+            assert caught.value.code == LOCKED
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(ZeroDivisionError), run.lock():
+        raise ZeroDivisionError
+
+    with run.lock():
+        pass
+
+    assert not (run.path / "owner.json").exists()
+
+
+def test_deleting_the_folder_while_it_is_held_is_no_error(tmp_path):
+    run = RunFolder(tmp_path / "run")
+
+    with run.lock():
+        for path in run.path.iterdir():
+            path.unlink()
+        run.path.rmdir()
+
+    with run.lock():
+        pass
+
+
+def test_a_place_that_cannot_hold_a_run_is_an_error_with_a_hint(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(UserError) as caught, RunFolder(tmp_path / "file" / "run").lock():
+        pytest.fail("a run inside a file")
+    assert "--out-dir" in caught.value.hint
