@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lmplay.catalog.entries import read_source
 from lmplay.errors import UserError
 from lmplay.export.tokenizer_json import save_tokenizer
+from lmplay.model.abilities import any_folds, scores_itself, writes_itself
 from lmplay.model.folding import folded
 from lmplay.model.native import NATIVE, to_native
 from lmplay.roots import bundled_root
@@ -26,7 +27,9 @@ from lmplay.run.opening import Trained, open_trained
 
 _PACKAGE = Path(__file__).parent.parent
 _WRAPPER = "modeling_lmplay"
-_SHIPPED = ("export/modeling_lmplay.py", "model/cache.py", "model/folding.py")
+_SHIPPED = (
+    *("export/modeling_lmplay.py", "model/abilities.py", "model/cache.py", "model/folding.py"),
+)
 
 
 def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) -> dict:
@@ -42,10 +45,10 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
     """
     trained = open_trained(folder, step, "cpu", "fp32")
     facts, source = trained.run_json, folder.experiment_py.read_text(encoding="utf-8")
-    if to == "hf" and any(hasattr(trained.model, own) for own in ("log_likelihood", "generate")):
+    if to == "hf" and (scores_itself(trained.model) or writes_itself(trained.model)):
         problem = f"{facts['label']} has no logits from left to right, which transformers needs"
         raise UserError(problem, hint="--to safetensors exports its weights")
-    is_folded = fold and any(hasattr(module, "fold") for module in trained.model.modules())
+    is_folded = fold and any_folds(trained.model)
     model = folded(trained.model) if is_folded else trained.model
     plain = _folds_to(source, facts["file"]) if is_folded else facts["file"]
     native = _native(source, plain, is_folded) if to == "hf" else None

@@ -1,16 +1,15 @@
 """An experiment of lmplay as a causal language model of transformers.
 
 This file is copied into an exported folder: `experiment` is there the file that was trained,
-`cache` and `folding` are lmplay's own, and config.json says how the model was made.
+`abilities`, `cache` and `folding` are lmplay's own, and config.json says how the model was made.
 """
-
-import inspect
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .abilities import has_hidden, reader, takes_cache
 from .cache import Cache
 from .experiment import Config, Model
 from .folding import folded
@@ -45,7 +44,7 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         model = Model(Config(**config.values))
         self.model = folded(model) if config.folded else model
-        self.takes_cache = "cache" in inspect.signature(self._reader).parameters
+        self.takes_cache = takes_cache(model)
         first: dict[int, str] = {}
         names = [(id(w), name) for name, w in self.named_parameters(remove_duplicate=False)]
         ties = {name: first[i] for i, name in names if first.setdefault(i, name) != name}
@@ -55,10 +54,6 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own
-
-    @property
-    def _reader(self):
-        return self.model.hidden if hasattr(self.model, "hidden") else self.model.forward
 
     def forward(
         self,
@@ -102,7 +97,7 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
             back_BT1 = place_BT.argsort(1)[..., None]
             x_BTC = x_BTC.gather(1, back_BT1.expand(-1, -1, x_BTC.shape[-1]))
         x_BTC = x_BTC[:, -logits_to_keep:]
-        logits_BTV = self.model.head(x_BTC) if hasattr(self.model, "hidden") else x_BTC
+        logits_BTV = self.model.head(x_BTC) if has_hidden(self.model) else x_BTC
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BTV, labels, vocab_size=logits_BTV.shape[-1])
@@ -112,10 +107,10 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
     def _read(self, tokens_BT: Tensor, past: Past | None) -> Tensor:
         """The hidden states, or the logits of a model that has none; one by one behind a past."""
         if past is None:
-            return self._reader(tokens_BT)
+            return reader(self.model)(tokens_BT)
         parts = []
         for some_BT in tokens_BT.split(1, 1) if past.length else [tokens_BT]:
-            parts.append(self._reader(some_BT, cache=past))
+            parts.append(reader(self.model)(some_BT, cache=past))
             past.advance(some_BT.shape[1])
         return torch.cat(parts, 1)
 

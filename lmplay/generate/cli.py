@@ -185,6 +185,7 @@ def main(
     from lmplay.generate.compiled_steps import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import Sampler
+    from lmplay.model.abilities import writes_itself
     from lmplay.proofs.device import refuse_wrong
     from lmplay.run.opening import keep_memory, open_trained, resolve_device, resolve_precision
 
@@ -202,7 +203,7 @@ def main(
     asked_of = trained.device, settings.precision, trained.experiment, trained.config
     refuse_wrong(*asked_of, note, is_trained=False)
     torch.manual_seed(seed)  # for a model that writes by itself
-    read = CompiledSteps() if compile and not hasattr(trained.model, "generate") else None
+    read = CompiledSteps() if compile and not writes_itself(trained.model) else None
     if read:
         note("--compile: behind the first token comes a pause of 20 s, for a long graph of minutes")
     elif compile:

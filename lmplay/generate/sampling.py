@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.errors import NUMERIC, UserError
+from lmplay.model.abilities import has_hidden, takes_cache, writes_itself
 from lmplay.model.cache import Cache
 
 # B rows, T positions, K candidates, V vocabulary
@@ -145,7 +145,7 @@ def uses_cache(model: nn.Module) -> bool:
     False where the forward has no cache parameter or keeps nothing in it: then each step runs on
     the whole text again. The model must be on a real device; a tiny one will do.
     """
-    if not _takes_cache(model):
+    if not takes_cache(model):
         return False
     cache = Cache()
     tokens_BT = torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model))
@@ -211,7 +211,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        if hasattr(model, "generate"):
+        if writes_itself(model):
             if repetition_penalty != 1:
                 note("this model writes by itself: the repetition penalty is not used")
             yield from _by_the_model(model, rows, choose)
@@ -316,7 +316,7 @@ class _Reader:
         self.start = 0  # where the context begins in the texts
         longest = max(map(len, rows.texts)) + max(rows.num_left)
         self.capacity = min(rows.max_len, longest) + 1  # one spare, see Cache.opened
-        self.cache = Cache(self.capacity) if _takes_cache(model) else None
+        self.cache = Cache(self.capacity) if takes_cache(model) else None
 
     def logits(self, T: int) -> Tensor:
         """The logits of the token behind the first T of each text, shape (B, V)."""
@@ -349,7 +349,7 @@ class _Reader:
 def last_logits(model: nn.Module, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
     """The logits of the token behind each row, shape (B, V), in fp32 at least."""
     options = {} if cache is None else {"cache": cache}
-    if hasattr(model, "hidden") and hasattr(model, "head"):
+    if has_hidden(model):
         x_BTC = model.hidden(tokens_BT, **options)
         logits_BTV = model.head(x_BTC[:, -1:])
     else:
@@ -365,11 +365,6 @@ def _seen(rows: _Rows, logits_BV: Tensor) -> Tensor:
     if rows.end is not None:
         seen_BV[:, rows.end] = False
     return seen_BV
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    method = model.hidden if hasattr(model, "hidden") else model.forward
-    return "cache" in inspect.signature(method).parameters
 
 
 def _device_of(model: nn.Module) -> torch.device:

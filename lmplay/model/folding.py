@@ -4,6 +4,8 @@ import copy
 
 from torch import nn
 
+from .abilities import folds  # relative: an export ships both
+
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy without the parameters that only training needs.
@@ -14,7 +16,7 @@ def folded(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     plain: dict[nn.Module, nn.Module | None] = {}
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
-        if not hasattr(module, "fold"):
+        if not folds(module):
             continue
         if module not in plain:
             plain[module] = module.fold()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lmplay.model.abilities import has_hidden, scores_itself, trains_by_itself
+
 # B rows, T positions, N = B T positions in a line, C model width, V vocabulary
 
 IGNORE = -100  # a target that is not scored
@@ -41,12 +43,12 @@ class Objective(nn.Module):
         While training, an experiment's own `training_loss` is the objective, and then loss and
         hits are not computed; else, and always in eval mode, all three are the ruler's.
         """
-        if self.training and hasattr(self.model, "training_loss"):
+        if self.training and trains_by_itself(self.model):
             return Sums(self._sum_of(self.model.training_loss, tokens_BT, targets_BT), None, None)
-        if hasattr(self.model, "log_likelihood"):
+        if scores_itself(self.model):
             nats = self._sum_of(self.model.log_likelihood, tokens_BT, targets_BT)
             return Sums(nats, nats.detach(), None)
-        if not hasattr(self.model, "hidden"):
+        if not has_hidden(self.model):
             logits_BTV = self.model(tokens_BT)
             return _scored(*_ruler(logits_BTV.flatten(0, 1), targets_BT.flatten()))
         x_BTC = self.model.hidden(tokens_BT)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.errors import UserError, nearest
+from lmplay.model.abilities import has_groups
 from lmplay.plan import Optimizer, Schedule
 
 CLOSE = 0.1  # of an update; Muon computes its own in bf16
@@ -159,7 +160,7 @@ def learning_rate(wanted: Optimizer, schedule: Schedule, step: int, num_steps: i
 def _groups(model: nn.Module, wanted: Optimizer) -> list[dict]:
     claimed: set[int] = set()
     groups = []
-    for own in model.parameter_groups() if hasattr(model, "parameter_groups") else []:
+    for own in model.parameter_groups() if has_groups(model) else []:
         unknown = set(own) - {"params", "lr_scale", "weight_decay", "role"}
         if unknown:
             raise UserError(f"parameter_groups: unknown {sorted(unknown)}")

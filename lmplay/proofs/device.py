@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lmplay.errors import UserError
 from lmplay.machine import processor
+from lmplay.model.abilities import has_hidden, takes_cache
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.objective import Objective
@@ -27,7 +28,6 @@ from lmplay.proofs.proof import (
     Exempt,
     Proof,
     Refuted,
-    has_cache,
     prove,
     remembered,
 )
@@ -159,7 +159,7 @@ class _Place(Bench):
     def states(self, model: nn.Module, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """What `hidden`, or else the model, gives for these tokens: on the CPU, in fp32."""
         torch.manual_seed(1)  # a model that draws numbers draws the same ones each time
-        read = model.hidden if hasattr(model, "hidden") else model
+        read = model.hidden if has_hidden(model) else model
         options = {} if cache is None else {"cache": cache}
         with self.autocast(model):
             x_BTC = read(tokens_BT.to(next(model.parameters()).device), **options)
@@ -247,7 +247,7 @@ def _reads_as_on_the_cpu(place: _Place) -> str:
 
 def _generates_as_it_reads(place: _Place) -> str:
     place.refuse_what_cannot_be_compared()
-    if not has_cache(place.exact):
+    if not takes_cache(place.exact):
         raise Exempt("it takes no cache, so generation reads from the start")
     T = min(place.config.max_len, 62)  # nearly two blocks of 32
     tokens_BT, cache, parts, start = place.tokens(B=2, T=T), Cache(), [], 0

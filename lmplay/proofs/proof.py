@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.errors import UserError
+from lmplay.model.abilities import has_after_step, scores_itself
 from lmplay.model.experiment import Experiment
 from lmplay.model.objective import Objective
 from lmplay.roots import cache_root
@@ -67,7 +67,7 @@ class Bench:
         self.experiment = experiment
         self._plain = config or experiment.config(**experiment.tiny)
         self.config = self.config_with_dropout(0.0)
-        self.scores_itself = hasattr(experiment.module.Model, "log_likelihood")
+        self.scores_itself = scores_itself(experiment.module.Model)
 
     def config_with_dropout(self, share: float):
         dropouts = {
@@ -173,7 +173,7 @@ class Lesson:
             if self.num_steps < GRADIENT_STEPS:
                 self.note_gradients()
             optimizer.step()
-            if hasattr(model, "after_step"):
+            if has_after_step(model):
                 model.after_step()
             self.num_steps += 1
             if self.num_steps >= GRADIENT_STEPS and self.num_steps % 4 == 0:
@@ -253,12 +253,6 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
             part.write_text(json.dumps([dataclasses.asdict(p) for p in proofs]), encoding="utf-8")
             part.replace(path)
     return proofs
-
-
-def has_cache(model: nn.Module) -> bool:
-    """Whether its forward takes what earlier positions left behind."""
-    reader = model.hidden if hasattr(model, "hidden") else model.forward
-    return "cache" in inspect.signature(reader).parameters
 
 
 def how_far(changed: Tensor, answer: Tensor) -> float:

@@ -17,6 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmplay.catalog import entries as catalog
+from lmplay.model.abilities import (
+    any_folds,
+    has_after_step,
+    has_groups,
+    has_hidden,
+    scores_itself,
+    takes_cache,
+    trains_by_itself,
+)
 from lmplay.model.experiment import Experiment, folded, load_experiment
 from lmplay.model.objective import IGNORE, Objective
 from lmplay.proofs.proof import (
@@ -26,7 +35,6 @@ from lmplay.proofs.proof import (
     Exempt,
     Proof,
     Refuted,
-    has_cache,
     how_far,
     nan_first,
     prove,
@@ -105,7 +113,7 @@ def _tells_apart(stack: Bench, without: Bench, weights: dict, tokens_BT: Tensor)
 def _settings(model: nn.Module) -> dict[str, dict]:
     """What a model asks the optimizer to do with its parameters."""
     names = {id(weight): name for name, weight in model.named_parameters()}
-    groups = model.parameter_groups() if hasattr(model, "parameter_groups") else []
+    groups = model.parameter_groups() if has_groups(model) else []
     return {
         names[id(weight)]: {key: value for key, value in group.items() if key != "params"}
         for group in groups
@@ -122,7 +130,7 @@ def _acts(bench: Bench, weights: dict, tokens_BT: Tensor) -> list[Tensor]:
     outputs = bench.outputs(model, tokens_BT)
     torch.manual_seed(1)
     loss = Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.detach()
-    if hasattr(model, "after_step"):
+    if has_after_step(model):
         model.after_step()
     return [outputs, loss, bench.outputs(model.eval(), tokens_BT)]
 
@@ -197,10 +205,10 @@ def _follows_its_tokens(bench: Bench) -> str:
     makers = _Makers(bench.experiment.module.__file__)
     with torch.device("meta"), makers:
         Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        if hasattr(model, "after_step"):
+        if has_after_step(model):
             model.after_step()
         bench.outputs(model.eval(), tokens_BT)
-        if not bench.scores_itself and has_cache(model):
+        if not bench.scores_itself and takes_cache(model):
             for t in range(2):
                 model(tokens_BT[:, t : t + 1], cache=cache)
                 cache.advance(1)
@@ -212,17 +220,18 @@ def _starts_finite(bench: Bench) -> str:
     model = bench.model()
     tokens_BT, V = bench.tokens(B=4), bench.config.vocab_size
     targets_BT = tokens_BT.roll(-1, 1)
-    for method in ("training_loss", "log_likelihood"):
-        if hasattr(model, method):
-            shape = tuple(getattr(model, method)(tokens_BT, targets_BT).shape)
-            if shape != tuple(tokens_BT.shape):
-                raise Refuted(f"{method} has shape {shape}, not one loss for each target")
+    losses = [model.training_loss] if trains_by_itself(model) else []
+    losses += [model.log_likelihood] if scores_itself(model) else []
+    for loss in losses:
+        shape = tuple(loss(tokens_BT, targets_BT).shape)
+        if shape != tuple(tokens_BT.shape):
+            raise Refuted(f"{loss.__name__} has shape {shape}, not one loss for each target")
     targets_BT = targets_BT.masked_fill(torch.rand(targets_BT.shape) < 0.3, IGNORE)
     num_targets = (targets_BT != IGNORE).sum().item()
     trained = Objective(model).train()(tokens_BT, targets_BT).objective.item() / num_targets
     nats = Objective(model).eval()(tokens_BT, targets_BT).loss.item() / num_targets
     found = f"{nats:.3f} nats per token; ln V is {math.log(V):.3f}"
-    if hasattr(model, "training_loss"):
+    if trains_by_itself(model):
         found += f"; what training minimises {trained:.3f}"
     if not (math.isfinite(nats) and math.isfinite(trained)):
         raise Refuted(found)
@@ -346,9 +355,9 @@ def _sees_no_later_token(bench: Bench) -> str:
 
 def _has_one_head(bench: Bench) -> str:
     model = bench.shaken()
-    if not hasattr(model, "hidden"):
+    if not has_hidden(model):
         raise Exempt("it has no hidden")
-    if not isinstance(getattr(model, "head", None), nn.Module):
+    if not isinstance(model._modules.get("head"), nn.Module):
         raise Refuted("hidden is there, but head is not a module")
     tokens_BT = bench.tokens(B=3)
     for mode in (model, copy.deepcopy(model).train()):
@@ -372,11 +381,11 @@ def _generates_as_it_reads(bench: Bench) -> str:
 
     model = bench.shaken()
     passes = {"forward": model}
-    if hasattr(model, "hidden"):  # what generation runs
+    if has_hidden(model):  # what generation runs
         passes["head of hidden"] = lambda tokens_BT, cache: model.head(
             model.hidden(tokens_BT, cache)
         )
-    if bench.scores_itself or not has_cache(model):
+    if bench.scores_itself or not takes_cache(model):
         raise Exempt("it takes no cache, so generation reads from the start")
     tokens_BT = bench.tokens(B=2)
     T = bench.config.max_len
@@ -404,7 +413,7 @@ def _generates_as_it_reads(bench: Bench) -> str:
 
 def _folds_without_a_trace(bench: Bench) -> str:
     model = bench.shaken()
-    if not any(hasattr(module, "fold") for module in model.modules()):
+    if not any_folds(model):
         raise Exempt("nothing folds")
     tokens_BT = bench.tokens(B=3)
     answer = bench.outputs(model, tokens_BT)
@@ -436,8 +445,8 @@ def _folds_to(entry: catalog.Entry) -> catalog.Entry:
         return catalog.named_in(entry, named[1])
     left = {}
     for idea in entry.ideas:
-        modules = Bench(load_experiment(idea)).model().modules()
-        plain = _folds_to(idea) if any(hasattr(module, "fold") for module in modules) else idea
+        model = Bench(load_experiment(idea)).model()
+        plain = _folds_to(idea) if any_folds(model) else idea
         left[plain.path] = plain
     shared = catalog.parent_of(entry).path
     more = [e for e in left.values() if e.variant or (e.parent and e.path != shared)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lmplay.errors import NUMERIC, UserError
+from lmplay.model.abilities import has_own_objective
 from lmplay.model.objective import Sums
 from lmplay.run.opening import Run
 from lmplay.run.records import Record
@@ -110,11 +111,10 @@ class Curves:
 
     def _row(self, step: dict, totals: list[float], norm: float, speed: float) -> dict:
         objective, loss, hits = (_mean(total, step["targets"]) for total in totals)
-        has_own_objective = hasattr(self.run.model, "training_loss")
         return {
             **step["row"],
             "loss": loss,
-            "objective": objective if has_own_objective else None,
+            "objective": objective if has_own_objective(self.run.model) else None,
             "accuracy": hits,
             "grad_norm": norm,
             "tokens_per_second": speed,

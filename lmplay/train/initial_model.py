@@ -11,6 +11,7 @@ from torch import nn
 from lmplay.catalog.entries import resolve
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import UserError
+from lmplay.model.abilities import unfolds
 from lmplay.model.experiment import load_experiment
 from lmplay.model.native import read_native
 from lmplay.run.checkpoint import unchanged_rng
@@ -125,7 +126,7 @@ def _unfold(model: nn.Module, source: nn.Module) -> list[str]:
     unfolded: list[str] = []
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in unfolded)
-        if not hasattr(module, "unfold") or name not in plain or is_inside:
+        if not unfolds(module) or name not in plain or is_inside:
             continue
         if module.state_dict().keys() != plain[name].state_dict().keys():
             module.unfold(plain[name])

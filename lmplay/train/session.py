@@ -17,6 +17,7 @@ from lmplay.data.batches import Data, open_data
 from lmplay.data.tokenizers import Tokenizer, vocab_size_of
 from lmplay.errors import UserError
 from lmplay.generate.sampling import greedy_text
+from lmplay.model.abilities import scores_itself
 from lmplay.model.experiment import (
     Experiment,
     Scale,
@@ -251,7 +252,7 @@ def _facts(
         "plan": plan.model_dump(),
         "config": dataclasses.asdict(made.config),
         "scale_differs": made.differs,
-        "bound": hasattr(run.model, "log_likelihood"),
+        "bound": scores_itself(run.model),
         "data": {
             "fingerprint": data.fingerprint,
             "validation_fingerprint": data.validation_fingerprint,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lmplay.model.abilities import has_after_step
 from lmplay.optim.registry import is_maskable, set_learning_rate
 from lmplay.run.fsdp import whole
 from lmplay.run.opening import Run
@@ -56,7 +57,7 @@ class Update:
         self._step(self.healthy & (self.overflows == 0))
         if self.scaler is not None:
             self.scaler.update()
-        if hasattr(self.run.model, "after_step"):
+        if has_after_step(self.run.model):
             self._after_step()
         self.run.model.zero_grad(set_to_none=True)
         return norm
