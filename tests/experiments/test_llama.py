@@ -8,7 +8,6 @@ from lmplay.catalog.entries import resolve
 from lmplay.model.experiment import Experiment, load_experiment
 
 
-
 def experiment(name: str = "llama") -> Experiment:
     return load_experiment(resolve(name))
 
