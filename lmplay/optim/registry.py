@@ -1,15 +1,14 @@
-"""Optimizers of torch by name, the routing of parameters to them, and learning-rate schedules."""
+"""Optimizers of torch by name, and the routing of parameters to them."""
 
 import functools
 import inspect
-import math
 
 import torch
 from torch import Tensor, nn
 
 from lmplay.errors import UserError, nearest
 from lmplay.model.abilities import has_groups
-from lmplay.plan import Optimizer, Schedule
+from lmplay.plan import Optimizer
 
 CLOSE = 0.1  # of an update; Muon computes its own in bf16
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
@@ -133,28 +132,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group `lr` times its own scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def learning_rate(wanted: Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
-    """The learning rate of update `step`, counted from 0.
-
-    After a linear warm-up that reaches the full rate at its last step, `constant` stays; `linear`
-    and `cosine` fall to `final` at the end of the run; `wsd` stays and falls linearly over its
-    last `decay` share (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395, section 4).
-    """
-    warmup = math.ceil(schedule.warmup * num_steps)
-    if step < warmup:
-        return wanted.lr * (step + 1) / warmup
-    left = num_steps - step  # updates to come, this one among them
-    falling = num_steps - warmup
-    if schedule.name == "wsd":
-        falling = min(falling, math.ceil(schedule.decay * num_steps))
-    if schedule.name == "constant" or left > falling:
-        return wanted.lr
-    share = left / falling  # from 1 down to 1 / falling: the step after the last would have 0
-    if schedule.name == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return wanted.lr * (schedule.final + (1 - schedule.final) * share)
 
 
 def _groups(model: nn.Module, wanted: Optimizer) -> list[dict]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lmplay.data.batches import Batch, Data
 from lmplay.model.objective import Objective, Sums
-from lmplay.optim.registry import learning_rate
+from lmplay.optim.schedules import factor
 from lmplay.run.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, unchanged_rng
 from lmplay.run.fsdp import whole
 from lmplay.run.opening import Run
@@ -97,7 +97,8 @@ def take_step(session: Session, batch: Batch) -> None:
     """
     run, plan = session.run, session.run.plan
     before = rng_state()
-    lr = learning_rate(plan.optimizer, plan.schedule, run.step, session.data.num_steps)
+    done, num_steps = run.step, session.data.num_steps
+    lr = plan.optimizer.lr * factor(plan.schedule, done, done + 1, num_steps)
     share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
     parts = batch.of_rank(run.accelerator.process_index, run.world_size, run.mini_batch_size)
     try:

@@ -1,4 +1,4 @@
-"""Optimizers by name, who decays, and the shapes of schedules."""
+"""Optimizers by name, and who decays."""
 
 import pytest
 import torch
@@ -8,12 +8,11 @@ from lmplay.errors import UserError
 from lmplay.optim.registry import (
     has_fused_kernel,
     is_maskable,
-    learning_rate,
     make_optimizer,
     refuse_wrong_updates,
     set_learning_rate,
 )
-from lmplay.plan import Optimizer, Schedule
+from lmplay.plan import Optimizer
 
 
 class Model(nn.Module):
@@ -26,11 +25,6 @@ class Model(nn.Module):
 class Claiming(Model):
     def parameter_groups(self):
         return [{"params": [self.linear.weight], "lr_scale": 0.1, "weight_decay": 0.5}]
-
-
-def rates(schedule, num_steps=100, lr=2.0):
-    wanted = Optimizer(name="SGD", lr=lr)
-    return [learning_rate(wanted, schedule, step, num_steps) for step in range(num_steps)]
 
 
 def test_weight_decay_falls_on_matrices_only():
@@ -148,33 +142,6 @@ def test_a_kernel_that_a_device_lacks_is_not_asked_for():
     assert has_fused_kernel(torch.optim.Adagrad, torch.device("cpu"))
     assert not has_fused_kernel(torch.optim.Adagrad, torch.device("mps"))
     assert not has_fused_kernel(torch.optim.RMSprop, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
-def test_warm_up_rises_evenly_to_the_full_rate(name):
-    values = rates(Schedule(name=name, warmup=0.1))
-
-    assert values[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-
-
-def test_constant_stays():
-    assert rates(Schedule()) == [2.0] * 100
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_decay_falls_from_the_full_rate_towards_the_final_one(name):
-    values = rates(Schedule(name=name, final=0.1))
-
-    assert values[0] == pytest.approx(2.0)
-    assert values == sorted(values, reverse=True)
-    assert 0.2 < values[-1] < 0.24
-
-
-def test_wsd_stays_and_falls_over_its_last_share():
-    values = rates(Schedule(name="wsd", warmup=0.05, decay=0.2))
-
-    assert set(values[5:81]) == {2.0}
-    assert values[81:] == pytest.approx([2.0 * left / 20 for left in range(19, 0, -1)])
 
 
 def test_an_optimizer_of_torch_minimises():

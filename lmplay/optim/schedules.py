@@ -1,0 +1,35 @@
+"""Schedules: the share of its full rate that a parameter is trained at, over a run's tokens."""
+
+import math
+
+from lmplay.plan import Schedule
+
+
+def factor(schedule: Schedule, before: int, after: int, num_tokens: int) -> float:
+    """The share of the full rate in a step, a pure function of the tokens trained on and planned.
+
+    After a linear warm-up that reaches the full rate with its last step, `constant` stays; `linear`
+    and `cosine` fall to `final` at the end of the run; `wsd` stays and falls linearly over its
+    last `decay` share (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395, section 4).
+    A phase lasts whole steps of this step's size, so that the first step is above 0 and the one
+    after the last would have `final`.
+
+    Args:
+        before: tokens of all steps before this one.
+        after: those and this step's; more than `before`.
+        num_tokens: of the whole run; at least `after`.
+    """
+    size = after - before
+    num_steps, done, left = num_tokens / size, after / size, (num_tokens - before) / size
+    warmup = math.ceil(schedule.warmup * num_steps)
+    if done <= warmup:
+        return done / warmup
+    falling = num_steps - warmup
+    if schedule.name == "wsd":
+        falling = min(falling, math.ceil(schedule.decay * num_steps))
+    if schedule.name == "constant" or left > falling:
+        return 1.0
+    share = left / falling  # from 1 down to 1 / falling
+    if schedule.name == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return schedule.final + (1 - schedule.final) * share

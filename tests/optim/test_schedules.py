@@ -1,0 +1,69 @@
+"""The shapes of schedules, and what they do where steps are of several sizes."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis.strategies import floats, integers, lists, sampled_from
+
+from lmplay.optim.schedules import factor
+from lmplay.plan import Schedule
+
+NAMES = ["constant", "linear", "cosine", "wsd"]
+
+
+def factors(schedule, sizes=(1,) * 100):
+    """The factor of every step, where a step has these tokens."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    spans = zip([0, *ends], ends, strict=False)
+    return [factor(schedule, before, after, ends[-1]) for before, after in spans]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_warm_up_rises_evenly_to_the_full_rate(name):
+    values = factors(Schedule(name=name, warmup=0.1))
+
+    assert values[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+
+
+def test_constant_stays():
+    assert factors(Schedule()) == [1.0] * 100
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_decay_falls_from_the_full_rate_towards_the_final_one(name):
+    values = factors(Schedule(name=name, final=0.1))
+
+    assert values[0] == pytest.approx(1.0)
+    assert values == sorted(values, reverse=True)
+    assert 0.1 < values[-1] < 0.12
+
+
+def test_wsd_stays_and_falls_over_its_last_share():
+    values = factors(Schedule(name="wsd", warmup=0.05, decay=0.2))
+
+    assert set(values[5:81]) == {1.0}
+    assert values[81:] == pytest.approx([left / 20 for left in range(19, 0, -1)])
+
+
+@given(sampled_from(NAMES), floats(0, 0.5), floats(0, 0.5), integers(1, 10**9), integers(1, 500))
+def test_it_is_the_same_however_many_tokens_a_step_has(name, warmup, decay, size, num_steps):
+    schedule = Schedule(name=name, warmup=warmup, decay=decay)
+
+    assert factors(schedule, [size] * num_steps) == factors(schedule, [1] * num_steps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_that_grows_does_not_bend_it(name):
+    schedule = Schedule(name=name, warmup=0.1, decay=0.3, final=0.1)
+    even, grown = factors(schedule, [2] * 1000), factors(schedule, [1] * 1000 + [4] * 250)
+
+    assert grown[1::2][:500] == pytest.approx(even[:500], abs=0.005)
+    assert grown[1000:] == pytest.approx(even[500::2], abs=0.005)
+
+
+@given(sampled_from(NAMES), lists(integers(1, 64), min_size=1, max_size=60), floats(0, 0.5))
+def test_every_step_trains_and_none_above_the_full_rate(name, sizes, warmup):
+    values = factors(Schedule(name=name, warmup=warmup, decay=0.4), sizes)
+
+    assert all(0 < value <= 1 and math.isfinite(value) for value in values)
