@@ -27,6 +27,7 @@ from lmplay.data.sources import (
     source_fingerprint,
 )
 from lmplay.data.tokenizers import Tokenizer
+from lmplay.disk import TEMPORARY
 from lmplay.machine import num_cores
 from lmplay.plan import Dataset, Validation
 
@@ -200,7 +201,7 @@ class _Side:
                 done, complete = read_index(self._folder)
                 self.shards.publish(done, complete)
                 if not complete:
-                    for left_over in self._folder.glob(f"{cache.TEMPORARY}*"):
+                    for left_over in self._folder.glob(f"{TEMPORARY}*"):
                         left_over.unlink(missing_ok=True)
                     write(done, stop)
             finally:

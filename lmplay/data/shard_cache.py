@@ -3,9 +3,7 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +11,9 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from lmplay import roots
+from lmplay import disk, roots
 from lmplay.errors import NO_DATA, UserError
 
-TEMPORARY = ".tmp-"
 _REMEMBERED_BYTES = 1 << 20  # smaller files are hashed by each process
 
 
@@ -30,7 +27,7 @@ def cache_root() -> Path:
 def make_folder(folder: Path) -> None:
     """Make a folder of the cache, with its parents."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder)
     except OSError as error:
         raise _unwritable(folder, error) from None
 
@@ -46,17 +43,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], num_bytes: int 
         UserError: code NO_DATA; the disk is full or the folder cannot be written. Whatever was
             at `path` is unchanged.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
     try:
         free = shutil.disk_usage(path.parent).free
         if free < num_bytes:
             raise OSError(errno.ENOSPC, "")
-        with open(temporary, "wb") as file:
+        with disk.atomic_file(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise _unwritable(path, error) from None
@@ -66,8 +58,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], num_bytes: int 
             hint="make room, or set LMP_DATASETS to a folder on another disk; what is whole stays",
             code=NO_DATA,
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -130,13 +120,3 @@ def _unwritable(path: Path, error: OSError) -> UserError:
         hint="set LMP_DATASETS to a folder that can be written",
         code=NO_DATA,
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

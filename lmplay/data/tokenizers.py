@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmplay.data.gaps import CUT, CUT_GAPS, NEXT, SHORT_GAPS, cut, has_short_gaps, is_plain
+from lmplay.disk import write_json, write_text
 from lmplay.errors import UserError, nearest
 from lmplay.network import bounded
 
@@ -269,15 +269,8 @@ class _HuggingFace(Tokenizer):
     def save(self, path):
         """Write tokenizer.json, and beside it who ends a document, as Hugging Face does."""
         if self._end != END:
-            config = json.dumps({"eos_token": self._end})
-            _write(path.with_name("tokenizer_config.json"), config)
-        _write(path, self._text)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+            write_json(path.with_name("tokenizer_config.json"), {"eos_token": self._end})
+        write_text(path, self._text)
 
 
 def _bpe_size(name: str) -> int:

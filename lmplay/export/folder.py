@@ -1,13 +1,8 @@
 """A run's model as files for other programs: safetensors, or a folder for transformers."""
 
 import dataclasses
-import json
-import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmplay.catalog.entries import read_source
+from lmplay.disk import atomic_folder, write_json
 from lmplay.errors import UserError
 from lmplay.export.tokenizer_json import save_tokenizer
 from lmplay.model.abilities import any_folds, scores_itself, writes_itself
@@ -22,7 +18,7 @@ from lmplay.model.folding import folded
 from lmplay.model.native import NATIVE, to_native
 from lmplay.roots import bundled_root
 from lmplay.run.checkpoint import without_ties
-from lmplay.run.folder import RunFolder, fsync_folder, make_folder
+from lmplay.run.folder import RunFolder
 from lmplay.run.opening import Trained, open_trained
 
 _PACKAGE = Path(__file__).parent.parent
@@ -52,18 +48,21 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
     model = folded(trained.model) if is_folded else trained.model
     plain = _folds_to(source, facts["file"]) if is_folded else facts["file"]
     native = _native(source, plain, is_folded) if to == "hf" else None
-    with _appearing(out) as part:
-        if to == "safetensors":
-            _write_plain(part, trained, model, is_folded, plain)
-        else:
-            if native:
-                config, state = to_native(
-                    native, dataclasses.asdict(trained.config), model.state_dict()
-                )
-                _save(part, state, {})
+    try:
+        with atomic_folder(out) as part:
+            if to == "safetensors":
+                _write_plain(part, trained, model, is_folded, plain)
             else:
-                config = _write_with_code(part, folder, trained, model, is_folded)
-            _write_for_transformers(part, trained, config)
+                if native:
+                    config, state = to_native(
+                        native, dataclasses.asdict(trained.config), model.state_dict()
+                    )
+                    _save(part, state, {})
+                else:
+                    config = _write_with_code(part, folder, trained, model, is_folded)
+                _write_for_transformers(part, trained, config)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None
     before, after = (sum(p.numel() for p in m.parameters()) for m in (trained.model, model))
     return {
         "schema_version": 1,
@@ -108,7 +107,7 @@ def _write_plain(
         "tokenizer": facts["plan"]["tokenizer"],
         "values": dataclasses.asdict(trained.config),
     }
-    _write_json(part / "config.json", config)
+    write_json(part / "config.json", config)
 
 
 def _write_with_code(
@@ -143,8 +142,8 @@ def _write_with_code(
 def _write_for_transformers(part: Path, trained: Trained, config: dict[str, object]) -> None:
     end = trained.tokenizer.end
     ends = {"bos_token_id": end, "eos_token_id": end}
-    _write_json(part / "config.json", config | ends | {"dtype": "float32"})
-    _write_json(part / "generation_config.json", ends | {"pad_token_id": end})
+    write_json(part / "config.json", config | ends | {"dtype": "float32"})
+    write_json(part / "generation_config.json", ends | {"pad_token_id": end})
     save_tokenizer(trained.tokenizer, part, trained.config.max_len)
 
 
@@ -155,26 +154,3 @@ def _save(part: Path, weights: dict[str, Tensor], aliases: dict[str, str]) -> No
     mode = path.stat().st_mode  # by the umask; the library makes files for their owner only
     save_file(whole, path, {"format": "pt", **aliases})
     path.chmod(mode)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` by one rename once all of it is on the disk."""
-    part = out.parent / f".{out.name}.tmp-{secrets.token_hex(4)}"
-    try:
-        make_folder(part)
-        yield part
-        for path in part.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        fsync_folder(part)
-        os.replace(part, out)
-        fsync_folder(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,5 @@
 """A run's tokenizer as the tokenizer.json and tokenizer_config.json of Hugging Face."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers import Tokenizer as Fast
 
 from lmplay.data.tokenizers import END, Tokenizer, byte_of_character
+from lmplay.disk import write_json
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int) -> None:
@@ -41,7 +41,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _of_bytes() -> Fast:

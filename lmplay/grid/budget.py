@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -13,11 +12,11 @@ from filelock import FileLock
 
 from lmplay.data.batches import open_data
 from lmplay.data.tokenizers import vocab_size_of
+from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.grid.child_process import Relay, apart
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
-from lmplay.run.folder import make_folder
 from lmplay.run.opening import make_accelerator, open_run, resolve_device, resolve_precision
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display
@@ -92,9 +91,7 @@ def _kept_cost(request: Request, baseline: Request, display: Display) -> float:
             with Relay() as relay:
                 cost = apart(relative_seconds, (request, baseline), display, relay)
             facts = {"seconds_per_step_over_baselines": cost, "baseline": baseline.label}
-            part = path.with_name(f".budget.{os.getpid()}")
-            part.write_text(json.dumps(facts, indent=2) + "\n")
-            part.replace(path)
+            write_json(path, facts)
         return _cost(path, baseline)
 
 

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.model.abilities import has_after_step, scores_itself
 from lmplay.model.experiment import Experiment
@@ -248,10 +248,8 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
     proofs = found()
     if all(proof.passed is not False and proof.detail != NO_MEMORY for proof in proofs):
         with suppress(OSError):  # a cache that cannot be written costs a second next time
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}")
-            part.write_text(json.dumps([dataclasses.asdict(p) for p in proofs]), encoding="utf-8")
-            part.replace(path)
+            make_folder(path.parent)
+            write_json(path, [dataclasses.asdict(proof) for proof in proofs])
     return proofs
 
 

@@ -25,8 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmplay.disk import make_folder, sync_folder
 from lmplay.errors import BAD_CHECKPOINT, UserError
-from lmplay.run.folder import RunFolder, fsync_folder, make_folder
+from lmplay.run.folder import RunFolder
 
 FORMAT = 1
 
@@ -114,7 +115,7 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Pat
         for name in (_MODEL, _OPTIMIZER, _RNG):
             with safe_open(temporary / name, framework="pt") as file:
                 file.keys()  # what the library cannot read must not take a good one's place
-        fsync_folder(temporary)
+        sync_folder(temporary)
         _publish(temporary, target)
         _manifest(target, step)
     except BaseException as error:
@@ -373,7 +374,7 @@ def _publish(temporary: Path, target: Path) -> None:
         # still read as a checkpoint of this step, should we die before the next line
         os.replace(target, target.with_name(f"{target.name}~{secrets.token_hex(4)}"))
     os.replace(temporary, target)
-    fsync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _unsaved(error: Exception, parent: Path, step: int, needed: int) -> UserError:
@@ -417,7 +418,7 @@ def _prune(parent: Path, saved: Path, step: int, keep: int) -> None:
         for (_, path), gone in zip(victims, trash, strict=True):
             os.replace(path, gone)
         if trash:
-            fsync_folder(parent)
+            sync_folder(parent)
         for gone in trash:
             shutil.rmtree(gone, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
+from lmplay.disk import make_folder, write_json
 from lmplay.errors import LOCKED, UserError, nearest
 
 RUNS = "runs"
@@ -74,20 +75,8 @@ class RunFolder:
 
     def write(self, facts: dict) -> None:
         """Put `facts` into run.json; whoever reads at any moment sees the old one or the new."""
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         make_folder(self.path)
-        temporary = self.path / f".run.json.tmp-{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                # a command line may hold bytes that are no text; JSON has an escape for those
-                file.write(text.encode("utf-8", errors="backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.run_json)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(self.path)
+        write_json(self.run_json, facts)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -197,23 +186,6 @@ def resolve_run(text: str | None, out_dir: Path) -> tuple[RunFolder, int | None]
     raise UserError(f"there is no run {text}", hint=hint)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, on the disk too, so that a power cut leaves them."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        fsync_folder(folder.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    """Wait until the names in this folder, not only its files, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _file_name(name: str) -> str:
     if name.startswith("."):  # hidden files, and the folder above
         name = "%2E" + name[1:]
@@ -223,7 +195,7 @@ def _file_name(name: str) -> str:
 
 
 def _value_name(value: object) -> str:
-    if isinstance(value, list | tuple) and not any(isinstance(v, list | tuple) for v in value):
+    if _is_flat(value):
         return "+".join(_value_name(item) for item in value) + "+" * (len(value) < 2)
     if isinstance(value, float):
         whole = value.is_integer() and abs(value) < 2**53
@@ -231,6 +203,12 @@ def _value_name(value: object) -> str:
     if isinstance(value, str) and not _is_json(value):
         return quote(value, safe="")
     return quote(json.dumps(value, sort_keys=True), safe="")
+
+
+def _is_flat(value: object) -> bool:
+    """A list that can stand as its items: one that has any, and no lists among them."""
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and not any(isinstance(item, list | tuple) for item in value)
 
 
 def _is_json(text: str) -> bool:

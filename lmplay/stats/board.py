@@ -1,11 +1,10 @@
 """A board in Markdown: what each experiment reached, and how to repeat it."""
 
-import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 
+from lmplay.disk import write_bytes
 from lmplay.errors import UserError
 from lmplay.stats.table import by_plan, markdown, plain
 
@@ -35,7 +34,11 @@ def write_board(path: Path, rows: list[dict], facts: dict[str, dict]) -> None:
     parts = [_of_plan(plan, of_plan, facts) for plan, of_plan in by_plan(rows).items()]
     text = "\n".join(["", *parts, ""])
     # a command line may hold bytes that are no text
-    _replace(path, before + text.encode("utf-8", errors="backslashreplace") + after)
+    data = before + text.encode("utf-8", errors="backslashreplace") + after
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def split_board(path: Path) -> tuple[bytes, bytes]:
@@ -119,21 +122,3 @@ def _machine(run: dict) -> str:
 def _each(values: list[str | None]) -> str:
     """Every value once: the seeds of one experiment may differ."""
     return "; ".join(dict.fromkeys("unknown" if value is None else value for value in values))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Whoever reads the file at any moment sees the old one or the new."""
-    path = path.resolve()  # a link stays one
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
+from lmplay.disk import atomic_file
 from lmplay.stats.compare import Pair, why_not_comparable
 
 # Okabe and Ito's colours without the yellow, which is too light for a line on white
@@ -68,8 +69,9 @@ class Look:
 
 def write(make: Callable[[], Figure], path: Path) -> Path:
     """Write the figure that `make` draws; the suffix is the format, and the bytes repeat."""
-    with matplotlib.rc_context(_RC):
-        make().savefig(path, dpi=DPI, **_SAVED[path.suffix[1:]])
+    kind = path.suffix[1:]
+    with matplotlib.rc_context(_RC), atomic_file(path) as file:
+        make().savefig(file, format=kind, dpi=DPI, **_SAVED[kind])
     return path
 
 

@@ -14,6 +14,7 @@ from typer import Option
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entries import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
+from lmplay.disk import write_text
 from lmplay.errors import NUMERIC, UserError, nearest
 from lmplay.stats.table import print_verdicts
 from lmplay.train.listing import (
@@ -312,9 +313,9 @@ def _write(name: str, path: Path) -> None:
         raise UserError(f"{path} is there already", hint="choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.write_text(catalog.resolve(name).source, encoding="utf-8")
+        write_text(path, catalog.resolve(name).source)
     except Conflict as conflict:
-        path.write_text(conflict.merged, encoding="utf-8")
+        write_text(path, conflict.merged)
         hint = f"settle the places between <<<<<<< and >>>>>>> in {path}"
         raise UserError(conflict.problem, hint=hint) from None
     note(f"wrote {path}; lmp-trainer --exp {path} --check proves it")

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from lmplay.catalog.entries import Entry, canonical_name
 from lmplay.data.batches import Data, open_data
 from lmplay.data.tokenizers import Tokenizer, vocab_size_of
+from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
 from lmplay.generate.sampling import greedy_text
 from lmplay.model.abilities import scores_itself
@@ -361,8 +362,8 @@ def _own_copies(
     """A run that began goes on with its own plan and source; a new one gets its copies."""
     if facts is None:
         experiment = load_experiment(request.entry)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.experiment_py.write_text(experiment.source, encoding="utf-8")
+        make_folder(folder.path)
+        write_text(folder.experiment_py, experiment.source)
         return request.plan, experiment
     _note_edits(request, facts, folder, display)
     source = folder.experiment_py.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import threading
 import tracemalloc
 
@@ -19,6 +20,7 @@ from lmplay.data.preparation import prepare
 from lmplay.data.shard_format import write_shard
 from lmplay.data.sources import documents
 from lmplay.data.tokenizers import open_tokenizer
+from lmplay.disk import TEMPORARY
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import Dataset, Validation
 
@@ -30,7 +32,7 @@ HELD_OUT = Validation(tokens=500, fraction=0.1, every_tokens=1)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
-    monkeypatch.setattr(cache.os, "fsync", lambda handle: None)  # slow, and nothing here cuts power
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and nothing here cuts power
     return tmp_path
 
 
@@ -276,7 +278,7 @@ def test_killed_at_every_write_it_ends_in_the_same_files(folder, monkeypatch):
 
         def killed(path, write, num_bytes=0, moment=moment, writes=writes):
             if len(writes) == moment:
-                path.with_name(f"{cache.TEMPORARY}left").write_bytes(b"half of it")
+                path.with_name(f"{TEMPORARY}left").write_bytes(b"half of it")
                 raise KeyboardInterrupt
             writes.append(path)
             write_whole(path, write, num_bytes)
@@ -351,7 +353,7 @@ def test_a_full_disk_keeps_what_is_whole(folder, monkeypatch):
 
     assert caught.value.code == NO_DATA and "LMP_DATASETS" in caught.value.hint
     assert len(list(folder.glob("cache/name-*/*.bin"))) == 3
-    assert not list(folder.glob(f"cache/name-*/{cache.TEMPORARY}*"))
+    assert not list(folder.glob(f"cache/name-*/{TEMPORARY}*"))
     assert stream(made(dataset)) == packed(dataset)
 
 

@@ -710,9 +710,7 @@ def test_a_power_cut_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, 
 
 def test_a_new_runs_folders_are_on_the_disk_before_the_checkpoint_counts(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(
-        "lmplay.run.folder.fsync_folder", lambda path: synced.append(path), raising=True
-    )
+    monkeypatch.setattr("lmplay.disk.sync_folder", lambda path: synced.append(path), raising=True)
 
     save_checkpoint(RunFolder(tmp_path / "a" / "b"), example(1), 2)
 
