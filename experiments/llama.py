@@ -53,9 +53,7 @@ class Config:
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
-            raise ValueError(
-                f"width={self.width} is no even multiple of num_heads={self.num_heads}"
-            )
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
 
     @property
     def head_width(self) -> int:
@@ -207,9 +205,7 @@ class Model(nn.Module):
         T = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
         positions_T = torch.arange(start, start + T, device=tokens_BT.device)
-        turn = rotary(
-            positions_T, self.config.width // self.config.num_heads, self.config.rope_base
-        )
+        turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
         x_BTC = self.token_table(tokens_BT)
         for block in self.blocks:
             x_BTC = block(x_BTC, turn, cache)
