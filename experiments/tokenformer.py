@@ -1,0 +1,236 @@
+"""Tokenformer: every map of a block as attention to learned tokens.
+
+Idea: a matrix fixes the number of its inputs and outputs; a table of keys and values that the data
+    attends to can be made longer without touching what it knows. Scores are divided by their length
+    and go through GELU, where attention has a softmax. Scaling all keys changes nothing, nor does
+    adding keys of zeros, as long as the factor sqrt(N) stays the one of the start.
+    With as many tokens as the width, and four times that in place of the MLP, a block has 16 C^2
+    parameters where llama's has 12 C^2; tokenformer_even has 12 C^2. A small number is added to the
+    length: neither well-known implementation has it, and a row of zeros is NaN there.
+Source: Wang et al. 2024, arXiv:2410.23168, section 3.2; norms, positions and head are llama's.
+Changed from llama: Config, Pattention, Attention, MLP.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, N parameter tokens
+
+VARIANTS = {
+    "tokenformer_even": {"num_tokens": 0.75, "mlp_tokens": 3.0},
+}
+TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    num_tokens: float = 1.0  # parameter tokens of a map in attention, in model widths
+    mlp_tokens: float = 4.0  # parameter tokens in place of the MLP, in model widths
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+def rotary(positions_T: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which each position turns the D / 2 pairs of a head."""
+    pairs_D = torch.arange(0, D, 2, device=positions_T.device, dtype=torch.float32)
+    rates_D = base ** (-pairs_D / D)
+    angles_TD = positions_T[:, None] * rates_D
+    angles_TD = torch.cat([angles_TD, angles_TD], dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def rotate(x_BHTD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each position turned by its own angles; channel i is paired with channel i + D / 2."""
+    cos_TD, sin_TD = turn
+    first, second = x_BHTD.chunk(2, dim=-1)
+    crossed_BHTD = torch.cat([-second, first], dim=-1)
+    turned_BHTD = x_BHTD * cos_TD + crossed_BHTD * sin_TD
+    return turned_BHTD.to(x_BHTD.dtype)
+
+
+class Pattention(nn.Module):
+    """A map as attention to N learned keys and values, normed by length instead of softmax.
+
+    GELU of numbers of spread 1 has a mean square of 0.42: the values start so that what comes out
+    has the spread of a Linear whose weights have `std`.
+    """
+
+    def __init__(self, width: int, num_tokens: int, std: float = 0.02):
+        super().__init__()
+        self.scale = num_tokens**0.5  # a constant: tokens that are added later leave it alone
+        self.keys = nn.Parameter(torch.empty(num_tokens, width))
+        self.values = nn.Parameter(torch.empty(num_tokens, width))
+        nn.init.normal_(self.keys, std=0.02)
+        nn.init.normal_(self.values, std=std * (width / (0.42 * num_tokens)) ** 0.5)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        scores_BTN = F.linear(x_BTC, self.keys)
+        wide_BTN = scores_BTN.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        length_BT1 = wide_BTN.norm(dim=-1, keepdim=True)
+        p_BTN = F.gelu(wide_BTN * (self.scale / (length_BT1 + 1e-6)))
+        y_BTC = F.linear(p_BTN, self.values.T)
+        return y_BTC
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H, with rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        num_tokens = round(config.num_tokens * config.width)
+        self.query = Pattention(config.width, num_tokens)
+        self.key = Pattention(config.width, num_tokens)
+        self.value = Pattention(config.width, num_tokens)
+        self.output = Pattention(config.width, num_tokens, config.output_std)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        q_BHTD = rotate(q_BHTD, turn)
+        k_BHSD = rotate(k_BHSD, turn)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """One more attention to parameters, with more of them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        num_tokens = round(config.mlp_tokens * config.width)
+        self.map = Pattention(config.width, num_tokens, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        y_BTC = self.map(x_BTC)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, turn, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
+        x_BTC = self.token_table(tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, turn, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        groups = []
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update: nothing here."""
