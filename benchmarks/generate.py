@@ -22,7 +22,7 @@ from typing import Annotated
 import torch
 import typer
 from measure import (
-    DTYPES,
+    PRECISIONS,
     Side,
     Turns,
     chosen,
@@ -42,9 +42,9 @@ from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.generate.compiled_steps import CompiledSteps, can_compile
-from lmplay.machine import num_cores
+from lmplay.machine import dtype_of, num_cores, resolve_device
+from lmplay.memory import keep_memory
 from lmplay.model.experiment import load_experiment
-from lmplay.run.opening import keep_memory, resolve_device
 
 # B rows, T positions
 
@@ -89,7 +89,7 @@ def lmplay(turns: Turns, settings: dict) -> None:
 def transformers(turns: Turns, settings: dict) -> None:
     """transformers' own loop."""
     size, device = Size(**settings["size"]), torch.device(settings["device"])
-    model = transformers_gpt2(size).eval().to(device, DTYPES[settings["precision"]])
+    model = transformers_gpt2(size).eval().to(device, dtype_of(settings["precision"]))
     prompt_BT = _prompts(settings).to(device)
 
     def write(num_tokens: int) -> None:
@@ -143,7 +143,7 @@ def measure(
     model = experiment.model(size.config(experiment), device="meta")
     tables = [p for name, p in model.named_parameters() if name == "position_table.weight"]
     numbers = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tables)
-    weights = numbers * DTYPES[precision].itemsize
+    weights = numbers * dtype_of(precision).itemsize
     found = []
     for side, turns in measured.items():
         seconds = statistics.median(turn["seconds"] for turn in turns[1:])
@@ -201,7 +201,7 @@ def main(
     made = []
     for case in cases.split(","):
         batch, _, precision = case.partition(":")
-        if not batch.isdecimal() or precision not in DTYPES:
+        if not batch.isdecimal() or precision not in PRECISIONS:
             raise UserError(f"--cases: {case!r} is no batch and precision", hint="such as 8:bf16")
         here = [side for side in wanted if "+" not in side or can_compile(where, precision)]
         if not here:

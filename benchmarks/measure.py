@@ -15,7 +15,7 @@ import torch
 from lmplay.errors import UserError
 from lmplay.run.opening import machine_facts
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")  # that are compared
 PEER = "transformers"
 
 

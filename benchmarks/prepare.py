@@ -38,8 +38,8 @@ from lmplay.data.sources import documents
 from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.machine import num_cores
+from lmplay.memory import peak_memory
 from lmplay.plan import Dataset, Plan, Validation
-from lmplay.train.curves import peak_memory
 
 SIDES = ("lmplay", "recipe")
 TIMES = (4, 12)  # the text, for the memory

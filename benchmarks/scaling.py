@@ -29,9 +29,8 @@ from train import lmplay, side_settings, write_data
 from typer import Option
 
 from lmplay.console import Device, note, print_json, run_app, show, table
-from lmplay.machine import num_cores
+from lmplay.machine import num_cores, resolve_device
 from lmplay.model.objective import CHUNK
-from lmplay.run.opening import resolve_device
 
 BASE = Size(4, 256, 4, 256, 8, vocab_size=8192)
 AXES = {

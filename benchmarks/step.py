@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from measure import DTYPES, chosen, has_peer, report, row, synchronize, without_peer
+from measure import PRECISIONS, chosen, has_peer, report, row, synchronize, without_peer
 from sizes import SIZES, Precisions, Size, Sizes
 from torch.profiler import profile
 from train import lmplay, loop, side_settings, write_data
@@ -24,9 +24,8 @@ from typer import Option
 
 from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
+from lmplay.machine import matmul_rate, resolve_device
 from lmplay.model.experiment import count, load_experiment
-from lmplay.run.opening import resolve_device
-from lmplay.train.curves import matmul_rate
 
 SIDES = {"loop": loop, "lmplay": lmplay}  # in this order: lmplay sets malloc for its process
 WARM_UP = 2  # steps
@@ -136,7 +135,7 @@ def main(
         wanted = ["lmplay"]
     cases = []
     for name in chosen("--sizes", sizes, SIZES):
-        for precision in chosen("--precisions", precisions, DTYPES):
+        for precision in chosen("--precisions", precisions, PRECISIONS):
             note(f"profiling {name} in {precision}: {', '.join(wanted)}")
             cases.append(measure(name, precision, wanted, where))
             if not as_json:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import typer
 from measure import (
-    DTYPES,
+    PRECISIONS,
     Side,
     Turns,
     chosen,
@@ -47,11 +47,11 @@ from typer import Option
 from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.data.shard_format import map_shard, token_dtype, write_shard
-from lmplay.machine import num_cores
+from lmplay.machine import dtype_of, matmul_rate, num_cores, resolve_device
+from lmplay.memory import peak_memory
 from lmplay.model.experiment import count, load_experiment
 from lmplay.plan import Plan
-from lmplay.run.opening import resolve_device
-from lmplay.train.curves import CADENCE, matmul_rate, peak_memory
+from lmplay.train.curves import CADENCE
 from lmplay.train.display import Display
 
 # B rows, T positions
@@ -239,7 +239,7 @@ def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> Non
     while True:
         part = [rows[(step * B + row) % len(rows)] for row in range(B)]
         tokens_BT, targets_BT = (torch.stack(side).to(device) for side in zip(*part, strict=True))
-        with torch.autocast(device.type, DTYPES[settings["precision"]], enabled=low):
+        with torch.autocast(device.type, dtype_of(settings["precision"]), enabled=low):
             loss = loss_of(tokens_BT, targets_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -401,7 +401,7 @@ def main(
     torch.set_num_threads(common["threads"])
     cases = []
     for name in chosen("--sizes", sizes, SIZES):
-        for precision in chosen("--precisions", precisions, DTYPES):
+        for precision in chosen("--precisions", precisions, PRECISIONS):
             note(f"measuring {name} in {precision}: {', '.join(wanted)}")
             cases.append(measure(name, precision, wanted, seconds, common))
             if not as_json:

@@ -3,7 +3,6 @@
 import atexit
 import gc
 import json
-import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -17,27 +16,14 @@ from rich.text import Text
 from typer import Option
 
 from lmplay.errors import UserError
+from lmplay.machine import DEVICES, PRECISIONS, known_device, known_precision
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _TEXT_COLUMN = 8  # characters, where the terminal is narrow
-_DEVICES = ("auto", "cpu", "cuda", "mps")
-_PRECISIONS = ("fp32", "bf16", "fp16", "amp")
 # a terminal obeys control characters, and a model may write any
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-
-
-def _known_device(name: str) -> str:
-    if name not in _DEVICES and not re.fullmatch("cuda:[0-9]+", name):
-        raise UserError(f"--device {name}: no such device", "auto, cpu, cuda, cuda:N and mps exist")
-    return name
-
-
-def _known_precision(name: str | None) -> str | None:
-    if name is not None and name not in _PRECISIONS:
-        raise UserError(f"--precision {name}: no such precision", "fp32, bf16, fp16 and amp exist")
-    return name
 
 
 Device = Annotated[
@@ -45,8 +31,8 @@ Device = Annotated[
     Option(
         help="auto, cpu, cuda, cuda:N or mps.",
         metavar="NAME",
-        callback=_known_device,
-        autocompletion=lambda: list(_DEVICES),
+        callback=known_device,
+        autocompletion=lambda: list(DEVICES),
     ),
 ]
 
@@ -56,8 +42,8 @@ def precision_option(without: str) -> object:
     return Option(
         help=f"fp32, bf16, fp16 or amp; without it, {without}.",
         metavar="NAME",
-        callback=_known_precision,
-        autocompletion=lambda: list(_PRECISIONS),
+        callback=lambda name: name and known_precision(name),
+        autocompletion=lambda: list(PRECISIONS),
     )
 
 

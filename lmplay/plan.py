@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from lmplay.errors import UserError, nearest
+from lmplay.machine import PRECISIONS
 from lmplay.roots import file_called, files, looks_like_path, roots
 
 MOST_BYTES = 1_000_000  # of a plan file; the bundled ones have about a thousand
@@ -25,7 +26,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Precision = Literal["fp32", "bf16", "fp16", "amp"]
+Precision = Literal[PRECISIONS]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**53)]  # 4.6e9 is one too
 
 

@@ -14,7 +14,7 @@ HEAVY = ("torch", "accelerate", "datasets", "pandas", "numpy", "matplotlib")
 ORDER = ["", "catalog", "model", "proofs", "data", "run", "optim", "train", "grid", "generate"]
 ORDER += ["export", "stats"]
 LIGHT = [
-    *("errors", "roots", "disk", "network", "machine", "console", "plan", "cli"),
+    *("errors", "roots", "disk", "network", "machine", "memory", "console", "plan", "cli"),
     *("catalog.entries", "catalog.stack", "data.gaps", "data.tokenizers", "data.local_files"),
     *("run.folder", "run.records", "grid.launch", "grid.search", "train.listing", "train.cli"),
     *("generate.cli", "export.cli", "stats.table", "stats.board", "stats.cli"),

@@ -185,9 +185,11 @@ def main(
     from lmplay.generate.compiled_steps import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
     from lmplay.generate.sampling import Sampler
+    from lmplay.machine import resolve_device, resolve_precision
+    from lmplay.memory import keep_memory
     from lmplay.model.abilities import writes_itself
     from lmplay.proofs.device import refuse_wrong
-    from lmplay.run.opening import keep_memory, open_trained, resolve_device, resolve_precision
+    from lmplay.run.opening import open_trained
 
     place = resolve_device(device)
     wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])

@@ -15,9 +15,10 @@ from lmplay.data.tokenizers import vocab_size_of
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.grid.child_process import Relay, apart
+from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
-from lmplay.run.opening import make_accelerator, open_run, resolve_device, resolve_precision
+from lmplay.run.opening import make_accelerator, open_run
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display
 from lmplay.train.loop import Session, Signals, take_step

@@ -1,11 +1,9 @@
 """Opens a run for training and for generating alike: device, precision, model, accelerate."""
 
-import ctypes
 import hashlib
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import nn
 
 from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import BAD_CHECKPOINT, UserError
-from lmplay.machine import processor
+from lmplay.machine import dtype_of, processor, resolve_device, resolve_precision
 from lmplay.model.experiment import Experiment, freeze, load_source
 from lmplay.model.objective import Objective
 from lmplay.plan import Plan
@@ -29,54 +27,7 @@ from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import no_sync, shard, spread_model, whole
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _PACKAGES = ("lmplay", "torch", "accelerate", "datasets", "tokenizers", "tiktoken", "numpy")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
-
-    Raises:
-        UserError: no such word, or the machine has no such device.
-    """
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: no such device", "auto, cpu, cuda, cuda:N and mps exist")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here",
-            hint="--device auto takes what is there",
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: there is none here", "--device auto takes what is there")
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16: what `amp` means on this device; anything else is checked.
-
-    Raises:
-        UserError: no such word, or fp16 on the CPU.
-    """
-    if name == "amp":
-        has_bf16 = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0),
-            "cpu": lambda: True,
-        }
-        return "bf16" if has_bf16[device.type]() else "fp16"
-    if name not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {name}: no such precision", "fp32, bf16, fp16 and amp exist")
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU", hint="bf16 works on the CPU")
-    return name
 
 
 def stream_seed(seed: int, purpose: str) -> int:
@@ -257,7 +208,7 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     """
     facts = folder.read()
     where = resolve_device(device)
-    low = _AUTOCAST.get(resolve_precision(precision, where))
+    used = resolve_precision(precision, where)
     path = Path(f"{facts['file']}.py")
     if not folder.experiment_py.is_file():
         raise UserError(f"{folder.path} lacks its experiment.py", hint="it is no whole run")
@@ -268,7 +219,8 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     load_weights(model, checkpoint.model, f"{folder.path} at step {checkpoint.step}")
     file = folder.tokenizer_json if folder.tokenizer_json.is_file() else None
     tokenizer = open_tokenizer(facts["plan"]["tokenizer"], file=file)
-    autocast = partial(torch.autocast, where.type, low) if low else nullcontext
+    is_mixed = used != "fp32"
+    autocast = partial(torch.autocast, where.type, dtype_of(used)) if is_mixed else nullcontext
     return Trained(
         experiment,
         model.to(where).eval(),
@@ -294,19 +246,6 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         raise UserError(
             f"{source} does not fit the experiment: {' '.join(problems)}", code=BAD_CHECKPOINT
         ) from None
-
-
-def keep_memory() -> None:
-    """Have this process keep the memory that it frees: the next step needs as much again.
-
-    By itself glibc maps every block above 32 MiB anew and gives it back at once, and the system
-    clears it page by page: a fifth of a step on the CPU, half where the vocabulary is most of it.
-    Other C libraries are left alone.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def compiled_so_far() -> dict:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import Module
 
+from lmplay.machine import matmul_rate
 from lmplay.model.experiment import Experiment
-from lmplay.train.curves import matmul_rate
 
 LONG = 600.0  # s of a run; compiling takes up to a minute
 MANY = 400  # nodes in the graph of a model of two blocks: gpt2ish's has 91, rpa's 1,451

@@ -1,8 +1,6 @@
 """The rows of train.csv: sums stay on the device until it is time to look at them."""
 
 import math
-import resource
-import sys
 import time
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lmplay.errors import NUMERIC, UserError
+from lmplay.memory import peak_memory
 from lmplay.model.abilities import has_own_objective
 from lmplay.model.objective import Sums
 from lmplay.run.opening import Run
@@ -126,42 +125,3 @@ class Curves:
 def _mean(total: float, num_targets: int) -> float | None:
     """None where nothing was scored or measured."""
     return total / num_targets if num_targets and not math.isnan(total) else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the GPU, or the largest size of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product: the most that this device can do, measured now.
-
-    The best of a few products, in about 0.1 s. The share of it that a model's FLOPs reach is the
-    MFU that training shows: like that of Chowdhery et al. 2022, arXiv:2204.02311, appendix B, but
-    against a measured peak.
-
-    Args:
-        precision: fp32, bf16 or fp16.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    size = 1024 if device.type == "cpu" else 8192
-    draw = torch.Generator(device).manual_seed(0)  # of its own: training's numbers stay the same
-    a, b = (torch.rand(size, size, generator=draw, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(5):
-        _wait_for(device)
-        began = time.perf_counter()
-        torch.mm(a, b)
-        _wait_for(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -19,10 +19,10 @@ def print_check(
 ) -> None:
     note(f"checking {entry.name}: loading torch")
     from lmplay.data.tokenizers import vocab_size_of
+    from lmplay.machine import resolve_device, resolve_precision
     from lmplay.model.experiment import load_experiment, scale
     from lmplay.proofs.device import check_on
     from lmplay.proofs.tiny import check
-    from lmplay.run.opening import resolve_device, resolve_precision
 
     experiment, where = load_experiment(entry), resolve_device(device)
     proofs = check(experiment)

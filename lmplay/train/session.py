@@ -18,6 +18,8 @@ from lmplay.data.tokenizers import Tokenizer, vocab_size_of
 from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
 from lmplay.generate.sampling import greedy_text
+from lmplay.machine import matmul_rate, resolve_device, resolve_precision
+from lmplay.memory import keep_memory
 from lmplay.model.abilities import scores_itself
 from lmplay.model.experiment import (
     Experiment,
@@ -38,19 +40,16 @@ from lmplay.run.fsdp import spread_optimizer
 from lmplay.run.opening import (
     Run,
     compiled_so_far,
-    keep_memory,
     load_weights,
     machine_facts,
     make_accelerator,
     open_run,
-    resolve_device,
-    resolve_precision,
     stream_seed,
     told_of_compiling,
 )
 from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.train.compilation import is_repaid
-from lmplay.train.curves import Curves, NotFinite, matmul_rate
+from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
 from lmplay.train.initial_model import Initial, begin_from, told
 from lmplay.train.loop import (

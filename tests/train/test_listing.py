@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from lmplay import machine
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.plan import read_plan
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof
-from lmplay.run import opening as runner
 from lmplay.train.listing import print_check
 
 
@@ -21,7 +21,7 @@ def test_check_tells_what_a_gpu_computes_wrongly_at_the_plan_s_size(place, monke
         asked.append((device.type, precision, config.max_len, config.width))
         return [Proof("causal", False, "position 0 moves by 65%")]
 
-    monkeypatch.setattr(runner, "resolve_device", torch.device)
+    monkeypatch.setattr(machine, "resolve_device", torch.device)
     monkeypatch.setattr(device_check, "check_on", check_on)
     with pytest.raises(UserError) as caught:
         print_check(resolve("gpt2ish"), read_plan("words"), {"width": 32}, "mps", "bf16", True)
