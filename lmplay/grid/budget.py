@@ -14,7 +14,7 @@ from lmplay.data.batches import open_data
 from lmplay.data.tokenizers import vocab_size_of
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
-from lmplay.grid.child_process import Relay, apart
+from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
@@ -89,8 +89,8 @@ def _kept_cost(request: Request, baseline: Request, display: Display) -> float:
     with FileLock(folder / "budget.lock"):
         if not path.exists():
             display.note(f"timing the steps of {request.label} against those of {baseline.label}")
-            with Relay() as relay:
-                cost = apart(relative_seconds, (request, baseline), display, relay)
+            with SignalForwarder() as forwarder:
+                cost = run_in_subprocess(relative_seconds, (request, baseline), display, forwarder)
             facts = {"seconds_per_step_over_baselines": cost, "baseline": baseline.label}
             write_json(path, facts)
         return _cost(path, baseline)

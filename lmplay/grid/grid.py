@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from lmplay.catalog.entries import Entry
 from lmplay.errors import BAD_INPUT, LOCKED, NO_DATA, UserError
 from lmplay.grid.budget import sized
-from lmplay.grid.child_process import Relay, apart
+from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.model.experiment import load_experiment
 from lmplay.run.folder import RunFolder
 from lmplay.stats.compare import pair_runs, read_run
@@ -99,7 +99,7 @@ def run_grid(requests: list[Request], display: GridDisplay) -> Grid:
         else:
             waiting.append(request)
     was_held = set()
-    with Relay() as relay:
+    with SignalForwarder() as forwarder:
         while waiting:
             held = []
             for request in waiting:
@@ -110,7 +110,9 @@ def run_grid(requests: list[Request], display: GridDisplay) -> Grid:
                     display.end("failed", why=grid.failures[path])
                     continue
                 try:
-                    grid.results[path] = apart(run_experiment, request, display, relay)
+                    grid.results[path] = run_in_subprocess(
+                        run_experiment, request, display, forwarder
+                    )
                     display.end("done", grid.results[path])
                 except UserError as error:
                     if error.code in (BAD_INPUT, NO_DATA) and not request.folder.run_json.exists():
@@ -124,7 +126,7 @@ def run_grid(requests: list[Request], display: GridDisplay) -> Grid:
                     _mark_as_failed(request.folder, error.problem)
                     display.end("failed", why=error.problem)
             if held and len(held) == len(waiting):  # others train all that is left
-                relay.wait(WAIT_SECONDS)
+                forwarder.wait(WAIT_SECONDS)
             waiting = held
     return grid
 

@@ -40,7 +40,7 @@ NO_CURVE = Curve(np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run's folder as it was when it was read."""
 
     path: Path
@@ -106,8 +106,8 @@ class Pair:
     without one may be.
     """
 
-    run: Run
-    baseline: Run | None
+    run: RecordedRun
+    baseline: RecordedRun | None
     obstacle: str = ""
 
     @property
@@ -119,7 +119,7 @@ class Pair:
         return self.baseline is not None and not self.is_baseline and not self.obstacle
 
 
-def read_run(folder: RunFolder) -> Run:
+def read_run(folder: RunFolder) -> RecordedRun:
     """The run in this folder; its curves are read when they are first asked for.
 
     Raises:
@@ -132,11 +132,11 @@ def read_run(folder: RunFolder) -> Run:
     missing = sorted(needed - facts.keys())
     if missing:
         raise damaged(folder.run_json, f"it lacks {', '.join(missing)}")
-    return Run(folder.path, facts)
+    return RecordedRun(folder.path, facts)
 
 
 def pair_runs(
-    runs: list[Run], baseline: str | Run | None, like_for_like: bool = False
+    runs: list[RecordedRun], baseline: str | RecordedRun | None, like_for_like: bool = False
 ) -> list[Pair]:
     """Each run with its baseline: same plan, same seed.
 
@@ -149,7 +149,7 @@ def pair_runs(
     Raises:
         UserError: no run has this label, or one run is to be the baseline of other changes too.
     """
-    if like_for_like and isinstance(baseline, Run):
+    if like_for_like and isinstance(baseline, RecordedRun):
         hint = "--baseline NAME without its changes, such as gpt2ish"
         raise UserError("--like-for-like needs an experiment as baseline, not one run", hint=hint)
     labels = {run.label for run in runs} | {_experiment(run.label) for run in runs if like_for_like}
@@ -160,14 +160,14 @@ def pair_runs(
     return [_pair(run, runs, baseline, like_for_like) for run in runs]
 
 
-def default_baseline(runs: list[Run]) -> str:
+def default_baseline(runs: list[RecordedRun]) -> str:
     """The label that the runs of one plan are held against when nobody names one."""
     plain = [run for run in runs if run.label == DEFAULT_BASELINE]
     changed = [run for run in runs if run.label.startswith(f"{DEFAULT_BASELINE},")]
     return max(plain or changed or runs, key=lambda run: run.tokens).label
 
 
-def why_not_comparable(run: Run, baseline: Run) -> str:
+def why_not_comparable(run: RecordedRun, baseline: RecordedRun) -> str:
     """What keeps two runs from being subtracted, or nothing.
 
     Comparable is: same training data, same validation text, same tokenizer, and budgets that
@@ -188,7 +188,7 @@ def why_not_comparable(run: Run, baseline: Run) -> str:
     return " and ".join(reasons)
 
 
-def _other_budget(run: Run, baseline: Run) -> str:
+def _other_budget(run: RecordedRun, baseline: RecordedRun) -> str:
     leagues = [one.facts.get("budget") for one in (run, baseline)]
     kinds = {league["kind"] for league in leagues if league}
     if len(kinds) == 2:
@@ -205,7 +205,7 @@ def _other_budget(run: Run, baseline: Run) -> str:
     return f"other budget ({run.budget:,} tokens, not {baseline.budget:,})"
 
 
-def curve(run: Run, split: str, metric: str, x: str) -> Curve:
+def curve(run: RecordedRun, split: str, metric: str, x: str) -> Curve:
     """What was recorded of a metric.
 
     Args:
@@ -317,7 +317,7 @@ def _marks(pair: Pair, difference: float | None, num_seeds: int) -> list[str]:
     return marks + nature_marks(run)
 
 
-def nature_marks(run: Run) -> list[str]:
+def nature_marks(run: RecordedRun) -> list[str]:
     """What a reader has to know of a run's size and of its likelihood, whatever its state."""
     marks = [
         f"scale differs: {key}={ours}, the plan's is {theirs}"
@@ -328,7 +328,7 @@ def nature_marks(run: Run) -> list[str]:
     return marks
 
 
-def _state_marks(run: Run) -> list[str]:
+def _state_marks(run: RecordedRun) -> list[str]:
     last = _last(run.validation)
     if run.finished and last is None:
         return ["never validated"]
@@ -356,7 +356,7 @@ def _number(row: Row | None, key: str) -> float | None:
     return None if row is None or not np.isfinite(row[key]) else row[key]
 
 
-def tokens_per_second(run: Run) -> float | None:
+def tokens_per_second(run: RecordedRun) -> float | None:
     """Of training alone, over all steps so far; None before the first one."""
     last = _last(run.train)
     if last is None or not last["seconds"] > 0:
@@ -364,8 +364,13 @@ def tokens_per_second(run: Run) -> float | None:
     return last["tokens"] / last["seconds"]
 
 
-def _pair(run: Run, runs: list[Run], baseline: str | Run | None, like_for_like: bool) -> Pair:
-    if isinstance(baseline, Run):
+def _pair(
+    run: RecordedRun,
+    runs: list[RecordedRun],
+    baseline: str | RecordedRun | None,
+    like_for_like: bool,
+) -> Pair:
+    if isinstance(baseline, RecordedRun):
         if run is not baseline and run.seed != baseline.seed:
             return Pair(run, None, f"the baseline has seed {baseline.seed}")
         label, candidates = baseline.label, [baseline]
@@ -392,7 +397,7 @@ def _experiment(label: str) -> str:
     return label.partition(",")[0]
 
 
-def _with_changes_of(run: Run, label: str) -> str:
+def _with_changes_of(run: RecordedRun, label: str) -> str:
     """The label of the baseline's experiment with the run's changes, but for its league."""
     _, *changes = run.label.split(",")
     league = run.facts.get("budget")

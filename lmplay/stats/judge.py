@@ -6,7 +6,13 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from lmplay.run.folder import RunFolder
-from lmplay.stats.compare import Pair, Run, nature_marks, tokens_per_second, why_not_comparable
+from lmplay.stats.compare import (
+    Pair,
+    RecordedRun,
+    nature_marks,
+    tokens_per_second,
+    why_not_comparable,
+)
 from lmplay.stats.verdict import (
     ALPHA,
     crossing,
@@ -298,13 +304,13 @@ def _edits(pairs: list[Pair]) -> list[str]:
     return marks
 
 
-def _between_seeds(run: Run, other: Run) -> set[str]:
+def _between_seeds(run: RecordedRun, other: RecordedRun) -> set[str]:
     ours, theirs = ({**_settings(one), **_flat(one.facts["config"])} for one in (run, other))
     source = {"experiment.py"} if _source(run) != _source(other) else set()
     return source | {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
 
 
-def _unsaid(run: Run, baseline: Run) -> set[str]:
+def _unsaid(run: RecordedRun, baseline: RecordedRun) -> set[str]:
     ours, theirs = _settings(run), _settings(baseline)
     said = [*run.facts["changes"], *baseline.facts["changes"]]
     return {
@@ -314,7 +320,7 @@ def _unsaid(run: Run, baseline: Run) -> set[str]:
     }  # fmt: skip
 
 
-def _settings(run: Run) -> dict[str, object]:
+def _settings(run: RecordedRun) -> dict[str, object]:
     """What a run was trained with, by dotted key; an older run has no key for a list left empty."""
     given = {key: value for key, value in run.facts["plan"].items() if value != []}
     plan = {key: value for key, value in given.items() if key not in _NO_SETTINGS}
@@ -331,12 +337,12 @@ def _flat(values: dict, before: str = "") -> dict[str, object]:
     return flat
 
 
-def _source(run: Run) -> bytes:
+def _source(run: RecordedRun) -> bytes:
     path = RunFolder(run.path).experiment_py
     return path.read_bytes() if path.is_file() else b""
 
 
-def _nature(runs: list[Run]) -> list[str]:
+def _nature(runs: list[RecordedRun]) -> list[str]:
     """What `compare` marks too: another scale, a likelihood of its own."""
     return list(dict.fromkeys(mark for run in runs for mark in nature_marks(run)))
 

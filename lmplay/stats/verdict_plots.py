@@ -1,9 +1,7 @@
-"""The figures of results: the forest of verdicts, loss against compute, a greedy search's path."""
+"""The figures of results: the forest of verdicts, and loss against compute."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -22,7 +20,6 @@ from lmplay.stats.style import (
     amount,
     blank,
     broken,
-    common_range,
     family,
     handle,
     headline,
@@ -33,7 +30,6 @@ from lmplay.stats.style import (
     with_one_ruler,
     with_room,
     wrapped,
-    write,
 )
 from lmplay.stats.verdict import mean_interval
 
@@ -42,8 +38,6 @@ MUCH = 2.0  # the ratio of losses from which their axis is logarithmic
 CUT = 6  # times the usual reach of a difference: what goes further ends in an arrow
 NEAR = 0.015  # share of the axis: points of compute that are nearer stand side by side
 BESIDE = 0.11  # inches between them
-APART = 0.11  # inches between the candidates of a round, at least
-FAN = 0.15  # inches after its stack at which the candidates of a round begin
 
 # inches from the right edge of the paper, and the side of the column that stands there
 _COLUMNS = {
@@ -333,235 +327,3 @@ def _scale_compute(axes: Axes, points: list[_Point]) -> None:
     else:
         axes.set_ylim(low - pad, high + pad)
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
-
-
-def draw_path(rounds: list[dict], path: Path) -> None:
-    """Draw what a greedy search did; the suffix of `path` is the format.
-
-    Args:
-        rounds: each a dict of `round`, `stack`, `mean` (of the stack's final validation loss,
-            nats per token), `accepted` (a candidate's name, or None) and `candidates`: dicts of
-            `name`, `confirmed` (did fresh seeds repeat "better"; None if not tried) and, as in a
-            verdict, `mean`, `difference`, `interval` and `verdict`, which may be "conflict" too.
-    """
-    write(partial(path_figure, rounds), path)
-
-
-def path_figure(rounds: list[dict]) -> Figure:
-    """The figure of `draw_path`. Its x is inches from the first stack, so that names fit."""
-    figure, axes = blank()
-    title = "Greedy search: the best stack, round by round"
-    rounds = [one for one in rounds if one["mean"] is not None]
-    if not rounds:
-        say_nothing_to_show(axes, "no round has a result")
-        lay_out(figure, axes, title, [], [])
-        return figure
-    low, high = _range_of_path(rounds)
-    names = [_name(candidate, high) for one in rounds for candidate in one["candidates"]]
-    most = max(len(one["candidates"]) for one in rounds)
-    reach = FAN + max(0.75, APART * most)
-    zone = reach + max([_text_width(figure, name) for name in names], default=0.0) + 0.5
-    left, before, after = 0.85, 0.75, 0.8 if rounds[-1]["accepted"] else 0.0
-    spare = WIDTH - (left + before + zone * len(rounds) + after + 0.15)
-    zone += max(spare, 0.0) / len(rounds)
-    width = WIDTH + max(-spare, 0.0)
-    tall = max(3.4, LINE * (2 + most))
-    figure.set_figwidth(width)
-    header = headline(figure, title, _path_notes(rounds)) + 0.25
-    height = header + tall + 0.75
-    figure.set_figheight(height)
-    end = zone * len(rounds) + after
-    place = (left, 0.75, before + end, tall)
-    axes.set_position(tuple(np.array(place) / (width, height, width, height)))
-    axes.set_xlim(-before, end)
-    axes.set_ylim(low, high)
-    ticks = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    axes.set_yticks(ticks[(low <= ticks) & (ticks <= high)])
-    axes.set_ylabel("final validation loss (nats per token)")
-    axes.grid(False, axis="x")
-    stacks = _stacks(rounds)
-    for index, one in enumerate(rounds):
-        level = stacks[index + 1][1] if one["accepted"] else None
-        _draw_round(axes, one, zone * index, reach, level, tall)
-        if one["accepted"]:
-            _draw_step(axes, one, zone * index, reach, zone, level)
-    places = [zone * index for index in range(len(stacks))]
-    means = [mean for _, mean in stacks]
-    axes.plot(places, means, "o", color=BASELINE_COLOUR, markersize=8, zorder=6)
-    names = [f"{wrapped(label)}\n{mean:.4f}" for label, mean in stacks]
-    axes.set_xticks(places, names, fontsize=9)
-    return figure
-
-
-def _range_of_path(rounds: list[dict]) -> tuple[float, float]:
-    """Room for the means and their intervals, but not for one that is far off or very long."""
-    measured = [c for one in rounds for c in one["candidates"] if c["mean"] is not None]
-    means = np.array([one["mean"] for one in [*rounds, *measured]])
-    stacks = [one["mean"] for one in rounds]
-    low, high = common_range(means, means)
-    low, high = min([low, *stacks]), max([high, *stacks])  # the path itself is always there
-    reach = max(np.ptp([low, high]), 1e-12) / 4
-    ends = np.array([_ends(c) for c in measured if low - reach <= c["mean"] <= high + reach])
-    if len(ends):
-        centres, halves = ends.mean(axis=1), np.diff(ends).ravel() / 2
-        halves = np.minimum(halves, 3 * np.median(halves))
-        low, high = min(low, (centres - halves).min()), max(high, (centres + halves).max())
-    pad = 0.06 * (high - low) or 0.02 * abs(high) or 1.0
-    return low - pad, high + pad
-
-
-def _ends(candidate: dict) -> tuple[float, float]:
-    """Its difference's interval, seen from the mean of the stack on the same seeds."""
-    if candidate["interval"] is None:
-        return candidate["mean"], candidate["mean"]
-    stack = candidate["mean"] - candidate["difference"]
-    return stack + candidate["interval"][0], stack + candidate["interval"][1]
-
-
-def _stacks(rounds: list[dict]) -> list[tuple[str, float]]:
-    """Label and mean of the stack before each round, and after the last if that took an idea."""
-    taken = [one["accepted"] for one in rounds]
-    labels = [rounds[0]["stack"], *(f"+ {name}" for name in taken if name)]
-    means = [one["mean"] for one in rounds]
-    if taken[-1]:
-        means.append(_accepted(rounds[-1])["mean"])
-    return list(zip(labels, means, strict=True))
-
-
-def _accepted(one: dict) -> dict:
-    return next(c for c in one["candidates"] if c["name"] == one["accepted"])
-
-
-def _draw_round(
-    axes: Axes, one: dict, x: float, reach: float, level: float | None, tall: float
-) -> None:
-    """The candidates from worst to best, and their names in a column beside them.
-
-    Args:
-        reach: inches from the stack to the end of its candidates.
-        level: where the path crosses that column, which no name may cover; None if it does not.
-    """
-    low, high = axes.get_ylim()
-    inches = tall / (high - low)
-    heading = axes.get_xaxis_transform()
-    axes.text(x + FAN, 1.035, f"round {one['round']}", transform=heading, color="0.35")
-    axes.hlines(one["mean"], x, x + reach, colors="0.5", linestyles="dotted", zorder=2)
-    candidates = _from_worst(one)
-    wanted = [
-        0.0 if candidate["mean"] is None else (min(candidate["mean"], high) - low) * inches
-        for candidate in candidates
-    ]
-    fixed = [] if level is None else [(level - low) * inches]
-    heights = spread(np.array(wanted + fixed), LINE, LINE / 2, tall - LINE / 2, len(fixed))
-    places = x + _fan(len(candidates), reach)
-    for candidate, at, height in zip(candidates, places, heights, strict=False):
-        colour, face = _candidate_colours(candidate, one["accepted"])
-        named_at = low + height / inches
-        if candidate["mean"] is not None:
-            y = min(candidate["mean"], high)
-            _draw_candidate(axes, candidate, at, y, colour, face)
-            line = [at, x + reach + 0.05, x + reach + 0.16], [y, y, named_at]
-            axes.plot(*line, color="0.75", linewidth=0.6, zorder=2)
-        name = _name(candidate, high)
-        axes.text(x + reach + 0.2, named_at, name, color=colour, fontsize=8, va="center")
-
-
-def _draw_candidate(
-    axes: Axes, candidate: dict, x: float, y: float, colour: str, face: str
-) -> None:
-    beyond = y < candidate["mean"]
-    if candidate["interval"] is not None and not beyond:
-        axes.vlines(x, *_ends(candidate), color=colour, linewidth=1.2, zorder=4)
-    marker = "^" if beyond else VERDICTS[candidate["verdict"]][1]
-    style = {"markersize": 6, "markerfacecolor": face, "clip_on": False, "zorder": 5}
-    axes.plot([x], [y], marker, color=colour, **style)
-
-
-def _draw_step(axes: Axes, one: dict, x: float, reach: float, zone: float, level: float) -> None:
-    """From a stack through the candidate that it took to the next stack."""
-    candidates = _from_worst(one)
-    accepted = _accepted(one)
-    at = x + _fan(len(candidates), reach)[candidates.index(accepted)]
-    line = [x, at, x + reach + 0.16, x + zone], [one["mean"], accepted["mean"], level, level]
-    axes.plot(*line, color=VERDICTS["better"][0], linewidth=1.8, zorder=3)
-
-
-def _from_worst(one: dict) -> list[dict]:
-    """The candidates, those without a result first."""
-    return sorted(one["candidates"], key=lambda c: -(c["mean"] or np.inf))
-
-
-def _fan(count: int, reach: float) -> np.ndarray:
-    """Where each of so many candidates stands, in inches after the stack."""
-    return FAN + (reach - FAN) * (np.arange(count) + 0.5) / max(count, 1)
-
-
-def spread(
-    wanted: np.ndarray, gap: float, low: float, high: float, num_fixed: int = 0
-) -> np.ndarray:
-    """Places nearest to the wanted ones that are `gap` apart, in the same order, in low to high.
-
-    Args:
-        num_fixed: how many, counted from the end, may hardly move.
-    """
-    weights = np.ones(len(wanted))
-    weights[len(wanted) - num_fixed :] = 1e6
-    order = np.argsort(wanted, kind="stable")
-    steps = gap * np.arange(len(wanted))
-    moved = rising(wanted[order] - steps, weights[order])
-    places = np.empty(len(wanted))
-    places[order] = moved.clip(low, max(low, high - gap * (len(wanted) - 1))) + steps
-    return places
-
-
-def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The nearest values, by weighted squares, none of which is below the one before it.
-
-    Source: Ayer et al. 1955, Annals of Mathematical Statistics 26: neighbours in the wrong order
-    become their mean.
-    """
-    means, weights_of, counts = [], [], []
-    for value, weight in zip(values, weights, strict=True):
-        count = 1
-        while means and means[-1] > value:
-            other = weights_of.pop()
-            value = (other * means.pop() + weight * value) / (other + weight)
-            weight, count = weight + other, count + counts.pop()
-        means.append(value)
-        weights_of.append(weight)
-        counts.append(count)
-    return np.repeat(means, counts)
-
-
-def _candidate_colours(candidate: dict, accepted: str | None) -> tuple[str, str]:
-    better, grey = VERDICTS["better"][0], VERDICTS["cannot tell"][0]
-    if candidate["name"] == accepted:
-        return better, better
-    return (better, "white") if candidate["confirmed"] is False else (grey, grey)
-
-
-def _name(candidate: dict, high: float) -> str:
-    name = candidate["name"]
-    if candidate["mean"] is None:
-        failed = candidate["verdict"] != "conflict"
-        return f"{name} (no result)" if failed else f"{name} (conflict)"
-    name += " (not confirmed)" if candidate["confirmed"] is False else ""
-    return f"{name} ({candidate['mean']:.2f})" if candidate["mean"] > high else name
-
-
-def _path_notes(rounds: list[dict]) -> list[str]:
-    candidates = [c for one in rounds for c in one["candidates"]]
-    notes = ["black: the stack, below it its mean; blue: the path, through what it took"]
-    notes[0] += "; grey: rejected (● better, ■ worse, ◆ cannot tell)"
-    if any(candidate["confirmed"] is False for candidate in candidates):
-        notes[0] += "; hollow: better, but not on fresh seeds"
-    if any(candidate["interval"] is not None for candidate in candidates):
-        notes.append("bars: 95 % t interval of the difference to the stack (dotted)")
-    return notes
-
-
-def _text_width(figure: Figure, text: str) -> float:
-    written = figure.text(0, 0, text, fontsize=8)
-    width = written.get_window_extent().width / figure.dpi
-    written.remove()
-    return width

@@ -422,7 +422,6 @@ def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, a
     from lmplay.catalog.stack import Conflict
     from lmplay.grid.grid import Bench
     from lmplay.grid.search import search
-    from lmplay.stats.verdict_plots import draw_path
     from lmplay.train.loop import Stopped
 
     base = request.entry
@@ -446,15 +445,12 @@ def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, a
     except Stopped as stop:
         note(f"{stop}; saved. The same command goes on from here.")
         raise typer.Exit(stop.code) from None
-    picture = request.folder.path.parent.parent / "greedy.png"
-    draw_path(rounds, picture)
     taken = [idea.name for idea in ideas if idea.name in {r["accepted"] for r in rounds}]
     if as_json:
-        document = {"rounds": rounds, "plot": str(picture), "failures": bench.failures}
+        document = {"rounds": rounds, "failures": bench.failures}
         print_json({"schema_version": 1, "accepted": taken, **document})
     else:
         print_path(rounds)
-        note(f"drew {picture}")
     _exit_by(bench.failures)
 
 

@@ -12,8 +12,8 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import NO_DATA, UserError
 from lmplay.grid import budget, grid
 from lmplay.grid.budget import sized
-from lmplay.grid.child_process import Relay, apart
 from lmplay.grid.grid import run_grid
+from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.plan import read_plan
 from lmplay.train.display import GridDisplay
 from lmplay.train.loop import Stopped
@@ -43,7 +43,7 @@ def test_a_run_of_a_grid_is_the_run_that_it_would_be_alone(place, display):
     for each in requests:
         alone = replace(each, out_dir=Path("alone"))
         display.begin(alone.label, alone.seed)
-        apart(run_experiment, alone, display, Relay())
+        run_in_subprocess(run_experiment, alone, display, SignalForwarder())
         assert weights(each.folder.path) == weights(alone.folder.path)
 
 
@@ -147,7 +147,7 @@ def test_equal_budgets_divide_the_baselines_compute(place, display):
 def test_equal_seconds_are_measured_once_and_kept_for_every_seed(place, display, monkeypatch):
     baseline = request()
     first = sized(request("ue"), baseline, "seconds", display)
-    monkeypatch.setattr(budget, "apart", None)  # nothing is measured any more
+    monkeypatch.setattr(budget, "run_in_subprocess", None)  # nothing is measured any more
     second = sized(request("ue", seed=1), baseline, "seconds", display)
     kept = json.loads((first.folder.path.parent / "budget.json").read_text())
 

@@ -7,7 +7,7 @@ from lmplay.errors import UserError
 from lmplay.run.records import VALIDATION_COLUMNS, Record
 from lmplay.stats.compare import (
     Curve,
-    Run,
+    RecordedRun,
     curve,
     difference,
     final_rows,
@@ -166,7 +166,7 @@ def test_every_number_is_read_as_it_was_written(losses, tmp_path_factory):
         for step, loss in enumerate(losses, start=1):
             record.write({"step": step, "tokens": 512 * step, "loss": loss})
 
-    read = Run(path.parent, {}).validation
+    read = RecordedRun(path.parent, {}).validation
 
     assert read["step"].tolist() == list(range(1, len(losses) + 1))
     given = np.array([np.nan if loss is None else loss for loss in losses], np.float64)

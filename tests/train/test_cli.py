@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,26 +236,32 @@ def test_a_failed_run_of_a_grid_is_in_the_verdict_and_the_exit_code_is_3(place):
 
 @pytest.mark.slow
 def test_a_stopped_grid_goes_on_where_it_stopped(place):
-    args = grid("--tokens", str(120 * 128), exp="gpt2ish")
-    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
-    folder = place / "runs/words/gpt2ish,tokens=15360"
+    args = grid("--tokens", "128e5", exp="gpt2ish")  # more than anybody waits for
+    folder = place / "runs/words/gpt2ish,tokens=12800000"
+    lmp_trainer("--plan", "words.json", "--tokens", "128", "--out-dir", "short")
+    shutil.copytree(next(Path("short").rglob("seed-0")), folder / "seed-0")  # so it is finished
     curve = folder / "seed-1/train.csv"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
-        time.sleep(0.05)  # until it trains the second run
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    state = json.loads((folder / "seed-1/run.json").read_text())
-    again = lmp_trainer(*args)
+    steps = 0
+    for _ in range(2):
+        process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if curve.exists() and len(read_rows(curve)) > steps + 3:
+                break
+            time.sleep(0.05)  # until it trains the second run
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        state = json.loads((folder / "seed-1/run.json").read_text())
+        went_on = f"going on at step {steps}" in stderr
+        steps, before = len(read_rows(curve)), steps
 
-    assert process.returncode == 130 and "goes on from here" in stderr, stderr
-    assert state["status"] == "stopped"
-    assert again.returncode == 0 and "going on at step" in again.stderr
-    assert "seed 0: validation" not in again.stderr
+        assert process.returncode == 130 and "goes on from here" in stderr, stderr
+        assert state["status"] == "stopped" and "seed 0: validation" not in stderr
+        assert went_on == (before > 0) and steps > before
 
 
 @pytest.mark.slow
-def test_a_greedy_search_prints_its_path_and_draws_it(place):
+def test_a_greedy_search_prints_its_path(place):
     args = ["--plan", "words.json", "--greedy", "ue,value_norm", "--seeds", "2", "--tokens", "2000"]
     done = lmp_trainer(*args, "--json")
     document = json.loads(done.stdout)
@@ -263,7 +270,6 @@ def test_a_greedy_search_prints_its_path_and_draws_it(place):
     assert done.returncode == 0, done.stderr
     assert first["stack"] == "gpt2ish"
     assert {c["name"] for c in first["candidates"]} == {"ue", "value_norm"}
-    assert Path(document["plot"]).is_file()
     assert "best stack: " in lmp_trainer(*args).stdout
 
 

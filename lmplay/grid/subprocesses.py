@@ -16,38 +16,40 @@ from lmplay.train.loop import Stopped
 
 # A server that has loaded torch and done nothing else forks each process: its peak of memory is its
 # own, and one that the operating system kills takes nothing along. Forking is unsafe on macOS.
-_PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
-def apart(function: Callable, argument: object, display: Display, relay: "Relay"):
+def run_in_subprocess(
+    function: Callable, argument: object, display: Display, forwarder: "SignalForwarder"
+):
     """What `function(argument, display)` gives back, called in a process of its own.
 
     Raises:
         UserError: as the function did; or it broke, or the process died, which the message says.
         Stopped: the process was stopped by a signal that reached this one.
     """
-    relay.wait(0)
-    here, there = _PROCESSES.Pipe(duplex=False)
-    _PROCESSES.set_forkserver_preload(["lmplay.train.session"])
-    process = _PROCESSES.Process(
-        target=_answer, args=(function, argument, there, os.getcwd(), dict(os.environ))
+    forwarder.wait(0)
+    receiving, sending = _CONTEXT.Pipe(duplex=False)
+    _CONTEXT.set_forkserver_preload(["lmplay.train.session"])
+    process = _CONTEXT.Process(
+        target=_run_and_reply, args=(function, argument, sending, os.getcwd(), dict(os.environ))
     )
     process.start()
-    there.close()
+    sending.close()
     answer = None
-    with relay.to(process.pid), suppress(EOFError, ConnectionResetError):
+    with forwarder.sending_to(process.pid), suppress(EOFError, ConnectionResetError):
         while answer is None:
-            kind, *values = here.recv()
+            kind, *values = receiving.recv()
             if kind == "show":
                 name, arguments = values
                 getattr(display, name)(*arguments)
             else:
                 answer = kind, values
     process.join()
-    here.close()
+    receiving.close()
     if answer is None:  # it died without a word
-        if relay.code is not None:
-            raise Stopped(relay.code)
+        if forwarder.code is not None:
+            raise Stopped(forwarder.code)
         number = -process.exitcode
         hint = "the system's memory may not suffice" if number == signal.SIGKILL else ""
         how = f"signal {number}" if number > 0 else f"exit code {process.exitcode}"
@@ -60,7 +62,7 @@ def apart(function: Callable, argument: object, display: Display, relay: "Relay"
     return values[0]
 
 
-class Relay:
+class SignalForwarder:
     """While entered, hands signals on to the run under way; between runs they end the grid."""
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -79,7 +81,7 @@ class Relay:
             signal.signal(number, handler)
 
     @contextmanager
-    def to(self, pid: int) -> Iterator[None]:
+    def sending_to(self, pid: int) -> Iterator[None]:
         """While entered, signals go to the process `pid`."""
         self._pid = pid
         try:
@@ -107,8 +109,8 @@ class Relay:
             raise Stopped(128 + number)
 
 
-class _Remote:
-    """Stands in the run's process where the display is; a reader that is gone stops the run."""
+class _DisplayProxy:
+    """The display, for the process of a run; a reader that is gone stops the run."""
 
     def __init__(self, pipe: Connection):
         self._pipe = pipe
@@ -123,23 +125,25 @@ class _Remote:
         return lambda *arguments: self.send("show", name, arguments)
 
 
-def _answer(function: Callable, argument: object, pipe: Connection, folder: str, environ: dict):
-    """The process of a run: a group of its own, so that a Ctrl-C comes to it once, by the relay."""
+def _run_and_reply(
+    function: Callable, argument: object, pipe: Connection, folder: str, environ: dict
+):
+    """The process of a run: a group of its own, so that a Ctrl-C comes once, by the forwarder."""
     os.setpgid(0, 0)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # until training has begun
-    remote = _Remote(pipe)
+    proxy = _DisplayProxy(pipe)
     try:
-        remote.send("done", function(argument, remote))
+        proxy.send("done", function(argument, proxy))
     except Stopped as stop:
-        remote.send("stopped", stop.code)
+        proxy.send("stopped", stop.code)
     except UserError as error:
-        remote.send("error", error.problem, error.hint, error.code)
+        proxy.send("error", error.problem, error.hint, error.code)
     except SystemExit as stop:
-        remote.send("stopped", stop.code)
+        proxy.send("stopped", stop.code)
     except BaseException as error:
-        remote.note(traceback.format_exc())
-        remote.send("error", f"{type(error).__name__}: {error}", "", 1)
+        proxy.note(traceback.format_exc())
+        proxy.send("error", f"{type(error).__name__}: {error}", "", 1)
