@@ -30,7 +30,7 @@ from typer import Option
 
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.machine import num_cores, resolve_device
-from lmplay.model.objective import CHUNK
+from lmplay.model.chunked_cross_entropy import CHUNK
 
 BASE = Size(4, 256, 4, 256, 8, vocab_size=8192)
 AXES = {
