@@ -64,7 +64,8 @@ app = typer.Typer(pretty_exceptions_enable=False)
 def lmplay(turns: Turns, settings: dict) -> None:
     """The harness's own loop, on weights that lmp-generator has made ready."""
     from lmplay.generate.packing import pack
-    from lmplay.generate.sampling import GREEDY, generate
+    from lmplay.model.decoding import generate
+    from lmplay.model.sampler import GREEDY
 
     keep_memory()
     size, device = Size(**settings["size"]), torch.device(settings["device"])

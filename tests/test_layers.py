@@ -41,7 +41,7 @@ def imported_by(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-OWED = {"grid/grid.py", "train/session.py"}  # their greedy search and samples are to be moved
+OWED = {"grid/grid.py"}  # its greedy search is to be moved
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not is_command(name)])

@@ -184,10 +184,10 @@ def main(
 
     from lmplay.generate.compiled_steps import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
-    from lmplay.generate.sampling import Sampler
     from lmplay.machine import resolve_device, resolve_precision
     from lmplay.memory import keep_memory
     from lmplay.model.abilities import writes_itself
+    from lmplay.model.sampler import Sampler
     from lmplay.proofs.device import refuse_wrong
     from lmplay.run.opening import open_trained
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.generate.sampling import last_logits
 from lmplay.model.cache import Cache
+from lmplay.model.decoding import last_logits
 from lmplay.run.opening import compiled_so_far, told_of_compiling
 
 # B rows, T positions, V vocabulary, H heads, S positions attended to, D head width

@@ -64,7 +64,7 @@ def describe(
     from dataclasses import asdict
 
     from lmplay.data.tokenizers import vocab_size_of
-    from lmplay.generate.sampling import uses_cache
+    from lmplay.model.decoding import uses_cache
     from lmplay.model.experiment import count, freeze, load_experiment, scale
 
     experiment = load_experiment(entry)

@@ -17,10 +17,10 @@ from lmplay.data.batches import Data, open_data
 from lmplay.data.tokenizers import Tokenizer, vocab_size_of
 from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
-from lmplay.generate.sampling import greedy_text
 from lmplay.machine import matmul_rate, resolve_device, resolve_precision
 from lmplay.memory import keep_memory
 from lmplay.model.abilities import scores_itself
+from lmplay.model.decoding import greedy_text
 from lmplay.model.experiment import (
     Experiment,
     Scale,

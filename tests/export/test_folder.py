@@ -13,7 +13,7 @@ from lmplay.catalog.entries import read_file, resolve
 from lmplay.errors import UserError
 from lmplay.export import folder as files
 from lmplay.export.folder import export
-from lmplay.generate.sampling import greedy_text
+from lmplay.model.decoding import greedy_text
 from lmplay.model.experiment import load_experiment
 from lmplay.run.opening import open_trained
 

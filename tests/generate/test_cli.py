@@ -270,17 +270,17 @@ def test_a_person_is_asked_until_the_input_ends(generator):
 
 
 def test_ctrl_c_stops_the_text_and_asks_again(generator, monkeypatch):
-    from lmplay.generate import sampling
+    from lmplay.model import decoding
 
     passes = []
 
-    def interrupted(model, tokens_BT, cache, real=sampling.last_logits):
+    def interrupted(model, tokens_BT, cache, real=decoding.last_logits):
         passes.append(1)
         if len(passes) == 5:
             raise KeyboardInterrupt
         return real(model, tokens_BT, cache)
 
-    monkeypatch.setattr(sampling, "last_logits", interrupted)
+    monkeypatch.setattr(decoding, "last_logits", interrupted)
     shown = generator("--max-tokens", 20, stdin=b"first\nsecond\n", terminal=True)
 
     _, first, second, _ = shown.out.split("> ")

@@ -10,9 +10,10 @@ from torch import nn
 
 from lmplay.catalog.entries import resolve
 from lmplay.generate.compiled_steps import CompiledSteps, can_compile
-from lmplay.generate.sampling import GREEDY, generate, last_logits
 from lmplay.model.cache import Cache
+from lmplay.model.decoding import generate, last_logits
 from lmplay.model.experiment import load_experiment
+from lmplay.model.sampler import GREEDY
 
 COMPILE = torch.compile
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]

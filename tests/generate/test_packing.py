@@ -9,8 +9,9 @@ from torch import nn
 
 from lmplay.catalog.entries import resolve
 from lmplay.generate.packing import is_supported, pack
-from lmplay.generate.sampling import GREEDY, generate
+from lmplay.model.decoding import generate
 from lmplay.model.experiment import load_experiment
+from lmplay.model.sampler import GREEDY
 
 pytestmark = pytest.mark.skipif(not is_supported("fp32"), reason="this torch has no oneDNN")
 
