@@ -242,6 +242,16 @@ def plan_schema() -> dict:
     return schema
 
 
+def fixed_keys(inside: type[BaseModel] = Plan, before: str = "") -> list[str]:
+    """Every dotted key that a plan can have, but for those whose names the plan chooses itself."""
+    keys = []
+    for name in inside.model_fields:
+        keys.append(before + name)
+        if inner := _object_at(inside, name):
+            keys += fixed_keys(inner, f"{before}{name}.")
+    return keys
+
+
 def has_key(dotted: str) -> bool:
     """True where a plan can have this dotted path, so that `--set` knows what is meant."""
     if dotted == "name":

@@ -16,7 +16,15 @@ ORDER += ["export", "stats"]
 LIGHT = [
     *("errors", "roots", "disk", "network", "machine", "memory", "console", "plan", "cli"),
     *("catalog.entries", "catalog.stack", "data.gaps", "data.tokenizers", "data.local_files"),
-    *("run.folder", "run.records", "grid.launch", "grid.search", "train.listing", "train.cli"),
+    *(
+        "run.folder",
+        "run.labels",
+        "run.records",
+        "grid.launch",
+        "grid.search",
+        "train.listing",
+        "train.cli",
+    ),
     *("generate.cli", "export.cli", "stats.table", "stats.board", "stats.cli"),
 ]
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))

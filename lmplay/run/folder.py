@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import LOCKED, UserError, nearest
+from lmplay.run.labels import value_name
 
 RUNS = "runs"
 
@@ -134,7 +135,7 @@ def run_path(
             escaped as in a URL; a name that gets too long ends in a hash.
     """
     parts = [quote(experiment, safe="+")]  # a stack's name joins its ideas with a plus
-    parts += [f"{quote(key, safe='')}={_value_name(changes[key])}" for key in sorted(changes)]
+    parts += [f"{quote(key, safe='')}={value_name(changes[key])}" for key in sorted(changes)]
     return (
         out_dir / _file_name(quote(plan, safe="+")) / _file_name(",".join(parts)) / f"seed-{seed}"
     )
@@ -192,31 +193,6 @@ def _file_name(name: str) -> str:
     if len(name) > _LONGEST_NAME:
         return name[: _LONGEST_NAME - 13] + "~" + sha256(name.encode()).hexdigest()[:12]
     return name
-
-
-def _value_name(value: object) -> str:
-    if _is_flat(value):
-        return "+".join(_value_name(item) for item in value) + "+" * (len(value) < 2)
-    if isinstance(value, float):
-        whole = value.is_integer() and abs(value) < 2**53
-        return str(int(value)) if whole else repr(value).replace("e+", "e")
-    if isinstance(value, str) and not _is_json(value):
-        return quote(value, safe="")
-    return quote(json.dumps(value, sort_keys=True), safe="")
-
-
-def _is_flat(value: object) -> bool:
-    """A list that can stand as its items: one that has any, and no lists among them."""
-    is_list = isinstance(value, list | tuple) and bool(value)
-    return is_list and not any(isinstance(item, list | tuple) for item in value)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _runs_below(path: Path) -> list[RunFolder]:

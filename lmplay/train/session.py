@@ -37,6 +37,7 @@ from lmplay.proofs import tiny as check
 from lmplay.run.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
 from lmplay.run.folder import RunFolder, run_path
 from lmplay.run.fsdp import spread_optimizer
+from lmplay.run.labels import label_of
 from lmplay.run.opening import (
     Run,
     compiled_so_far,
@@ -101,9 +102,7 @@ class Request:
     @property
     def label(self) -> str:
         """What tables call the run: "ue16x,lr=0.001"."""
-        changes = sorted(self.all_changes.items())
-        parts = [f"{key.rpartition('.')[2]}={value}" for key, value in changes]
-        return ",".join([canonical_name(self.entry), *parts])
+        return label_of(canonical_name(self.entry), self.all_changes)
 
     @property
     def folder(self) -> RunFolder:
