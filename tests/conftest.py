@@ -13,10 +13,25 @@ settings.load_profile("lmplay")
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def cache(tmp_path, tmp_path_factory, monkeypatch):
+    """Where lmplay keeps prepared text: each test's own, but for proofs, which all tests share.
+
+    A proof is remembered by the hash of all that it ran, so what one test proved holds for the rest;
+    it takes most of the time of a tiny run.
+    """
+    shared = tmp_path_factory.getbasetemp().parent / "checks"  # of all processes of a test run
+    shared.mkdir(exist_ok=True)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "checks").symlink_to(shared)
+    monkeypatch.setenv("LMP_DATASETS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, cache, monkeypatch):
     """A folder with a plan on text of its own: 9 steps, dropout on, 2 epochs, an uneven end."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     words = random.Random(0).choices(["one", "two", "three", "four", "five"], k=700)
     rows = [{"text": " ".join(words[i : i + 7])} for i in range(0, len(words), 7)]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -30,9 +30,8 @@ PLAN = {
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = "\n\n".join(f"Line {i} of a text, and again line {i}." for i in range(4000))
     (tmp_path / "words.txt").write_text(text)

@@ -48,10 +48,9 @@ class Silent:
 
 
 @pytest.fixture
-def school(tmp_path, monkeypatch):
+def school(tmp_path, cache, monkeypatch):
     """A plan of stories, then of questions or chats: a step of each, half a row held out."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     rows = {
         "stories": [{"text": text} for _, text in STORIES],
         "asked": [{"prompt": prompt, "truth": truth} for prompt, truth in ASKED],

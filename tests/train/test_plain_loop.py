@@ -58,9 +58,8 @@ def plain_loss(model, batch):
 
 
 @pytest.mark.parametrize("name", ["gpt2ish", "ue", "value_norm"])
-def test_a_run_equals_a_loop_in_plain_torch(tmp_path, monkeypatch, name):
+def test_a_run_equals_a_loop_in_plain_torch(tmp_path, cache, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     words = random.Random(0).choices(["one", "two", "three", "four", "five"], k=900)
     rows = [{"text": " ".join(words[i : i + 9])} for i in range(0, len(words), 9)]
     Path("text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
