@@ -16,8 +16,8 @@ settings.load_profile("lmplay")
 def cache(tmp_path, tmp_path_factory, monkeypatch):
     """Where lmplay keeps prepared text: each test's own, but for proofs, which all tests share.
 
-    A proof is remembered by the hash of all that it ran, so what one test proved holds for the rest;
-    it takes most of the time of a tiny run.
+    A proof is remembered by the hash of all that it ran, so what one test proved holds for the
+    rest; it takes most of the time of a tiny run.
     """
     shared = tmp_path_factory.getbasetemp().parent / "checks"  # of all processes of a test run
     shared.mkdir(exist_ok=True)

@@ -84,3 +84,78 @@ def test_a_tokenformers_map_starts_with_the_spread_of_a_linear_layer():
         < layer(x_BTC).std() / nn.functional.linear(x_BTC, 0.02 * torch.randn(256, 256)).std()
         < 1.25
     )
+
+
+def delta_parts(B=2, H=3, T=37, D=8):
+    """Queries, keys, values, decays, betas and a state, in fp64, with gradients."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, g = torch.randn(4, B, H, T, D, generator=draw, dtype=torch.float64)
+    k = nn.functional.normalize(k, dim=-1)
+    beta = torch.rand(B, H, T, generator=draw, dtype=torch.float64)
+    state = torch.randn(B, H, D, D, generator=draw, dtype=torch.float64)
+    return [part.requires_grad_() for part in (q, k, v, -5 * g.sigmoid(), beta, state)]
+
+
+def test_the_delta_rules_chunks_equal_its_steps_in_output_and_gradient():
+    module = load_experiment(resolve("kimi_delta")).module
+    ours, theirs = delta_parts(), delta_parts()
+    o_BHTD, state = module.delta_chunks(*ours, chunk=16)
+    steps, after = [], theirs[-1]
+    for t in range(37):
+        one, after = module.delta_step(*(part[:, :, t] for part in theirs[:-1]), after)
+        steps.append(one)
+    expected_BHTD = torch.stack(steps, dim=2)
+    for output in ((o_BHTD, state), (expected_BHTD, after)):
+        (output[0].square().sum() + output[1].sum()).backward()
+
+    torch.testing.assert_close(o_BHTD, expected_BHTD, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state, after, rtol=1e-11, atol=1e-11)
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_the_delta_rule_stands_the_fastest_decay_in_fp32():
+    module = load_experiment(resolve("kimi_delta")).module
+    parts = [part.detach().float() for part in delta_parts()]
+    parts[3] = torch.full_like(parts[3], -5.0)
+    parts = [part.requires_grad_() for part in parts]
+    o_BHTD, state = module.delta_chunks(*parts, chunk=16)
+    exact, _ = module.delta_chunks(*(part.double() for part in parts), chunk=1)
+    (o_BHTD.sum() + state.sum()).backward()
+
+    torch.testing.assert_close(o_BHTD.double(), exact, rtol=1e-5, atol=1e-5)
+    assert all(part.grad.isfinite().all() for part in parts)
+
+
+def test_a_delta_state_gives_back_what_was_written_and_keeps_the_second_value_of_a_key():
+    module = load_experiment(resolve("kimi_delta")).module
+    D = 8
+    keys_TD = torch.eye(D)[:5]
+    keys_TD = torch.cat([keys_TD, keys_TD[2:3]])
+    values_TD = torch.randn(6, D, generator=torch.Generator().manual_seed(0))
+    k, v = keys_TD[None, None], values_TD[None, None]
+    still, fully = torch.zeros_like(k), torch.ones(1, 1, 6)
+    _, state = module.delta_chunks(k, k, v, still, fully, torch.zeros(1, 1, D, D), chunk=4)
+    said_TD = keys_TD[:5] @ state[0, 0]
+
+    torch.testing.assert_close(said_TD[[0, 1, 3, 4]], values_TD[[0, 1, 3, 4]])
+    torch.testing.assert_close(said_TD[2], values_TD[5])
+    g = torch.full_like(k, -0.5)
+    _, faded = module.delta_chunks(k, k, v, g, 0 * fully, state, chunk=4)
+    torch.testing.assert_close(faded, state * torch.tensor(-0.5 * 6).exp())
+
+
+def test_a_delta_models_memory_does_not_grow_with_the_text():
+    from lmplay.model.cache import Cache
+
+    model = model_of("kimi_delta", attention_every=0)
+
+    def kept(T: int) -> int:
+        cache = Cache()
+        model(random_tokens(B=1, T=T), cache=cache)
+        cache.advance(T)
+        states = [t for slot in cache._states.values() for t in slot.values()]
+        buffers = [t.data[..., : t.end, :] for slot in cache._buffers.values() for t in slot]
+        return sum(tensor.numel() for tensor in [*states, *buffers])
+
+    assert kept(8) == kept(16)
