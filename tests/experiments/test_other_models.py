@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.catalog.entries import resolve
+from lmplay.model.cache import Cache
 from lmplay.model.experiment import load_experiment
 
 
@@ -145,17 +146,67 @@ def test_a_delta_state_gives_back_what_was_written_and_keeps_the_second_value_of
     torch.testing.assert_close(faded, state * torch.tensor(-0.5 * 6).exp())
 
 
+def num_kept(name: str, T: int, **values) -> int:
+    """Numbers that a cache holds of one row after T tokens."""
+    model, cache = model_of(name, **values), Cache()
+    model(random_tokens(B=1, T=T), cache=cache)
+    cache.advance(T)
+    states = [t for slot in cache._states.values() for t in slot.values()]
+    kept = [t.data[..., : t.end, :] for slot in cache._buffers.values() for t in slot]
+    return sum(tensor.numel() for tensor in [*states, *kept])
+
+
 def test_a_delta_models_memory_does_not_grow_with_the_text():
-    from lmplay.model.cache import Cache
+    assert num_kept("kimi_delta", 8, attention_every=0) == num_kept(
+        "kimi_delta", 16, attention_every=0
+    )
 
-    model = model_of("kimi_delta", attention_every=0)
 
-    def kept(T: int) -> int:
-        cache = Cache()
-        model(random_tokens(B=1, T=T), cache=cache)
-        cache.advance(T)
-        states = [t for slot in cache._states.values() for t in slot.values()]
-        buffers = [t.data[..., : t.end, :] for slot in cache._buffers.values() for t in slot]
-        return sum(tensor.numel() for tensor in [*states, *buffers])
+def rwkv_parts(B=2, H=2, T=75, D=8):
+    """What a head of RWKV-7 reads, and a state, in fp64, with gradients."""
+    draw = torch.Generator().manual_seed(0)
+    r, decay, k, v, along = torch.randn(5, B, H, T, D, generator=draw, dtype=torch.float64)
+    share = torch.rand(B, H, T, D, generator=draw, dtype=torch.float64)
+    along = nn.functional.normalize(along, dim=-1)
+    state = torch.randn(B, H, D, D, generator=draw, dtype=torch.float64)
+    parts = (r, -0.6065 * decay.sigmoid(), k, v, -along, share * along, state)
+    return [part.requires_grad_() for part in parts]
 
-    assert kept(8) == kept(16)
+
+def test_rwkv7s_chunks_equal_its_steps_in_output_and_gradient():
+    module = load_experiment(resolve("rwkv7")).module
+    ours, theirs = rwkv_parts(), rwkv_parts()
+    y_BHTD, state = module.state_chunks(*ours, chunk=32)
+    steps, after = [], theirs[-1]
+    for t in range(75):
+        one, after = module.state_step(*(part[:, :, t] for part in theirs[:-1]), after)
+        steps.append(one)
+    expected_BHTD = torch.stack(steps, dim=2)
+    for output in ((y_BHTD, state), (expected_BHTD, after)):
+        (output[0].square().sum() + output[1].sum()).backward()
+
+    torch.testing.assert_close(y_BHTD, expected_BHTD, rtol=1e-10, atol=1e-10)
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_rwkv7_erases_what_its_state_holds_along_a_direction():
+    module = load_experiment(resolve("rwkv7")).module
+    r, _, k, v, read, _, state = (part.detach() for part in rwkv_parts(T=1))
+    still = torch.zeros_like(r)
+    parts = (r, still, 0 * k, v, read, -read, state)
+    _, erased = module.state_step(*(part[:, :, 0] for part in parts[:-1]), state)
+
+    assert (read[:, :, 0, None] @ erased).abs().max() < 1e-12
+    assert (erased - state).abs().max() > 0.1
+
+
+def test_rwkv7s_decays_stay_within_their_bounds_and_its_memory_does_not_grow():
+    model = model_of("rwkv7")
+    seen = []
+    real = model.blocks[0].time.decay.forward
+    model.blocks[0].time.decay.forward = lambda x: seen.append(real(x)) or 1e4 * (seen[-1] + 1)
+    logits_BTV = model(random_tokens(B=1, T=16))
+
+    assert seen and logits_BTV.isfinite().all()
+    assert num_kept("rwkv7", 5) == num_kept("rwkv7", 16)
