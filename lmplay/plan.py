@@ -180,11 +180,6 @@ class Plan(_Strict):
     validation: Validation
     checkpoints: Checkpoints
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Targets in a full step."""
-        return self.batch_size * self.sequence_length
-
 
 def plan_paths() -> dict[str, Path]:
     """Name to file of every plan that can be found."""

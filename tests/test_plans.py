@@ -8,6 +8,7 @@ import pytest
 from lmplay.data import sources as text
 from lmplay.plan import Plan, read_plan
 from lmplay.roots import bundled_root
+from lmplay.train.clock import Clock
 
 FOLDER = bundled_root() / "plans"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.json"))
@@ -125,8 +126,10 @@ def test_a_checkpoint_of_a_full_sized_model_is_not_written_too_often(name):
 def test_validations_and_checkpoints_fall_on_whole_steps(name):
     plan = read_plan(name)
 
-    assert plan.validation.every_tokens % plan.tokens_per_step == 0
-    assert plan.checkpoints.every_tokens % plan.tokens_per_step == 0
+    tokens = Clock(plan, num_rows=1).at(0).tokens
+
+    assert plan.validation.every_tokens % tokens == 0
+    assert plan.checkpoints.every_tokens % tokens == 0
 
 
 def test_quick_needs_no_download_and_is_the_recipe_that_was_tried():

@@ -1,4 +1,4 @@
-"""The batch of step s: a pure function of plan, seed and s, whatever runs it and however often."""
+"""The rows of training by number, a pure function of plan and seed, and those of validation."""
 
 import math
 from collections import Counter
@@ -74,12 +74,11 @@ class Data:
     Training follows the stages row by row. A row is drawn from the datasets of its stage as
     `Mixture` says, and each dataset gives its rows in order, one epoch after another, each epoch
     permuted anew; a later stage goes on where an earlier one left the dataset. Stages follow one
-    another without a gap, so a step may hold rows of two, and every row is there once. With a
-    budget the last stage goes on until it is spent; without one, rows that the last step lacks
-    have no target.
+    another without a gap, so a batch may hold rows of two, and every row is there once. With a
+    budget the last stage never ends; without one, rows past the end have no target.
 
     Attributes:
-        num_steps: of the plan.
+        num_rows: of all stages; None where a budget of tokens decides.
         validation_tokens: targets scored, in all datasets' held-out text together.
         validation_bytes: of UTF-8 in the text of these targets.
         fingerprint: of the training text and how its stages mix it.
@@ -111,7 +110,9 @@ class Data:
             self._held_out = {name: self._held_out[name] for name in plan.datasets}
             self._training = {name: self._training[name] for name in plan.datasets}
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
-            self.num_steps = self._count_steps()
+            self.num_rows: int | None = None
+            if plan.tokens is None:
+                self.num_rows = sum(stage.rows(self._wait) for stage in self._stages)
         except BaseException:
             self.close()
             raise
@@ -128,17 +129,14 @@ class Data:
             [stage.model_dump() for stage in plan.stages],
         )
 
-    def batch(self, step: int) -> Batch:
-        """The batch of this step, 0 <= step < num_steps; waits where a source still streams.
+    def rows(self, first: int, count: int) -> Batch:
+        """`count` rows of training from number `first` on; waits where a source still streams.
 
         Raises:
             UserError: preparing the source failed, or a shard is damaged.
         """
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
-        B = self._plan.batch_size
         windows = []
-        for number in range(step * B, (step + 1) * B):
+        for number in range(first, first + count):
             place = self._place(number)
             windows.append(None if place is None else self._window(*place))
         return self._batch(windows)
@@ -156,13 +154,13 @@ class Data:
         if windows:
             yield self._batch(windows)
 
-    def examples(self, step: int) -> list[tuple[str, list[int], list[int]]]:
+    def examples(self, num_rows: int) -> list[tuple[str, list[int], list[int]]]:
         """Name, prompt and truth, as tokens, of each dataset of the stage that was trained last.
 
         Args:
-            step: how many are done.
+            num_rows: how many were trained on.
         """
-        stage = self._stage_of(max(0, step * self._plan.batch_size - 1))
+        stage = self._stage_of(max(0, num_rows - 1))
         return [(name, *self._example(self._held_out[name])) for name in stage.names]
 
     def _example(self, shards: Shards) -> tuple[list[int], list[int]]:
@@ -198,12 +196,6 @@ class Data:
     def _wait(self, name: str) -> None:
         """Return when more of a growing dataset is known."""
         self._training[name].wait(len(self._known(name).ends))
-
-    def _count_steps(self) -> int:
-        if self._plan.tokens is not None:
-            return -(-self._plan.tokens // self._plan.tokens_per_step)
-        total = sum(stage.rows(self._wait) for stage in self._stages)
-        return -(-total // self._plan.batch_size)
 
     def _place(self, number: int) -> tuple[str, int] | None:
         """The dataset of a row of the whole training, and its place among all it ever gives."""

@@ -1,7 +1,6 @@
 """Leagues: budgets of tokens that give every idea the compute, or the time, of the baseline."""
 
 import json
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -19,10 +18,12 @@ from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
 from lmplay.run.opening import make_accelerator, open_run
+from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display
-from lmplay.train.loop import Session, Signals, take_step
+from lmplay.train.loop import Session, advance
 from lmplay.train.session import Request, rows_at_once
+from lmplay.train.signals import Signals
 from lmplay.train.update import Update
 
 ROUNDS = 9  # of timing, the two experiments taking turns
@@ -53,8 +54,8 @@ def sized(request: Request, baseline: Request, kind: str, display: Display) -> R
         cost = _flops_per_token(request) / _flops_per_token(baseline)
     else:
         cost = _kept_cost(request, baseline, display)
-    num_steps = max(1, round(math.ceil(plan.tokens / plan.tokens_per_step) / cost))
-    tokens = num_steps * plan.tokens_per_step
+    num_steps = max(1, round(Clock(plan).num_steps / cost))
+    tokens = num_steps * Clock(plan).at(0).tokens
     return replace(
         request,
         plan=plan.model_copy(update={"tokens": tokens}),
@@ -127,15 +128,16 @@ def _session(request: Request, data, vocab_size: int) -> Session:
     run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
     run.may_shrink = request.mini_batch_size is None
     update = Update(run, make_optimizer(plan.optimizer, run.model), plan.clip)
-    return Session(run, data, update, Curves(run, None), None, Signals(), lambda *_: None, 0, 0)
+    clock, curves = Clock(plan, data.num_rows), Curves(run, None)
+    return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
 
 
 def _seconds(session: Session) -> float:
     """Of STEPS steps, to the moment when the device has done them."""
     start = time.perf_counter()
     for _ in range(STEPS):
-        step = session.run.step % session.data.num_steps
-        take_step(session, session.data.batch(step))
+        session.run.step %= session.clock.num_steps
+        advance(session)
     session.curves.look(now=True)
     if session.run.device.type == "cuda":
         torch.cuda.synchronize()

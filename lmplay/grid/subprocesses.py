@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 from lmplay.errors import UserError
 from lmplay.train.display import Display
-from lmplay.train.loop import Stopped
+from lmplay.train.signals import Stopped
 
 # A server that has loaded torch and done nothing else forks each process: its peak of memory is its
 # own, and one that the operating system kills takes nothing along. Forking is unsafe on macOS.

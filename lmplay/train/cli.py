@@ -370,8 +370,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     from lmplay.grid.budget import sized
     from lmplay.run.opening import leave_processes
     from lmplay.train.display import Display
-    from lmplay.train.loop import Stopped
     from lmplay.train.session import run_experiment
+    from lmplay.train.signals import Stopped
 
     name, plan = request.entry.name, request.plan.name
     try:
@@ -402,7 +402,7 @@ def _train_all(
     request: "Request", entries: list[Entry], rival: Entry, seeds: range, budget: str, as_json: bool
 ) -> None:
     from lmplay.grid.grid import Bench
-    from lmplay.train.loop import Stopped
+    from lmplay.train.signals import Stopped
 
     try:
         with Bench(request, rival, budget) as bench:
@@ -422,7 +422,7 @@ def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, a
     from lmplay.catalog.stack import Conflict
     from lmplay.grid.grid import Bench
     from lmplay.grid.search import search
-    from lmplay.train.loop import Stopped
+    from lmplay.train.signals import Stopped
 
     base = request.entry
 

@@ -53,14 +53,12 @@ class Curves:
         return torch.stack([objective for objective, _, _ in self._parts]).sum()
 
     def close_step(self, num_targets: int, lr: float, norm: Tensor, healthy: Tensor) -> None:
-        """The step is done: count it, keep its numbers on the device.
+        """The step is done and counted: keep its numbers on the device.
 
         Args:
             norm: of the gradient, as `Update` gave it.
             healthy: false once a loss or gradient was not finite.
         """
-        self.run.step += 1
-        self.run.tokens += num_targets
         sums = torch.stack([value.float() for part in self._parts for value in part])
         row = {"step": self.run.step, "tokens": self.run.tokens, "learning_rate": lr}
         health = torch.stack([norm.float(), healthy.float()])
@@ -71,14 +69,16 @@ class Curves:
         """Forget the step under way; it will be taken again."""
         self._parts = []
 
-    def look(self, now: bool = False) -> list[dict]:
-        """Write the rows that are due and give back those that scored something.
+    def look(self, now: bool = False) -> tuple[float, list[dict]]:
+        """Write the rows that are due.
 
+        Returns:
+            The run's seconds of training, now with these steps, and the rows that scored something.
         Raises:
             NotFinite: a step's loss or gradient was not finite; the rows before it are written.
         """
         if not self._steps or not (now or len(self._steps) >= self.cadence):
-            return []
+            return self.run.seconds, []
         # steps taken before the parts became smaller have fewer of them: zeros stand for the rest
         sums_SN = pad_sequence([step["sums"] for step in self._steps], batch_first=True)
         if self.run.world_size > 1:
@@ -88,27 +88,27 @@ class Curves:
         seconds = time.perf_counter() - self._mark
         self.restart_clock()
         speed = sum(step["targets"] for step in self._steps) / max(seconds, 1e-9)
-        rows = []
+        total, rows = self.run.seconds, []
         for step, totals, (norm, healthy) in zip(
             self._steps, totals_S3.tolist(), health_S2, strict=True
         ):
             if not healthy:
                 what = "gradient" if math.isfinite(totals[0]) else "loss"
                 raise NotFinite(step["row"]["step"], what)
-            self.run.seconds += seconds / len(self._steps)
-            row = self._row(step, totals, norm, speed)
+            total += seconds / len(self._steps)
+            row = self._row(step, totals, norm, speed, total)
             if self.record is not None:
                 self.record.write(row)
             if step["targets"]:
                 rows.append(row)
         self._steps = []
-        return rows
+        return total, rows
 
     def restart_clock(self) -> None:
         """Leave out the time since the last look: it went into validation or saving."""
         self._mark = time.perf_counter()
 
-    def _row(self, step: dict, totals: list[float], norm: float, speed: float) -> dict:
+    def _row(self, step: dict, totals: list, norm: float, speed: float, seconds: float) -> dict:
         objective, loss, hits = (_mean(total, step["targets"]) for total in totals)
         return {
             **step["row"],
@@ -118,7 +118,7 @@ class Curves:
             "grad_norm": norm,
             "tokens_per_second": speed,
             "memory": peak_memory(self.run.device),
-            "seconds": self.run.seconds,
+            "seconds": seconds,
         }
 
 

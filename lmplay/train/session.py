@@ -49,18 +49,15 @@ from lmplay.run.opening import (
     told_of_compiling,
 )
 from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.train.clock import Clock
 from lmplay.train.compilation import is_repaid
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
+from lmplay.train.fault import first_bad_place
 from lmplay.train.initial_model import Initial, begin_from, told
-from lmplay.train.loop import (
-    Session,
-    Signals,
-    Stopped,
-    first_bad_place,
-    scattered_rng,
-    train,
-)
+from lmplay.train.loop import Session, train
+from lmplay.train.saving import scattered_rng
+from lmplay.train.signals import Signals, Stopped
 from lmplay.train.update import Update
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
@@ -143,6 +140,7 @@ def run_experiment(request: Request, display: Display) -> dict:
             refuse_unknown_names(request, experiment)
         tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
         stack.callback(data.close)
+        clock = Clock(plan, data.num_rows)
         if accelerator.is_main_process and not folder.tokenizer_json.exists():
             tokenizer.save(folder.tokenizer_json)
         if facts is None:
@@ -165,13 +163,13 @@ def run_experiment(request: Request, display: Display) -> dict:
             request.mini_batch_size
             or (facts or {}).get("mini_batch_size")
             or rows_at_once(plan, device),
-            _compiles(request, facts, experiment, made.config, data, accelerator, precision),
+            _compiles(request, facts, experiment, made.config, clock, accelerator, precision),
             request.sharded,
         )
         run.may_shrink = request.mini_batch_size is None
-        now = _facts(request, run, data, tokenizer, made, precision)
+        now = _facts(request, run, data, clock, tokenizer, made, precision)
         now = _continued(now, facts, display)
-        session = _open_session(run, data, stack, display)
+        session = _open_session(run, data, clock, stack, display)
         if request.initial and session.saved < 0:
             beginner = dataclasses.replace(run, model=run.whole_model())
             now["initial_model"] = begin_from(request.initial, beginner, tokenizer)
@@ -208,7 +206,7 @@ def _compiles(
     facts: dict | None,
     experiment: Experiment,
     config,
-    data: Data,
+    clock: Clock,
     accelerator: Accelerator,
     precision: str,
 ) -> bool:
@@ -219,9 +217,8 @@ def _compiles(
         return facts is not None and facts["compiled"]
 
     def flops() -> float:
-        plan = request.plan
-        tokens = plan.tokens_per_step * data.num_steps / accelerator.num_processes
-        return count(experiment, config, plan.freeze).flops_per_token * tokens
+        tokens = clock.num_tokens / accelerator.num_processes
+        return count(experiment, config, request.plan.freeze).flops_per_token * tokens
 
     is_worth_it = is_repaid(experiment, accelerator.device, precision, flops)
     return broadcast_object_list([is_worth_it])[0]  # as the first process measured it
@@ -231,6 +228,7 @@ def _facts(
     request: Request,
     run: Run,
     data: Data,
+    clock: Clock,
     tokenizer: Tokenizer,
     made: Scale,
     precision: str,
@@ -261,8 +259,8 @@ def _facts(
             "validation_bytes": data.validation_bytes,
         },
         **_sizes(experiment, made.config, plan),
-        "num_steps": data.num_steps,
-        "tokens_per_step": plan.tokens_per_step,
+        "num_steps": clock.num_steps,
+        "tokens_per_step": clock.at(0).tokens,
         **machine_facts(run.device),
         "precision": precision,
         "world_size": run.world_size,
@@ -306,7 +304,8 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
             return
         display.row(kind, row)
         if kind == "validation":
-            for name, prompt, truth in session.data.examples(row["step"]):
+            num_rows = session.clock.at(row["step"]).first_row
+            for name, prompt, truth in session.data.examples(num_rows):
                 with run.accelerator.autocast(), unchanged_rng():
                     said = greedy_text(model, prompt, len(truth), run.config.max_len)
                 texts = [tokenizer.decode(ids) for ids in (prompt, truth, said)]
@@ -317,14 +316,15 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
     now["matmul_flops"] = run.world_size * matmul_rate(run.device, now["precision"])
     fastest = now["flops_per_token"] * now["tokens_per_step"] / now["matmul_flops"]
     write("running")
-    display.start(session.data.num_steps, run.step, fastest)
+    display.start(session.clock.num_steps, run.step, fastest)
     try:
         with session.signals:
             train(session)
     except BaseException as error:
         if isinstance(error, NotFinite):
             now["failures"] += 1
-            if name := first_bad_place(run, session.data.batch(error.step - 1)):
+            bad = session.clock.at(error.step - 1)
+            if name := first_bad_place(run, session.data.rows(bad.first_row, bad.num_rows)):
                 error.problem += f"; run again, it begins in {name}"
         is_stopped = isinstance(error, Stopped | SystemExit | KeyboardInterrupt)
         reason = getattr(error, "problem", str(error)) or type(error).__name__
@@ -447,7 +447,9 @@ def _continued(now: dict, facts: dict | None, display: Display) -> dict:
     return now | kept | {"changed_midway": changed}
 
 
-def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> Session:
+def _open_session(
+    run: Run, data: Data, clock: Clock, stack: ExitStack, display: Display
+) -> Session:
     """Take up the newest checkpoint, and cut the curves back to it."""
     update = Update(run, make_optimizer(run.plan.optimizer, run.model), run.plan.clip)
     folder, rank = run.folder, run.accelerator.process_index
@@ -465,7 +467,7 @@ def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> S
         run.step = checkpoint.step
         run.tokens = checkpoint.state["tokens"]
         run.seconds = checkpoint.state["seconds"]
-        display.note(f"going on at step {run.step:,} of {data.num_steps:,}")
+        display.note(f"going on at step {run.step:,} of {clock.num_steps:,}")
     saved = -1 if checkpoint is None else run.step
     train_csv = validation_csv = None
     validated = -1
@@ -478,7 +480,7 @@ def _open_session(run: Run, data: Data, stack: ExitStack, display: Display) -> S
         validated = rows[-1]["step"] if rows else -1
     curves = Curves(run, train_csv)
     return Session(
-        run, data, update, curves, validation_csv, Signals(), display.row, validated, saved
+        run, data, clock, update, curves, validation_csv, Signals(), display.row, validated, saved
     )
 
 

@@ -1,4 +1,4 @@
-"""The batch of a step is a pure function of plan, seed and step; an epoch has each target once."""
+"""The rows of training are a pure function of plan and seed; an epoch has each target once."""
 
 import json
 import threading
@@ -91,9 +91,10 @@ def opened(plan, seed=0):
 
 def rows_of(data):
     """Every row of training in order, as (inputs, targets)."""
-    found = []
-    for step in range(data.num_steps):
-        batch = data.batch(step)
+    found, plan = [], data._plan
+    count = -(-plan.tokens // plan.sequence_length) if plan.tokens else data.num_rows
+    for first in range(0, count, 4):
+        batch = data.rows(first, min(4, count - first))
         assert batch.num_targets == int((batch.targets_BT != IGNORE).sum())
         pairs = zip(batch.tokens_BT.tolist(), batch.targets_BT.tolist(), strict=True)
         found += [(tuple(tokens), tuple(targets)) for tokens, targets in pairs]
@@ -129,23 +130,22 @@ def test_an_epoch_has_every_target_once_after_what_comes_before_it(folder, T):
     assert targets_of(rows) == Counter(stream[1:])
 
 
-def test_rows_that_the_last_step_lacks_have_no_target(folder):
-    plan = make_plan({"a": files(folder, "a", 30)}, batch_size=7)
-    data = opened(plan)
-    last = data.batch(data.num_steps - 1)
+def test_rows_past_the_end_have_no_target(folder):
+    data = opened(make_plan({"a": files(folder, "a", 30)}))
+    last = data.rows(data.num_rows - 2, 7)
 
     assert last.tokens_BT.shape == last.targets_BT.shape == (7, 16)
-    assert any((row == IGNORE).all() for row in last.targets_BT)
+    assert [bool((row == IGNORE).all()) for row in last.targets_BT] == [False] * 2 + [True] * 5
 
 
 def test_restarts_do_not_change_a_batch(folder):
     plan = make_plan({"a": files(folder, "a", 60), "b": files(folder, "b", 30)}, tokens=9999)
     data = opened(plan)
-    forwards = [data.batch(step).tokens_BT for step in range(data.num_steps)]
+    forwards = [data.rows(first, 4).tokens_BT for first in range(0, 624, 4)]
     again = opened(plan)
 
-    for step in reversed(range(again.num_steps)):
-        assert torch.equal(again.batch(step).tokens_BT, forwards[step])
+    for number in reversed(range(len(forwards))):
+        assert torch.equal(again.rows(4 * number, 4).tokens_BT, forwards[number])
 
 
 def test_another_seed_or_epoch_is_another_order_of_the_same_rows(folder):
@@ -201,20 +201,20 @@ def test_what_is_read_first_changes_no_order(folder, hub):
     assert data.fingerprint == cache.fingerprint(names, stages)
 
 
-def test_a_step_needs_only_the_shards_up_to_its_own(folder, hub, monkeypatch):
+def test_a_row_needs_only_the_shards_up_to_its_own(folder, hub, monkeypatch):
     hub.tables["x/a"] = records("a", 2000)
     plan = make_plan({"a": {"hub": "x/a"}}, tokens=10**6)
     monkeypatch.setattr(text, "HELD_OUT_SPAN", 300)
     hub.gates["x/a"] = threading.Event()
     data = opened(plan)
 
-    first = [data.batch(step) for step in range(2)]  # the source stands still at record 1,500
+    first = data.rows(0, 8)  # the source stands still at record 1,500
 
     assert data._training["a"].num_tokens is None
     hub.gates["x/a"].set()
-    later = data.batch(50)
+    later = data.rows(200, 8)
     data.close()
-    assert all(batch.num_targets == 64 for batch in [*first, later])
+    assert first.num_targets == later.num_targets == 8 * 16
 
 
 def test_what_was_streamed_once_needs_neither_network_nor_thread(folder, hub, monkeypatch):
@@ -263,23 +263,18 @@ def test_what_stops_a_stream_stops_the_batch_that_needs_it(folder, hub, monkeypa
     monkeypatch.setattr(text, "open_hub", breaking)
     data = opened(plan)
 
-    assert data.batch(0).num_targets == 64
+    assert data.rows(0, 4).num_targets == 64
     with pytest.raises(UserError, match="gated") as caught:
-        data.batch(data.num_steps - 1)
+        data.rows(620, 4)
     assert caught.value.code == NO_DATA
     data.close()
 
 
-@pytest.mark.parametrize(
-    ("tokens", "num_steps"), [(1, 1), (64, 1), (65, 2), (128, 2), (6_400_001, 100_001)]
-)
-def test_a_budget_is_rounded_up_to_whole_steps(folder, tokens, num_steps):
-    data = opened(make_plan({"a": files(folder, "a", 60)}, tokens=tokens))
+def test_under_a_budget_of_tokens_the_last_stage_never_ends(folder):
+    data = opened(make_plan({"a": files(folder, "a", 60)}, tokens=1))
 
-    assert data.num_steps == num_steps
-    assert data.batch(num_steps - 1).tokens_BT.shape == (4, 16)
-    with pytest.raises(IndexError):
-        data.batch(num_steps)
+    assert data.num_rows is None
+    assert data.rows(400_000, 4).num_targets > 0
 
 
 def test_a_fraction_of_an_epoch_is_that_share_of_its_rows(folder):
@@ -376,7 +371,7 @@ def test_the_parts_of_all_ranks_add_up_to_the_batch(B, size, world_size, T):
 
 
 def test_a_batch_is_split_into_its_rows(folder):
-    batch = opened(make_plan({"a": files(folder, "a", 60)})).batch(0)
+    batch = opened(make_plan({"a": files(folder, "a", 60)})).rows(0, 4)
 
     parts = batch.split(3)
 
@@ -458,13 +453,11 @@ def test_the_example_is_a_prompt_and_what_follows_it(folder):
 def test_examples_are_of_the_stage_that_was_trained_last(folder):
     datasets = {name: files(folder, name, 60) for name in "abc"}
     data = opened(make_plan(datasets, [{"datasets": ["a"]}, {"datasets": ["c", "b"]}]))
-    names = [[name for name, *_ in data.examples(step)] for step in range(data.num_steps + 1)]
+    names = [[name for name, *_ in data.examples(count)] for count in range(data.num_rows + 1)]
     rows_of_first = -(-(len(training_stream(make_plan(datasets), "a")) - 1) // 16)
 
-    assert names == [
-        ["a"] if step * 4 <= rows_of_first else ["c", "b"] for step in range(len(names))
-    ]
-    for name, prompt, _ in data.examples(data.num_steps):
+    assert names == [["a"] if count <= rows_of_first else ["c", "b"] for count in range(len(names))]
+    for name, prompt, _ in data.examples(data.num_rows):
         assert BYTE.decode(prompt).startswith(name)
 
 
@@ -484,7 +477,7 @@ def test_bpe_is_trained_on_the_plans_training_text_once(folder, monkeypatch):
 
     assert first.vocab_size == 270 and first.fingerprint == second.fingerprint
     assert read == ["train"] and sum("bpe:270" in note for note in notes) == 1
-    assert torch.equal(data.batch(0).tokens_BT, again.batch(0).tokens_BT)
+    assert torch.equal(data.rows(0, 4).tokens_BT, again.rows(0, 4).tokens_BT)
 
 
 def test_bpe_needs_text(folder):

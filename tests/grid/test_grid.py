@@ -16,8 +16,8 @@ from lmplay.grid.grid import run_grid
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.plan import read_plan
 from lmplay.train.display import GridDisplay
-from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.signals import Stopped
 
 
 def request(exp="gpt2ish", seed=0, out_dir="runs", **changes):

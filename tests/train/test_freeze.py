@@ -20,8 +20,8 @@ from lmplay.run.folder import RunFolder
 from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
 from lmplay.train.initial_model import find_initial
-from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.signals import Stopped
 from lmplay.train.update import Update
 
 BODY = ["blocks.*", "*_table.weight"]  # all but the last norm and the head

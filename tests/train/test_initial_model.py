@@ -12,8 +12,8 @@ from lmplay.plan import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.train.initial_model import find_initial
-from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.signals import Stopped
 
 
 class Silent:

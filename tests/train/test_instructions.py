@@ -14,8 +14,8 @@ from lmplay.plan import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
-from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.signals import Stopped
 
 # T positions, V vocabulary
 

@@ -22,8 +22,8 @@ from lmplay.run.folder import RunFolder
 from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
 from lmplay.train import curves, loop, session
-from lmplay.train.loop import Stopped
 from lmplay.train.session import Request, run_experiment
+from lmplay.train.signals import Stopped
 from lmplay.train.update import Update
 
 NUM_STEPS = 9
@@ -214,7 +214,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_whole_batch(place):
     experiment = load_experiment(made.entry)
     config = experiment.config(**folder.read()["config"])
     model = experiment.model(config, stream_seed(0, "weights"))
-    batch = open_data(made.plan, 0, print)[1].batch(0)
+    batch = open_data(made.plan, 0, print)[1].rows(0, 5)
     logits_BTV = model(batch.tokens_BT)
     F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten()).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -533,15 +533,15 @@ def test_memory_may_run_short_between_two_looks_at_the_device(place, monkeypatch
 
 
 def test_a_step_without_a_target_has_an_empty_row_and_changes_nothing_else(place, monkeypatch):
-    real = Data.batch
+    real = Data.rows
 
-    def batch(self, step):
-        made = real(self, step)
-        if step == 3:
+    def rows(self, first, count):
+        made = real(self, first, count)
+        if first == 3 * 5:
             made = Batch(made.tokens_BT, torch.full_like(made.targets_BT, IGNORE), 0)
         return made
 
-    monkeypatch.setattr(Data, "batch", batch)
+    monkeypatch.setattr(Data, "rows", rows)
     rows = read_rows(folder_of(run()).train_csv)
 
     assert len(rows) == NUM_STEPS
@@ -617,7 +617,7 @@ def test_no_operation_of_a_step_waits_or_uses_double_precision(
 
     def take_step(*args):
         with seen:
-            real(*args)
+            return real(*args)
 
     monkeypatch.setattr(loop, "take_step", take_step)
     monkeypatch.setattr(loop, "rng_state", dict)  # it never leaves the host

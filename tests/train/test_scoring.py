@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmplay.train.loop import sent
+from lmplay.train.scoring import sent
 
 
 @pytest.mark.parametrize(

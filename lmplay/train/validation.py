@@ -1,0 +1,54 @@
+"""The validation text, scored."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmplay.data.batches import Data
+from lmplay.run.checkpoint import unchanged_rng
+from lmplay.run.opening import Run
+from lmplay.train.scoring import score
+
+
+@torch.no_grad()
+def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False) -> dict | None:
+    """Score the whole validation text: no gradient, no dropout, no effect on training.
+
+    Returns:
+        A row of validation.csv; None if `stopping` became true before the end.
+    """
+    sums: list[Tensor] | None = []
+    num_targets = 0
+    rank, size = run.accelerator.process_index, run.mini_batch_size
+    run.objective.eval()
+    try:
+        with unchanged_rng():
+            torch.manual_seed(0)  # a likelihood that draws numbers draws the same ones each time
+            for batch in data.validation_batches(size * run.world_size):
+                if run.world_size == 1 and stopping():
+                    return None
+                num_targets += batch.num_targets
+                for part in batch.of_rank(rank, run.world_size, size):
+                    scored = score(run, part)
+                    hits = scored.loss * float("nan") if scored.hits is None else scored.hits
+                    sums.append(torch.stack([scored.loss, hits]))
+    except Exception as error:
+        if not run.can_go_on(error):
+            raise
+        sums = None
+    finally:
+        run.objective.train()
+    if sums is None:  # out here nothing holds on to what filled the memory
+        return validate(run, data, stopping)
+    sums_N2 = run.accelerator.gather(torch.stack(sums))
+    nats, hits = sums_N2.cpu().double().sum(0).tolist()
+    return {
+        "step": run.step,
+        "tokens": run.tokens,
+        "loss": nats / num_targets,
+        "bits_per_byte": nats / math.log(2) / data.validation_bytes,
+        "accuracy": None if math.isnan(hits) else hits / num_targets,
+        "seconds": run.seconds,
+    }
