@@ -15,14 +15,13 @@ from lmplay.catalog import entries as catalog
 from lmplay.catalog.entries import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.disk import write_text
-from lmplay.errors import NUMERIC, UserError, nearest
-from lmplay.stats.table import print_verdicts
+from lmplay.errors import UserError, nearest
+from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
     describe,
     list_experiments,
     list_plans,
     print_check,
-    print_path,
 )
 
 if TYPE_CHECKING:
@@ -290,11 +289,11 @@ def main(
         sharded=shard,
     )  # fmt: skip
     if ideas:
-        _search(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
+        search_greedily(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
     elif is_grid:
         if rival.name not in [entry.name for entry in entries]:
             entries.insert(0, rival)
-        _train_all(request, entries, rival, range(seed, seed + (seeds or 1)), budget, as_json)
+        train_all(request, entries, rival, range(seed, seed + (seeds or 1)), budget, as_json)
     else:
         _train(request, rival, budget, as_json)
 
@@ -398,73 +397,6 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
 
 
-def _train_all(
-    request: "Request", entries: list[Entry], rival: Entry, seeds: range, budget: str, as_json: bool
-) -> None:
-    from lmplay.grid.grid import Bench
-    from lmplay.train.signals import Stopped
-
-    try:
-        with Bench(request, rival, budget) as bench:
-            rows = bench.verdicts(entries, seeds, rival)
-    except Stopped as stop:
-        note(f"{stop}; saved. The same command goes on from here.")
-        raise typer.Exit(stop.code) from None
-    if as_json:
-        print_json({"schema_version": 1, "verdicts": rows, "failures": bench.failures})
-    else:
-        print_verdicts(rows)
-        note(f"plot it: lmp-plotstats {request.folder.path.parent.parent}")
-    _exit_by(bench.failures)
-
-
-def _search(request: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool):
-    from lmplay.catalog.stack import Conflict
-    from lmplay.grid.grid import Bench
-    from lmplay.grid.search import search
-    from lmplay.train.signals import Stopped
-
-    base = request.entry
-
-    def join(stack: str, idea: str) -> str | None:
-        name = idea if _adds_nothing(catalog.resolve(stack)) else f"{stack}+{idea}"
-        try:
-            return catalog.resolve(name).name
-        except Conflict as conflict:
-            note(f"{name} does not stack: {conflict.problem}")
-            return None
-
-    try:
-        with Bench(request, base, budget) as bench:
-
-            def verdicts(names: list[str], seeds: range) -> list[dict]:
-                entries = [catalog.resolve(name) for name in names]
-                return bench.verdicts(entries, seeds, entries[0])
-
-            rounds = list(search(base.name, [idea.name for idea in ideas], seeds, join, verdicts))
-    except Stopped as stop:
-        note(f"{stop}; saved. The same command goes on from here.")
-        raise typer.Exit(stop.code) from None
-    taken = [idea.name for idea in ideas if idea.name in {r["accepted"] for r in rounds}]
-    if as_json:
-        document = {"rounds": rounds, "failures": bench.failures}
-        print_json({"schema_version": 1, "accepted": taken, **document})
-    else:
-        print_path(rounds)
-    _exit_by(bench.failures)
-
-
-def _adds_nothing(entry: Entry) -> bool:
-    return entry.parent is None and not entry.variant
-
-
-def _exit_by(failures: dict[str, str]) -> None:
-    for path, why in failures.items():
-        note(f"failed: {path}: {why}")
-    if failures:
-        raise typer.Exit(NUMERIC)
-
-
 def _parsed(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -477,6 +409,9 @@ def _parsed(text: str) -> tuple[str, object]:
 
 def _know_config_keys(entry: Entry, changes: dict[str, object]) -> None:
     for key in changes:
+        if key in ("budget", "initial_model"):
+            problem = f"--set {key}: in a run's name this word has a meaning of its own"
+            raise UserError(problem, hint="call the field of Config otherwise")
         if key not in entry.fields:
             from lmplay.plan import Plan
 
