@@ -7,11 +7,9 @@ tokens in bf16 and fp16 (pytorch/pytorch#195910), misread q, k and v that are no
 
 import functools
 import gc
-import inspect
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +20,9 @@ from lmplay.model.abilities import has_hidden, takes_cache
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.objective import Objective
-from lmplay.proofs.proof import (
-    NO_MEMORY,
-    Bench,
-    Exempt,
-    Proof,
-    Refuted,
-    prove,
-    remembered,
-)
+from lmplay.proofs.memory import remembered
+from lmplay.proofs.proof import NO_MEMORY, Exempt, Proof, Refuted, prove
+from lmplay.proofs.specimen import Specimen
 
 # B rows, T positions, C model width
 
@@ -46,7 +38,6 @@ SOME = 128  # tokens of what is computed on both
 USUAL = 0.01  # of the usual size of a gradient, added to each: what is smaller is mostly rounding
 ALL, LOSS = "the whole gradient", "the loss"
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FILES = (__file__, inspect.getfile(Objective), inspect.getfile(Cache))
 
 Note = Callable[[str], object]
 
@@ -86,13 +77,12 @@ def checked_on(
     machine = [platform.platform(), processor()]
     if is_cuda:
         machine = [torch.cuda.get_device_name(device), torch.version.cuda]
-    own = [Path(file).read_text(encoding="utf-8") for file in _FILES]
 
     def found() -> list[Proof]:
         note(f"checking {experiment.name} on {device} in {precision}, once")
         return check_on(device, precision, experiment, config)
 
-    return remembered([experiment.source, config, *machine, device.type, precision, *own], found)
+    return remembered([experiment.source, config, *machine, device.type, precision], found)
 
 
 def check_on(device: torch.device, precision: str, experiment: Experiment, config) -> list[Proof]:
@@ -115,7 +105,7 @@ def check_on(device: torch.device, precision: str, experiment: Experiment, confi
     return proofs
 
 
-class _Place(Bench):
+class _Place(Specimen):
     """The same model three times: exact and rough on the CPU, and there, on the device."""
 
     def __init__(self, experiment: Experiment, config, device: torch.device, precision: str):

@@ -1,0 +1,111 @@
+"""Proofs about training: finite at the start, every weight is reached, one batch is learned."""
+
+import math
+import statistics
+
+import torch
+
+from lmplay.model.abilities import has_own_objective, has_terms, scores_itself, trains_by_itself
+from lmplay.model.objective import IGNORE, Objective
+from lmplay.proofs.overfit import GRADIENT_STEPS
+from lmplay.proofs.proof import EXACT, Exempt, Refuted, how_far
+from lmplay.proofs.specimen import Specimen
+
+# B rows, T positions, C model width, V vocabulary
+
+TERM_KEYS = {"x", "head", "targets", "shares", "weight", "z_weight", "penalty"}
+
+
+def starts_finite(specimen: Specimen) -> str:
+    model = specimen.model()
+    tokens_BT, V = specimen.tokens(B=4), specimen.config.vocab_size
+    targets_BT = tokens_BT.roll(-1, 1)
+    losses = [model.training_loss] if trains_by_itself(model) else []
+    losses += [model.log_likelihood] if scores_itself(model) else []
+    for loss in losses:
+        shape = tuple(loss(tokens_BT, targets_BT).shape)
+        if shape != tuple(tokens_BT.shape):
+            raise Refuted(f"{loss.__name__} has shape {shape}, not one loss for each target")
+    targets_BT = targets_BT.masked_fill(torch.rand(targets_BT.shape) < 0.3, IGNORE)
+    num_targets = (targets_BT != IGNORE).sum().item()
+    trained = Objective(model).train()(tokens_BT, targets_BT).objective.item() / num_targets
+    nats = Objective(model).eval()(tokens_BT, targets_BT).loss.item() / num_targets
+    found = f"{nats:.3f} nats per token; ln V is {math.log(V):.3f}"
+    if has_own_objective(model):
+        found += f"; what training minimises {trained:.3f}"
+    if not (math.isfinite(nats) and math.isfinite(trained)):
+        raise Refuted(found)
+    return found
+
+
+def begins_with_the_ruler(specimen: Specimen) -> str:
+    """The first term is what is reported, so that a curve of the loss means the same for all."""
+    model = specimen.randomised()
+    if not has_terms(model):
+        raise Exempt("it has no loss_terms")
+    tokens_BT = specimen.tokens(B=2)
+    targets_BT = tokens_BT.roll(-1, 1)
+    for mode in ("eval", "training"):
+        model.train(mode == "training")
+        torch.manual_seed(1)
+        terms = model.loss_terms(tokens_BT, targets_BT)
+        torch.manual_seed(1)
+        x_BTC = model.hidden(tokens_BT)
+        for number, term in enumerate(terms):
+            if unknown := term.keys() - TERM_KEYS:
+                raise Refuted(f"term {number} has an unknown {min(unknown)!r}")
+            if "penalty" in term and tuple(term["penalty"].shape) != tuple(tokens_BT.shape):
+                shape = tuple(term["penalty"].shape)
+                raise Refuted(f"the penalty of term {number} has shape {shape}, not (B, T)")
+            if "penalty" not in term and term["x"].shape[:2] != tokens_BT.shape:
+                raise Refuted(f"x of term {number} has shape {tuple(term['x'].shape)}")
+        if not terms or "penalty" in terms[0]:
+            raise Refuted("the first term is not the ruler's: x, head, targets")
+        first = terms[0]
+        if first["head"] is not model.head:
+            raise Refuted("the first term's head is not the model's")
+        if not torch.equal(first.get("targets", targets_BT), targets_BT):
+            raise Refuted("the first term's targets are not the very targets")
+        moved = how_far(first["x"], x_BTC)
+        if not moved <= EXACT:
+            raise Refuted(f"the first term's x differs from hidden by {moved:.1e} in {mode} mode")
+    return f"{len(terms)} terms, the first as hidden and head give it"
+
+
+def trains_every_weight(specimen: Specimen) -> str:
+    overfit = specimen.overfit
+    for name, weight in overfit.parameters.items():
+        if not weight.requires_grad:
+            raise Refuted(f"{name} does not require a gradient: make it a buffer")
+        if name not in overfit.largest_size:
+            raise Refuted(f"{name} got no gradient in {GRADIENT_STEPS} steps")
+        if not math.isfinite(overfit.largest_size[name]):
+            raise Refuted(f"the gradient of {name} is not finite")
+        if overfit.largest_size[name] == 0:
+            raise Refuted(f"the gradient of {name} is zero in each of {GRADIENT_STEPS} steps")
+    usual = statistics.median(overfit.largest_size.values())
+    rounding = [name for name, size in overfit.largest_size.items() if size < 1e-6 * usual]
+    found = f"{len(overfit.parameters)} gradients, all finite and none zero"
+    if rounding:  # such as the bias of attention's keys, which softmax cancels
+        found += f"; {len(rounding)} no larger than rounding, such as {rounding[0]}"
+    return found
+
+
+def learns_a_batch(specimen: Specimen) -> str:
+    overfit = specimen.overfit
+    found = (
+        f"{overfit.start:.2f} nats fall to {overfit.end:.2f} in {overfit.num_steps} steps of Adam"
+    )
+    if not overfit.learned:
+        raise Refuted(found)
+    return found
+
+
+def predicts_the_next_token(specimen: Specimen) -> str:
+    if specimen.scores_itself:
+        raise Exempt("it has its own log_likelihood")
+    said = specimen.overfit.said
+    found = "; ".join(f"token {place}: {share:.0%}" for place, share in said.items())
+    if said["t+1"] < 0.8:
+        raise Refuted(f"after one batch was learned, position t says {found}")
+    return f"position t says {found}"

@@ -1,0 +1,77 @@
+"""One batch that is learned by heart, for what can be told from that."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmplay.model.abilities import has_after_step
+from lmplay.model.objective import Objective
+from lmplay.proofs.proof import nan_first
+
+if TYPE_CHECKING:
+    from lmplay.proofs.specimen import Specimen
+
+# B rows, T positions
+
+MOST_STEPS = 200  # of Adam, to learn one batch
+GRADIENT_STEPS = 4  # until each gradient was non-zero: zero-initialised layers open one by one
+
+
+class Overfit:
+    """One batch, learned until its next tokens are known; what three of the proofs look at.
+
+    The rows run through one cycle of different tokens, so that a token tells the next one.
+    """
+
+    def __init__(self, specimen: "Specimen"):
+        config = specimen.config
+        num_tokens = min(config.vocab_size, 16)
+        cycle = torch.randperm(config.vocab_size)[:num_tokens]
+        places_BT = torch.arange(config.max_len) + 3 * torch.arange(4)[:, None]
+        tokens_BT, targets_BT, after_BT = (cycle[(places_BT + k) % num_tokens] for k in range(3))
+        model = specimen.model()
+        self.parameters = dict(model.named_parameters())
+        self.largest_size: dict[str, float] = {}  # of the gradients that were there
+        objective = Objective(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        self.start = self.end = self.evaluate(objective, tokens_BT, targets_BT)
+        self.num_steps = 0
+        while self.num_steps < MOST_STEPS and not self.learned:
+            objective.train()
+            if specimen.follows_progress:  # in each part of a run, then as it ends
+                model.at((self.num_steps % 3) / 2 if self.num_steps < GRADIENT_STEPS else 1.0)
+            optimizer.zero_grad()
+            (objective(tokens_BT, targets_BT).objective / targets_BT.numel()).backward()
+            if self.num_steps < GRADIENT_STEPS:
+                self.note_gradients()
+            optimizer.step()
+            if has_after_step(model):
+                model.after_step()
+            self.num_steps += 1
+            if self.num_steps >= GRADIENT_STEPS and self.num_steps % 4 == 0:
+                self.end = self.evaluate(objective, tokens_BT, targets_BT)
+        self.said: dict[str, float] = {}
+        if not specimen.scores_itself:
+            with torch.no_grad():
+                guess_BT = model.eval()(tokens_BT).argmax(-1)
+            asked = {"t": tokens_BT, "t+1": targets_BT, "t+2": after_BT}
+            self.said = {k: (guess_BT == v).double().mean().item() for k, v in asked.items()}
+
+    @property
+    def learned(self) -> bool:
+        return self.end <= 0.2 * self.start
+
+    @staticmethod
+    @torch.no_grad()
+    def evaluate(objective: Objective, tokens_BT: Tensor, targets_BT: Tensor) -> float:
+        """Nats per target, by the ruler."""
+        torch.manual_seed(1)
+        sums = objective.eval()(tokens_BT, targets_BT)
+        return sums.loss.item() / targets_BT.numel()
+
+    def note_gradients(self) -> None:
+        for name, weight in self.parameters.items():
+            if weight.grad is not None:
+                size = weight.grad.float().square().mean().sqrt().item()
+                self.largest_size[name] = max(size, self.largest_size.get(name, 0.0), key=nan_first)

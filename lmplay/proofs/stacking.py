@@ -1,0 +1,77 @@
+"""Proofs about a stack: each of its ideas is in it."""
+
+import torch
+from torch import Tensor, nn
+
+from lmplay.catalog import entries as catalog
+from lmplay.model.abilities import has_after_step, has_groups
+from lmplay.model.experiment import load_experiment
+from lmplay.model.objective import Objective
+from lmplay.proofs.proof import Refuted
+from lmplay.proofs.specimen import Specimen
+
+# B rows, T positions
+
+
+def holds_every_idea(specimen: Specimen) -> str:
+    """A merge that swallowed an idea would be the stack of the others under a wrong name."""
+    entry = specimen.experiment.entry
+    before = Specimen(load_experiment(catalog.parent_of(entry))).model().state_dict().keys()
+    tokens_BT = specimen.tokens(B=3)
+    fresh, weights = specimen.model().state_dict(), specimen.randomised().state_dict()
+    for idea in entry.ideas:
+        own = Specimen(load_experiment(idea)).model().state_dict().keys()
+        if missing := own - before - fresh.keys():
+            raise Refuted(f"{idea.name}'s {min(missing)} is not in the stack")
+        rest = catalog.stacked([other for other in entry.ideas if other is not idea])
+        without = Specimen(load_experiment(rest))
+        if not _tells_apart(specimen, without, weights, tokens_BT):
+            raise Refuted(f"without {idea.name} it would do the same")
+    names = ", ".join(idea.name for idea in entry.ideas)
+    return f"{names}: their parameters are there, and without any of them it does something else"
+
+
+def _tells_apart(stack: Specimen, without: Specimen, weights: dict, tokens_BT: Tensor) -> bool:
+    """Whether the two differ with the same weights or, where their weights are alike, at start.
+
+    New parameters alone shift the random numbers of all others, so that models that do the same
+    start apart: only where no parameter is new does the start tell anything.
+    """
+    acts = [_acts(specimen, weights, tokens_BT) for specimen in (stack, without)]
+    if any(not torch.equal(a, b) for a, b in zip(*acts, strict=True)):
+        return True
+    models = [specimen.model() for specimen in (stack, without)]
+    mine, theirs = (_settings(model) for model in models)
+    starts = [model.state_dict() for model in models]
+    shared = starts[0].keys() & starts[1].keys()
+    if any(mine.get(name) != theirs.get(name) for name in shared):
+        return True
+    alike = [{name: tensor.shape for name, tensor in start.items()} for start in starts]
+    return alike[0] == alike[1] and any(
+        not torch.equal(starts[0][name], starts[1][name]) for name in shared
+    )
+
+
+def _settings(model: nn.Module) -> dict[str, dict]:
+    """What a model asks the optimizer to do with its parameters."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = model.parameter_groups() if has_groups(model) else []
+    return {
+        names[id(weight)]: {key: value for key, value in group.items() if key != "params"}
+        for group in groups
+        for weight in group["params"]
+    }
+
+
+def _acts(specimen: Specimen, weights: dict, tokens_BT: Tensor) -> list[Tensor]:
+    """Outputs, what training minimises, and outputs after an update, with the weights that fit."""
+    model = specimen.model(dropout=0.3).eval()
+    own = model.state_dict()
+    fitting = {k: w for k, w in weights.items() if k in own and own[k].shape == w.shape}
+    model.load_state_dict(fitting, strict=False)
+    outputs = specimen.outputs(model, tokens_BT)
+    torch.manual_seed(1)
+    loss = Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.detach()
+    if has_after_step(model):
+        model.after_step()
+    return [outputs, loss, specimen.outputs(model.eval(), tokens_BT)]
