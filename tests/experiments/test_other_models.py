@@ -1,5 +1,6 @@
 """Architectures that are no transformer, or not quite: what each promises."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -210,3 +211,38 @@ def test_rwkv7s_decays_stay_within_their_bounds_and_its_memory_does_not_grow():
 
     assert seen and logits_BTV.isfinite().all()
     assert num_kept("rwkv7", 5) == num_kept("rwkv7", 16)
+
+
+@pytest.mark.parametrize("name", ["rene"])
+def test_a_scans_chunks_equal_its_steps_in_output_and_gradient(name):
+    module = load_experiment(resolve(name)).module
+
+    def parts(B=2, T=45, H=3, D=4, N=5):
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(B, T, H, D, generator=draw, dtype=torch.float64)
+        decay = -3 * torch.rand(B, T, H, generator=draw, dtype=torch.float64)
+        write, read = torch.randn(2, B, T, N, generator=draw, dtype=torch.float64)
+        state = torch.randn(B, H, D, N, generator=draw, dtype=torch.float64)
+        return [part.requires_grad_() for part in (x, decay, write, read, state)]
+
+    ours, theirs = parts(), parts()
+    y_BTHD, state = module.scan_chunks(*ours, chunk=8)
+    steps, after = [], theirs[-1]
+    for t in range(45):
+        one, after = module.scan_step(*(part[:, t] for part in theirs[:-1]), after)
+        steps.append(one)
+    expected_BTHD = torch.stack(steps, dim=1)
+    for output in ((y_BTHD, state), (expected_BTHD, after)):
+        (output[0].square().sum() + output[1].sum()).backward()
+
+    torch.testing.assert_close(y_BTHD, expected_BTHD, rtol=1e-11, atol=1e-11)
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_rene_feels_order_without_positions_and_keeps_a_window_at_most():
+    model, tokens_BT = model_of("rene", kinds="m"), random_tokens(B=1, T=12)
+    shuffled_BT = torch.cat([tokens_BT[:, [3, 1, 0, 2]], tokens_BT[:, 4:]], dim=1)
+
+    assert (model(shuffled_BT)[:, -1] - model(tokens_BT)[:, -1]).abs().max() > 1e-7
+    assert num_kept("rene", 8) == num_kept("rene", 16)
