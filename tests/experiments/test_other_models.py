@@ -213,7 +213,7 @@ def test_rwkv7s_decays_stay_within_their_bounds_and_its_memory_does_not_grow():
     assert num_kept("rwkv7", 5) == num_kept("rwkv7", 16)
 
 
-@pytest.mark.parametrize("name", ["rene"])
+@pytest.mark.parametrize("name", ["rene", "zamba2"])
 def test_a_scans_chunks_equal_its_steps_in_output_and_gradient(name):
     module = load_experiment(resolve(name)).module
 
@@ -246,3 +246,17 @@ def test_rene_feels_order_without_positions_and_keeps_a_window_at_most():
 
     assert (model(shuffled_BT)[:, -1] - model(tokens_BT)[:, -1]).abs().max() > 1e-7
     assert num_kept("rene", 8) == num_kept("rene", 16)
+
+
+def test_zamba2_shares_one_block_and_is_a_stack_of_scans_where_no_way_leads_back():
+    model, plain = model_of("zamba2"), model_of("zamba2", shared_every=0)
+    for layer in model.layers:
+        if layer.use is not None:
+            layer.use.back.weight.data.zero_()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    tokens_BT = random_tokens(B=2, T=16)
+    deep = model_of("zamba2", num_blocks=5)
+
+    assert torch.equal(model(tokens_BT), plain(tokens_BT))
+    assert sum(layer.use is not None for layer in deep.layers) == 5
+    assert sum(type(module).__name__ == "SharedBlock" for module in deep.modules()) == 1
