@@ -33,6 +33,7 @@ from lmplay.catalog import entries as catalog
 from lmplay.console import note, print_json, run_app, show, table
 from lmplay.errors import UserError
 from lmplay.roots import bundled_root
+from lmplay.run.facts import DataFacts, Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS
 
@@ -130,22 +131,47 @@ def write_runs(folder: Path, num_runs: int, num_steps: int) -> None:
             path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
-def _facts(label: str, seed: int, num_steps: int) -> dict:
-    return {
-        "label": label,
-        "plan_name": "quick",
-        "seed": seed,
-        "status": "finished",
-        "num_steps": num_steps,
-        "tokens_per_step": 512,
-        "flops_per_token": 1e6,
-        "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
-        "plan": {"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
-        "config": {},
-        "changes": {},
-        "scale_differs": {},
-        "data": {"fingerprint": "a", "validation_fingerprint": "b", "tokenizer": "byte"},
-    }
+def _facts(label: str, seed: int, num_steps: int) -> Facts:
+    return Facts(
+        experiment=label,
+        file=label,
+        stack=[],
+        docstring_summary="",
+        plan_name="quick",
+        seed=seed,
+        changes={},
+        label=label,
+        plan={"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
+        config={},
+        scale_differs={},
+        bound=False,
+        data=DataFacts(
+            fingerprint="a",
+            validation_fingerprint="b",
+            tokenizer="byte",
+            vocab_size=257,
+            validation_tokens=1,
+            validation_bytes=1,
+        ),
+        flops_per_token=1e6,
+        parameters={"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
+        num_steps=num_steps,
+        tokens_per_step=512,
+        device="cpu",
+        device_name="a CPU",
+        threads=1,
+        platform="",
+        versions={},
+        git_commit=None,
+        precision="fp32",
+        world_size=1,
+        mini_batch_size=1,
+        compiled=False,
+        sharded=False,
+        command=[],
+        started="",
+        status="finished",
+    )
 
 
 @app.command()

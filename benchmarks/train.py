@@ -68,7 +68,8 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 def lmplay(turns: Turns, settings: dict) -> None:
     """The trainer, whose display waits for its turn after each step."""
-    from lmplay.train.session import Request, run_experiment
+    from lmplay.run.request import Request
+    from lmplay.train.session import run_experiment
 
     size, device = Size(**settings["size"]), settings["device"]
     optimizer = {

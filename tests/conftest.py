@@ -7,6 +7,8 @@ import random
 import pytest
 from hypothesis import settings
 
+from lmplay.run.facts import DataFacts, Facts
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for every subprocess
 settings.register_profile("lmplay", deadline=None)  # a busy machine is no failure
 settings.load_profile("lmplay")
@@ -52,3 +54,48 @@ def place(tmp_path, cache, monkeypatch):
     (tmp_path / "plans").mkdir()
     (tmp_path / "plans" / "words.json").write_text(json.dumps(plan))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def make_facts():
+    """Makes what run.json says of a small finished run, but for the values that are given."""
+
+    def make(data=None, **values):
+        texts = {"fingerprint": "a", "validation_fingerprint": "b", "tokenizer": "byte"}
+        sizes = {"vocab_size": 257, "validation_tokens": 300, "validation_bytes": 300}
+        known = {
+            "experiment": "gpt2ish",
+            "file": "gpt2ish",
+            "stack": [],
+            "docstring_summary": "The baseline.",
+            "plan_name": "quick",
+            "seed": 0,
+            "changes": {},
+            "label": "gpt2ish",
+            "plan": {"optimizer": {"lr": 0.001}, "schedule": {"name": "constant"}},
+            "config": {"width": 32},
+            "scale_differs": {},
+            "bound": False,
+            "data": DataFacts(**texts | sizes | (data or {})),
+            "flops_per_token": 1e6,
+            "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
+            "num_steps": 20,
+            "tokens_per_step": 100,
+            "device": "cpu",
+            "device_name": "a CPU",
+            "threads": 2,
+            "platform": "here",
+            "versions": {"lmplay": "0.2.0", "torch": "2.13.0", "python": "3.11.7"},
+            "git_commit": None,
+            "precision": "fp32",
+            "world_size": 1,
+            "mini_batch_size": 2,
+            "compiled": False,
+            "sharded": False,
+            "command": [],
+            "started": "2026-01-01T00:00:00+00:00",
+            "status": "finished",
+        }
+        return Facts(**known | values)
+
+    return make

@@ -17,9 +17,11 @@ LIGHT = [
     *("errors", "roots", "disk", "network", "machine", "memory", "console", "plan", "cli"),
     *("catalog.entries", "catalog.stack", "data.gaps", "data.tokenizers", "data.local_files"),
     *(
+        "run.facts",
         "run.folder",
         "run.labels",
         "run.records",
+        "run.request",
         "grid.launch",
         "grid.search",
         "train.listing",

@@ -15,8 +15,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
-_NEEDED = ("label", "plan_name", "seed", "file", "config", "plan")  # of run.json
-
 
 class Format(StrEnum):
     """What is written."""
@@ -67,9 +65,7 @@ def main(
         raise UserError(f"{out} is there already", hint="name a folder that is new or empty")
     folder, named_step = resolve_run(run, runs)
     facts = folder.read()
-    if missing := [key for key in _NEEDED if key not in facts]:
-        raise UserError(f"{folder.run_json} is damaged: it lacks {', '.join(missing)}")
-    note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
+    note(f"{facts.label} on {facts.plan_name}, seed {facts.seed}: loading torch")
     from lmplay.export.folder import export
 
     made = export(folder, named_step if step is None else step, to.value, fold, out)
@@ -81,7 +77,7 @@ def main(
         size = f"folded to {made['folds_to']}, {before:,} parameters to {after:,}"
     elif fold:
         size += ", nothing to fold"
-    typer.echo(f"{out}: {facts['label']} at step {made['step']}, {size}")
+    typer.echo(f"{out}: {facts.label} at step {made['step']}, {size}")
     if to is Format.HF:
         trust = ", trust_remote_code=True" if made["trust_remote_code"] else ""
         typer.echo(f'AutoModelForCausalLM.from_pretrained("{out}"{trust})  # {made["class"]}')

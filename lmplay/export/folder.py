@@ -40,13 +40,13 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
         UserError: no such checkpoint, or transformers has no place for such a model.
     """
     trained = open_trained(folder, step, "cpu", "fp32")
-    facts, source = trained.run_json, folder.experiment_py.read_text(encoding="utf-8")
+    facts, source = trained.facts, folder.experiment_py.read_text(encoding="utf-8")
     if to == "hf" and (scores_itself(trained.model) or writes_itself(trained.model)):
-        problem = f"{facts['label']} has no logits from left to right, which transformers needs"
+        problem = f"{facts.label} has no logits from left to right, which transformers needs"
         raise UserError(problem, hint="--to safetensors exports its weights")
     is_folded = fold and any_folds(trained.model)
     model = folded(trained.model) if is_folded else trained.model
-    plain = _folds_to(source, facts["file"]) if is_folded else facts["file"]
+    plain = _folds_to(source, facts.file) if is_folded else facts.file
     native = _native(source, plain, is_folded) if to == "hf" else None
     try:
         with atomic_folder(out) as part:
@@ -97,14 +97,14 @@ def _write_plain(
 ) -> None:
     weights, aliases = without_ties(model.state_dict())
     _save(part, weights, aliases)
-    facts = trained.run_json
+    facts = trained.facts
     config = {
-        "experiment": facts["label"],
-        "file": facts["file"],
+        "experiment": facts.label,
+        "file": facts.file,
         "folded": is_folded,
         "folds_to": plain if is_folded else None,
         "step": trained.step,
-        "tokenizer": facts["plan"]["tokenizer"],
+        "tokenizer": facts.plan["tokenizer"],
         "values": dataclasses.asdict(trained.config),
     }
     write_json(part / "config.json", config)
@@ -130,7 +130,7 @@ def _write_with_code(
             "AutoConfig": f"{_WRAPPER}.LmplayConfig",
             "AutoModelForCausalLM": f"{_WRAPPER}.LmplayForCausalLM",
         },
-        "experiment": trained.run_json["label"],
+        "experiment": trained.facts.label,
         "values": dataclasses.asdict(trained.config),
         "folded": is_folded,
         "vocab_size": trained.config.vocab_size,

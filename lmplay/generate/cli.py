@@ -33,7 +33,6 @@ app = typer.Typer(
 _ROWS = 32  # samples that are written at once
 _SEPARATOR = "---"
 _HELP = "/help shows this, Ctrl-C stops the text, Ctrl-D ends; anything else is a prompt"
-_NEEDED = ("label", "plan_name", "seed", "precision", "file", "config", "plan")  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +176,7 @@ def main(
         raise UserError("--json needs a prompt", hint="such as --prompt TEXT")
     folder, named_step = _resolve(run, runs)
     facts = folder.read()
-    if missing := [key for key in _NEEDED if key not in facts]:
-        raise UserError(f"{folder.run_json} is damaged: it lacks {', '.join(missing)}")
-    note(f"{facts['label']} on {facts['plan_name']}, seed {facts['seed']}: loading torch")
+    note(f"{facts.label} on {facts.plan_name}, seed {facts.seed}: loading torch")
     import torch
 
     from lmplay.generate.compiled_steps import CompiledSteps, can_compile
@@ -192,7 +189,7 @@ def main(
     from lmplay.run.opening import open_trained
 
     place = resolve_device(device)
-    wanted = precision or ("fp32" if place.type == "cpu" else facts["precision"])
+    wanted = precision or ("fp32" if place.type == "cpu" else facts.precision)
     settings = replace(settings, device=str(place), precision=resolve_precision(wanted, place))
     if compile and not can_compile(place, settings.precision):
         problem = f"--compile: on the CPU, {settings.precision} is faster without"

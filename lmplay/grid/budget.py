@@ -17,12 +17,14 @@ from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
+from lmplay.run.facts import League
 from lmplay.run.opening import make_accelerator, open_run
+from lmplay.run.request import Request
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display
 from lmplay.train.loop import Session, advance
-from lmplay.train.session import Request, rows_at_once
+from lmplay.train.session import rows_at_once
 from lmplay.train.signals import Signals
 from lmplay.train.update import Update
 
@@ -48,7 +50,7 @@ def sized(request: Request, baseline: Request, kind: str, display: Display) -> R
         raise UserError(
             f"plan {plan.name} runs whole epochs: no budget to divide", hint="add --tokens N"
         )
-    league = {"kind": kind, "baseline": baseline.label}
+    league = League(kind=kind, baseline=baseline.label)
     request = replace(request, changes=request.changes | {"budget": kind}, budget=league)
     if kind == "flops":
         cost = _flops_per_token(request) / _flops_per_token(baseline)
@@ -59,7 +61,7 @@ def sized(request: Request, baseline: Request, kind: str, display: Display) -> R
     return replace(
         request,
         plan=plan.model_copy(update={"tokens": tokens}),
-        budget=league | {"cost": cost},
+        budget=replace(league, cost=cost),
     )
 
 

@@ -5,8 +5,9 @@ from contextlib import suppress
 from lmplay.errors import BAD_INPUT, LOCKED, NO_DATA, UserError
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.run.folder import RunFolder
+from lmplay.run.request import Request
 from lmplay.train.display import GridDisplay
-from lmplay.train.session import Request, finished, run_experiment
+from lmplay.train.session import finished, run_experiment
 
 WAIT_SECONDS = 2.0  # between two looks at runs that others hold
 
@@ -39,7 +40,7 @@ def run_grid(requests: list[Request], display: GridDisplay) -> dict[str, str]:
                 display.begin(request.label, request.seed)
                 path = str(request.folder.path)
                 if path in was_held and _status(request.folder) == "failed":
-                    failures[path] = request.folder.read()["exit_reason"]
+                    failures[path] = request.folder.read().exit_reason
                     display.end("failed", why=failures[path])
                     continue
                 try:
@@ -66,10 +67,10 @@ def _mark_as_failed(folder: RunFolder, problem: str) -> None:
     """A process that was killed could not say so itself."""
     if _status(folder) == "running":
         with suppress(UserError, OSError):
-            folder.write(folder.read() | {"status": "failed", "exit_reason": problem})
+            folder.write(folder.read().failed(problem))
 
 
 def _status(folder: RunFolder) -> str | None:
     with suppress(UserError):
-        return folder.read().get("status")
+        return folder.read().status
     return None

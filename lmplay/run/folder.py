@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import LOCKED, UserError, nearest
+from lmplay.run.facts import Facts
 from lmplay.run.labels import value_name
 
 RUNS = "runs"
@@ -54,30 +55,27 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def read(self) -> dict:
+    def read(self) -> Facts:
         """What run.json says.
 
         Raises:
-            UserError: there is no run.json, or it is not a JSON object.
+            UserError: there is no run.json, or it is damaged or of another program.
         """
         try:
-            facts = json.loads(self.run_json.read_bytes())
+            return Facts.from_json(self.run_json.read_bytes())
         except FileNotFoundError:
             hint = "name the folder that holds run.json"
             raise UserError(f"{self.path} is not a run's folder", hint=hint) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             hint = "the run can no longer be used; move its folder away to train it again"
             raise UserError(f"{self.run_json} is damaged: {error}", hint=hint) from None
         except OSError as error:
             raise UserError(f"{self.run_json} cannot be read: {error}") from None
-        if not isinstance(facts, dict):
-            raise UserError(f"{self.run_json} is damaged: it holds no JSON object")
-        return facts
 
-    def write(self, facts: dict) -> None:
+    def write(self, facts: Facts) -> None:
         """Put `facts` into run.json; whoever reads at any moment sees the old one or the new."""
         make_folder(self.path)
-        write_json(self.run_json, facts)
+        write_json(self.run_json, asdict(facts))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -220,8 +218,8 @@ def _newest(out_dir: Path) -> RunFolder:
 
 def _started(run: RunFolder) -> float:
     try:
-        return datetime.fromisoformat(run.read()["started"]).timestamp()
-    except (UserError, LookupError, TypeError, ValueError):
+        return datetime.fromisoformat(run.read().started).timestamp()
+    except (UserError, ValueError):
         return float("-inf")
 
 

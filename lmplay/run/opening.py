@@ -24,6 +24,7 @@ from lmplay.model.experiment import Experiment, freeze, load_source
 from lmplay.model.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run.checkpoint import read_checkpoint
+from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import no_sync, shard, spread_model, whole
 
@@ -191,7 +192,7 @@ class Trained:
     tokenizer: Tokenizer
     config: object
     device: torch.device
-    run_json: dict
+    facts: Facts
     step: int
     autocast: Callable[[], AbstractContextManager]
 
@@ -209,16 +210,16 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     facts = folder.read()
     where = resolve_device(device)
     used = resolve_precision(precision, where)
-    path = Path(f"{facts['file']}.py")
+    path = Path(f"{facts.file}.py")
     if not folder.experiment_py.is_file():
         raise UserError(f"{folder.path} lacks its experiment.py", hint="it is no whole run")
     experiment = load_source(folder.experiment_py.read_text(encoding="utf-8"), path, {})
-    config = experiment.config(**facts["config"])
+    config = experiment.config(**facts.config)
     model = experiment.model(config)
     checkpoint = read_checkpoint(folder, step, weights_only=True)
     load_weights(model, checkpoint.model, f"{folder.path} at step {checkpoint.step}")
     file = folder.tokenizer_json if folder.tokenizer_json.is_file() else None
-    tokenizer = open_tokenizer(facts["plan"]["tokenizer"], file=file)
+    tokenizer = open_tokenizer(facts.plan["tokenizer"], file=file)
     is_mixed = used != "fp32"
     autocast = partial(torch.autocast, where.type, dtype_of(used)) if is_mixed else nullcontext
     return Trained(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lmplay.disk import write_bytes
 from lmplay.errors import UserError
+from lmplay.run.facts import DataFacts, Facts
 from lmplay.stats.table import by_plan, markdown, plain
 
 START, END = "<!-- lmplay board -->", "<!-- /lmplay board -->"
@@ -18,7 +19,7 @@ _COLUMNS = (
 _VERSIONS = {"lmplay": "lmplay", "torch": "torch", "python": "Python"}
 
 
-def write_board(path: Path, rows: list[dict], facts: dict[str, dict]) -> None:
+def write_board(path: Path, rows: list[dict], facts: dict[str, Facts]) -> None:
     """Write the board of these rows between its two markers; the rest of the file stays.
 
     A file that is not there is made. It is replaced in one step, and the same runs give the same
@@ -63,7 +64,7 @@ def split_board(path: Path) -> tuple[bytes, bytes]:
     return data[: starts[0].end()], data[ends[0].start() :]
 
 
-def _of_plan(plan: str, rows: list[dict], facts: dict[str, dict]) -> str:
+def _of_plan(plan: str, rows: list[dict], facts: dict[str, Facts]) -> str:
     baselines = sorted({row["baseline"] for row in rows if row["baseline"] is not None})
     against = f", differences to {', '.join(map(plain, baselines))}" if baselines else ""
     what = f"Validation loss in nats per token{against}; below 0 is better."
@@ -79,18 +80,18 @@ def _of_plan(plan: str, rows: list[dict], facts: dict[str, dict]) -> str:
     )
 
 
-def _repeat(row: dict, facts: list[dict]) -> str:
+def _repeat(row: dict, facts: list[Facts]) -> str:
     """A list item: the exact commands, and what else decides the numbers."""
     told = {
-        "seeds": ", ".join(str(seed) for seed in sorted({run["seed"] for run in facts})),
-        "commit": _each([run.get("git_commit") for run in facts]),
-        "versions": _each([_versions(run.get("versions", {})) for run in facts]),
-        "data": _each([_data(run["data"]) for run in facts]),
+        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in facts})),
+        "commit": _each([run.git_commit for run in facts]),
+        "versions": _each([_versions(run.versions) for run in facts]),
+        "data": _each([_data(run.data) for run in facts]),
         "machine": _each([_machine(run) for run in facts]),
     }
     lines = [f"**{plain(row['experiment'])}**", ""]
     lines += [f"- {name}: {plain(value)}" for name, value in told.items()]
-    commands = dict.fromkeys(_command(run["command"]) for run in facts if run.get("command"))
+    commands = dict.fromkeys(_command(run.command) for run in facts if run.command)
     longest = max([len(ticks) for line in commands for ticks in re.findall("`+", line)], default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([*lines, "", f"{fence}sh", *commands, fence, ""])
@@ -110,13 +111,13 @@ def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {versions.get(key)}" for key, name in _VERSIONS.items())
 
 
-def _data(data: dict) -> str:
+def _data(data: DataFacts) -> str:
     names = {"fingerprint": "", "validation_fingerprint": "validation ", "tokenizer": "tokenizer "}
-    return ", ".join(f"{name}{data.get(key)}" for key, name in names.items())
+    return ", ".join(f"{name}{getattr(data, key)}" for key, name in names.items())
 
 
-def _machine(run: dict) -> str:
-    return f"{run.get('device_name')}, threads {run.get('threads')}"
+def _machine(run: Facts) -> str:
+    return f"{run.device_name}, threads {run.threads}"
 
 
 def _each(values: list[str | None]) -> str:

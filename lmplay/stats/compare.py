@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from lmplay.errors import UserError, nearest
+from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import damaged, whole_lines
 
@@ -44,39 +45,39 @@ class RecordedRun:
     """A run's folder as it was when it was read."""
 
     path: Path
-    facts: dict  # run.json
+    facts: Facts
 
     @property
     def label(self) -> str:
         """The experiment, with what was changed for this run: "ue16x,lr=0.001"."""
-        return self.facts["label"]
+        return self.facts.label
 
     @property
     def plan(self) -> str:
-        return self.facts["plan_name"]
+        return self.facts.plan_name
 
     @property
     def seed(self) -> int:
-        return self.facts["seed"]
+        return self.facts.seed
 
     @property
     def budget(self) -> int:
         """Tokens that the run is to be trained on."""
-        return self.facts["num_steps"] * self.facts["tokens_per_step"]
+        return self.facts.num_steps * self.facts.tokens_per_step
 
     @property
     def finished(self) -> bool:
-        return self.facts["status"] == "finished"
+        return self.facts.status == "finished"
 
     @property
     def failed(self) -> bool:
-        return self.facts["status"] == "failed"
+        return self.facts.status == "failed"
 
     @cached_property
     def final(self) -> Row | None:
         """The validation at the end of a finished run; None where its loss is not there."""
         last = _last(self.validation)
-        if not self.finished or last is None or last["step"] < self.facts["num_steps"]:
+        if not self.finished or last is None or last["step"] < self.facts.num_steps:
             return None
         return last if np.isfinite(last["loss"]) else None
 
@@ -123,16 +124,9 @@ def read_run(folder: RunFolder) -> RecordedRun:
     """The run in this folder; its curves are read when they are first asked for.
 
     Raises:
-        UserError: run.json is missing, damaged, or lacks what a comparison needs.
+        UserError: run.json is missing or damaged.
     """
-    facts = folder.read()
-    needed = {"label", "plan_name", "seed", "status", "num_steps", "tokens_per_step", "data"}
-    needed |= {"parameters", "flops_per_token", "scale_differs"}
-    needed |= {"plan", "config", "changes"}
-    missing = sorted(needed - facts.keys())
-    if missing:
-        raise damaged(folder.run_json, f"it lacks {', '.join(missing)}")
-    return RecordedRun(folder.path, facts)
+    return RecordedRun(folder.path, folder.read())
 
 
 def pair_runs(
@@ -180,7 +174,7 @@ def why_not_comparable(run: RecordedRun, baseline: RecordedRun) -> str:
         "fingerprint": "training data",
         "validation_fingerprint": "validation text",
     }.items():
-        theirs, ours = baseline.facts["data"].get(key), run.facts["data"].get(key)
+        theirs, ours = (getattr(one.facts.data, key) for one in (baseline, run))
         if theirs != ours:
             shown = f" ({ours}, not {theirs})" if key == "tokenizer" else ""
             reasons.append(f"other {name}{shown}")
@@ -189,15 +183,15 @@ def why_not_comparable(run: RecordedRun, baseline: RecordedRun) -> str:
 
 
 def _other_budget(run: RecordedRun, baseline: RecordedRun) -> str:
-    leagues = [one.facts.get("budget") for one in (run, baseline)]
-    kinds = {league["kind"] for league in leagues if league}
+    leagues = [one.facts.budget for one in (run, baseline)]
+    kinds = {league.kind for league in leagues if league}
     if len(kinds) == 2:
-        return f"other league ({leagues[0]['kind']}, not {leagues[1]['kind']})"
+        return f"other league ({leagues[0].kind}, not {leagues[1].kind})"
     if kinds == {"seconds"}:
         return ""
-    cost = [one.facts["flops_per_token"] if kinds else 1 for one in (run, baseline)]
+    cost = [one.facts.flops_per_token if kinds else 1 for one in (run, baseline)]
     ours, theirs = run.budget * cost[0], baseline.budget * cost[1]
-    step = max(run.facts["tokens_per_step"] * cost[0], baseline.facts["tokens_per_step"] * cost[1])
+    step = max(run.facts.tokens_per_step * cost[0], baseline.facts.tokens_per_step * cost[1])
     if abs(ours - theirs) < step:
         return ""
     if kinds:
@@ -216,7 +210,7 @@ def curve(run: RecordedRun, split: str, metric: str, x: str) -> Curve:
     columns = run.train if split == "train" else run.validation
     at = columns[X_COLUMNS[x]]
     if x == "flops":
-        at = at * run.facts["flops_per_token"]
+        at = at * run.facts.flops_per_token
     value = columns[metric]
     before = np.maximum.accumulate(np.concatenate([[-np.inf], at[:-1]])) if len(at) else at
     rises = at > before  # two steps within one tick of the clock: the first of them stands
@@ -288,7 +282,7 @@ def _final_row(pair: Pair, difference: float | None, num_seeds: int) -> dict:
         "plan": run.plan,
         "experiment": run.label,
         "seed": run.seed,
-        "status": run.facts["status"],
+        "status": run.facts.status,
         "tokens": run.tokens,
         "validated_tokens": None if last is None else int(last["tokens"]),
         "loss": _number(last, "loss"),
@@ -297,7 +291,7 @@ def _final_row(pair: Pair, difference: float | None, num_seeds: int) -> dict:
         "difference": difference,
         "baseline": None if pair.baseline is None else str(pair.baseline.path),
         "tokens_per_second": tokens_per_second(run),
-        **{key: run.facts["parameters"][key] for key in ("trained", "matmul", "lookup")},
+        **{key: run.facts.parameters[key] for key in ("trained", "matmul", "lookup")},
         "marks": _marks(pair, difference, num_seeds),
     }
 
@@ -321,9 +315,9 @@ def nature_marks(run: RecordedRun) -> list[str]:
     """What a reader has to know of a run's size and of its likelihood, whatever its state."""
     marks = [
         f"scale differs: {key}={ours}, the plan's is {theirs}"
-        for key, (theirs, ours) in run.facts["scale_differs"].items()
+        for key, (theirs, ours) in run.facts.scale_differs.items()
     ]
-    if run.facts.get("bound"):
+    if run.facts.bound:
         marks.append("own log_likelihood: exact or a bound, see its docstring")
     return marks
 
@@ -333,7 +327,7 @@ def _state_marks(run: RecordedRun) -> list[str]:
     if run.finished and last is None:
         return ["never validated"]
     if run.finished:
-        short = last["step"] < run.facts["num_steps"]
+        short = last["step"] < run.facts.num_steps
         return [f"validated at {int(last['tokens']):,} tokens"] if short else []
     state = "failed" if run.failed else "not finished"
     at = "never validated" if last is None else f"validated at {int(last['tokens']):,} tokens"
@@ -400,8 +394,8 @@ def _experiment(label: str) -> str:
 def _with_changes_of(run: RecordedRun, label: str) -> str:
     """The label of the baseline's experiment with the run's changes, but for its league."""
     _, *changes = run.label.split(",")
-    league = run.facts.get("budget")
-    kept = [change for change in changes if not league or change != f"budget={league['kind']}"]
+    league = run.facts.budget
+    kept = [change for change in changes if not league or change != f"budget={league.kind}"]
     return ",".join([_experiment(label), *kept])
 
 

@@ -98,7 +98,7 @@ def _standing(pairs: list[Pair]) -> _Standing:
     differences = np.array(losses[: len(theirs)]) - np.array(theirs)
     test = paired(differences) if len(differences) > 1 else None
     ratios, ratio_marks = ({}, []) if is_baseline else _ratios(counted)
-    parameters = runs[0].facts["parameters"]
+    parameters = runs[0].facts.parameters
     failures = sum(run.failed for run in runs)
     row = {
         "plan": runs[0].plan,
@@ -266,20 +266,20 @@ def _ratio(pairs: list[Pair], column: str) -> dict | None:
 def _is_upper_bound(pair: Pair, needed: float, column: str) -> bool:
     """A schedule that is sized to less would have done with less; so might the first point."""
     at = pair.run.validation[column]
-    decays = pair.run.facts["plan"]["schedule"]["name"] != "constant"
+    decays = pair.run.facts.plan["schedule"]["name"] != "constant"
     return (decays and needed < at[-1]) or needed == at[0]
 
 
 def _other_machine(pair: Pair) -> set[str]:
     """What keeps the seconds of the two from being compared."""
     ours, theirs = pair.run.facts, pair.baseline.facts
-    changed = {*ours.get("changed_midway", []), *theirs.get("changed_midway", [])}
-    return {key for key in _MACHINE if ours.get(key) != theirs.get(key) or key in changed}
+    changed = {*ours.changed_midway, *theirs.changed_midway}
+    return {key for key in _MACHINE if getattr(ours, key) != getattr(theirs, key) or key in changed}
 
 
 def _unequal_seconds(pairs: list[Pair]) -> list[str]:
-    league = pairs[0].run.facts.get("budget") if pairs else None
-    if not league or league["kind"] != "seconds" or pairs[0].is_baseline:
+    league = pairs[0].run.facts.budget if pairs else None
+    if not league or league.kind != "seconds" or pairs[0].is_baseline:
         return []
     ours, theirs = (
         sum(run.final["seconds"] for run in runs)
@@ -305,14 +305,14 @@ def _edits(pairs: list[Pair]) -> list[str]:
 
 
 def _between_seeds(run: RecordedRun, other: RecordedRun) -> set[str]:
-    ours, theirs = ({**_settings(one), **_flat(one.facts["config"])} for one in (run, other))
+    ours, theirs = ({**_settings(one), **_flat(one.facts.config)} for one in (run, other))
     source = {"experiment.py"} if _source(run) != _source(other) else set()
     return source | {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
 
 
 def _unsaid(run: RecordedRun, baseline: RecordedRun) -> set[str]:
     ours, theirs = _settings(run), _settings(baseline)
-    said = [*run.facts["changes"], *baseline.facts["changes"]]
+    said = [*run.facts.changes, *baseline.facts.changes]
     return {
         key for key in ours.keys() | theirs
         if ours.get(key) != theirs.get(key)
@@ -321,10 +321,9 @@ def _unsaid(run: RecordedRun, baseline: RecordedRun) -> set[str]:
 
 
 def _settings(run: RecordedRun) -> dict[str, object]:
-    """What a run was trained with, by dotted key; an older run has no key for a list left empty."""
-    given = {key: value for key, value in run.facts["plan"].items() if value != []}
-    plan = {key: value for key, value in given.items() if key not in _NO_SETTINGS}
-    return {**_flat(plan), "precision": run.facts.get("precision")}
+    """What a run was trained with, by dotted key."""
+    plan = {key: value for key, value in run.facts.plan.items() if key not in _NO_SETTINGS}
+    return {**_flat(plan), "precision": run.facts.precision}
 
 
 def _flat(values: dict, before: str = "") -> dict[str, object]:

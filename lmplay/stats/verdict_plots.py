@@ -271,9 +271,9 @@ def _points(pairs: list[Pair], look_of: dict[tuple[str, str], Look]) -> Iterator
         runs = [pair.run for pair in sole_of_seed(group)]
         if not runs:
             continue
-        plan, label, data = runs[0].plan, runs[0].label, runs[0].facts["data"]
-        texts = [data[key] for key in ("fingerprint", "validation_fingerprint", "tokenizer")]
-        flops = fmean(run.final["tokens"] * run.facts["flops_per_token"] for run in runs)
+        plan, label, data = runs[0].plan, runs[0].label, runs[0].facts.data
+        texts = [data.fingerprint, data.validation_fingerprint, data.tokenizer]
+        flops = fmean(run.final["tokens"] * run.facts.flops_per_token for run in runs)
         losses = np.array([run.final["loss"] for run in runs])
         interval = mean_interval(losses) if len(losses) > 1 else [losses[0]] * 3
         line = plan, family(label), *texts

@@ -26,7 +26,7 @@ from lmplay.train.listing import (
 
 if TYPE_CHECKING:
     from lmplay.plan import Plan
-    from lmplay.train.session import Request
+    from lmplay.run.request import Request
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -278,8 +278,8 @@ def main(
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{what} on {resolved.name}: loading torch")
+    from lmplay.run.request import Request
     from lmplay.train.initial_model import find_initial
-    from lmplay.train.session import Request
 
     if budget == "seconds":
         compile = bool(compile)  # what is timed is what is trained

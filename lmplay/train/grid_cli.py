@@ -14,8 +14,8 @@ from lmplay.stats.table import print_verdicts
 from lmplay.train.listing import print_path
 
 if TYPE_CHECKING:
+    from lmplay.run.request import Request
     from lmplay.train.display import GridDisplay
-    from lmplay.train.session import Request
 
 
 def train_all(

@@ -1,7 +1,6 @@
 """Weights to start a run from: those of another run, or of a native Hugging Face checkpoint."""
 
 import dataclasses
-from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -17,18 +16,10 @@ from lmplay.model.native import read_native
 from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.folder import RunFolder, resolve_run
 from lmplay.run.opening import Run, load_weights, open_trained, stream_seed
+from lmplay.run.request import InitialModel
 
 
-@dataclass(frozen=True)
-class Initial:
-    """A trained model that a run begins as, as far as their parameters have the same names."""
-
-    path: Path  # of a run, or of a folder with config.json and safetensors
-    step: int | None  # of the run: None is its last; always None for a folder
-    name: str  # what a label calls it: gpt2ish~1a2b3c4d, where the digits change with the weights
-
-
-def find_initial(text: str, out_dir: Path) -> Initial:
+def find_initial(text: str, out_dir: Path) -> InitialModel:
     """What `--initial-model` means.
 
     Raises:
@@ -39,7 +30,7 @@ def find_initial(text: str, out_dir: Path) -> Initial:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{folder} holds no safetensors", hint="no other format is read")
-        return Initial(folder, None, f"{folder.resolve().name}~{_digest(files)}")
+        return InitialModel(folder, None, f"{folder.resolve().name}~{_digest(files)}")
     run, step = resolve_run(text, out_dir)
     found = run.checkpoints.glob("step-*/model.safetensors")
     of_step = {int(file.parent.name[5:]): file for file in found if file.parent.name[5:].isdigit()}
@@ -47,10 +38,10 @@ def find_initial(text: str, out_dir: Path) -> Initial:
         step = max(of_step)
     if step not in of_step:
         raise UserError(f"{run.path} has no such checkpoint", hint=f"it has {sorted(of_step)}")
-    return Initial(run.path, step, f"{run.read()['experiment']}~{_digest([of_step[step]])}")
+    return InitialModel(run.path, step, f"{run.read().experiment}~{_digest([of_step[step]])}")
 
 
-def begin_from(initial: Initial, run: Run, tokenizer: Tokenizer) -> dict:
+def begin_from(initial: InitialModel, run: Run, tokenizer: Tokenizer) -> dict:
     """Give a run's fresh model the weights of a trained one.
 
     Parameters of one name are copied. A module with `unfold` whose place is held by a plain one in
@@ -106,7 +97,7 @@ def told(began: dict) -> str:
     return f"starts from {began['path']}: {'; '.join(parts)}"
 
 
-def _source(initial: Initial, tokenizer: Tokenizer) -> nn.Module:
+def _source(initial: InitialModel, tokenizer: Tokenizer) -> nn.Module:
     if initial.step is not None:
         trained = open_trained(RunFolder(initial.path), initial.step, "cpu", "fp32")
         if trained.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -134,7 +125,7 @@ def _unfold(model: nn.Module, source: nn.Module) -> list[str]:
     return unfolded
 
 
-def _refuse_other_sizes(initial: Initial, source: nn.Module, run: Run) -> None:
+def _refuse_other_sizes(initial: InitialModel, source: nn.Module, run: Run) -> None:
     theirs, ours = source.state_dict(), run.model.state_dict()
     other = [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
     mine, wanted = (dataclasses.asdict(config) for config in (run.config, source.config))

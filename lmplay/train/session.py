@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lmplay.catalog.entries import Entry, canonical_name
+from lmplay.catalog.entries import canonical_name
 from lmplay.data.batches import Data, open_data
 from lmplay.data.tokenizers import Tokenizer, vocab_size_of
 from lmplay.disk import make_folder, write_text
@@ -35,9 +35,9 @@ from lmplay.plan import Plan
 from lmplay.proofs import device as device_check
 from lmplay.proofs import tiny as check
 from lmplay.run.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
-from lmplay.run.folder import RunFolder, run_path
+from lmplay.run.facts import DataFacts, Facts
+from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import spread_optimizer
-from lmplay.run.labels import label_of
 from lmplay.run.opening import (
     Run,
     compiled_so_far,
@@ -49,62 +49,19 @@ from lmplay.run.opening import (
     told_of_compiling,
 )
 from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.run.request import Request
 from lmplay.train.clock import Clock
 from lmplay.train.compilation import is_repaid
 from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
 from lmplay.train.fault import first_bad_place
-from lmplay.train.initial_model import Initial, begin_from, told
+from lmplay.train.initial_model import begin_from, told
 from lmplay.train.loop import Session, train
 from lmplay.train.saving import scattered_rng
 from lmplay.train.signals import Signals, Stopped
 from lmplay.train.update import Update
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line."""
-
-    entry: Entry
-    plan: Plan
-    changes: dict[str, object]  # what differs from the plan and the experiment: the run's label
-    config: dict[str, object]  # of these, the values of Config
-    seed: int = 0
-    device: str = "auto"
-    precision: str | None = None  # None: the plan's
-    mini_batch_size: int | None = None  # None: automatic
-    compiled: bool | None = False  # None: where that is repaid
-    resume: bool = True
-    out_dir: Path = Path("runs")
-    budget: dict | None = None  # the league that the plan's tokens were sized for
-    initial: Initial | None = None  # the weights that it begins with
-    sharded: bool = False  # over the processes
-
-    @property
-    def all_changes(self) -> dict[str, object]:
-        """The changes, the weights to begin with, and a precision that the plan's is not here."""
-        changes = self.changes
-        if self.initial is not None:
-            changes = changes | {"initial_model": self.initial.name}
-        if self.precision is None:
-            return changes
-        device = resolve_device(self.device)
-        precision = resolve_precision(self.precision, device)
-        if precision == resolve_precision(self.plan.precision, device):
-            return changes
-        return changes | {"precision": precision}
-
-    @property
-    def label(self) -> str:
-        """What tables call the run: "ue16x,lr=0.001"."""
-        return label_of(canonical_name(self.entry), self.all_changes)
-
-    @property
-    def folder(self) -> RunFolder:
-        name, plan = canonical_name(self.entry), self.plan.name
-        return RunFolder(run_path(self.out_dir, plan, name, self.all_changes, self.seed))
 
 
 def run_experiment(request: Request, display: Display) -> dict:
@@ -120,7 +77,7 @@ def run_experiment(request: Request, display: Display) -> dict:
     precision = resolve_precision(request.precision or request.plan.precision, device)
     folder = request.folder
     if request.resume and folder.run_json.is_file():  # on another device too, or with another plan
-        precision = resolve_precision(folder.read()["precision"], device)
+        precision = resolve_precision(folder.read().precision, device)
     accelerator = make_accelerator(device, precision)
     if request.sharded:
         _refuse_sharding(request, precision, accelerator.num_processes)
@@ -146,8 +103,8 @@ def run_experiment(request: Request, display: Display) -> dict:
         if facts is None:
             made = _scale(request, plan, experiment, tokenizer.vocab_size, display)
         else:
-            made = Scale(experiment.config(**facts["config"]), facts["scale_differs"])
-            torch.set_num_threads(facts["threads"])
+            made = Scale(experiment.config(**facts.config), facts.scale_differs)
+            torch.set_num_threads(facts.threads)
         keep_memory()
         with accelerator.local_main_process_first():  # which remembers it for the others
             where = accelerator.device
@@ -161,7 +118,7 @@ def run_experiment(request: Request, display: Display) -> dict:
             made.config,
             accelerator,
             request.mini_batch_size
-            or (facts or {}).get("mini_batch_size")
+            or (facts.mini_batch_size if facts else None)
             or rows_at_once(plan, device),
             _compiles(request, facts, experiment, made.config, clock, accelerator, precision),
             request.sharded,
@@ -171,10 +128,11 @@ def run_experiment(request: Request, display: Display) -> dict:
         now = _continued(now, facts, display)
         session = _open_session(run, data, clock, stack, display)
         if request.initial and session.saved < 0:
-            beginner = dataclasses.replace(run, model=run.whole_model())
-            now["initial_model"] = begin_from(request.initial, beginner, tokenizer)
+            beginner = replace(run, model=run.whole_model())
+            began = begin_from(request.initial, beginner, tokenizer)
+            now = replace(now, initial_model=began)
             load_weights(run.model, beginner.model.state_dict(), str(request.initial.path))
-            display.note(told(now["initial_model"]))
+            display.note(told(began))
         return _train(session, now, tokenizer, display)
 
 
@@ -195,7 +153,7 @@ def finished(request: Request, display: Display) -> dict | None:
     """
     folder = request.folder
     facts = folder.read() if folder.run_json.is_file() else None
-    if facts is None or facts["status"] != "finished":
+    if facts is None or facts.status != "finished":
         return None
     _note_edits(request, facts, folder, display)
     return _result(folder, facts)
@@ -203,7 +161,7 @@ def finished(request: Request, display: Display) -> dict | None:
 
 def _compiles(
     request: Request,
-    facts: dict | None,
+    facts: Facts | None,
     experiment: Experiment,
     config,
     clock: Clock,
@@ -214,7 +172,7 @@ def _compiles(
     if request.compiled is not None:
         return request.compiled
     if facts is not None or request.sharded:
-        return facts is not None and facts["compiled"]
+        return facts is not None and facts.compiled
 
     def flops() -> float:
         tokens = clock.num_tokens / accelerator.num_processes
@@ -232,71 +190,71 @@ def _facts(
     tokenizer: Tokenizer,
     made: Scale,
     precision: str,
-) -> dict:
+) -> Facts:
     """What run.json says of a run that begins now."""
     plan, experiment = run.plan, run.experiment
-    return {
-        "schema_version": 1,
-        "experiment": canonical_name(request.entry),
-        "file": experiment.entry.file,
-        "stack": [canonical_name(idea) for idea in request.entry.ideas],
-        "docstring_summary": experiment.summary,
-        "plan_name": plan.name,
-        "seed": request.seed,
-        "changes": request.all_changes,
-        "label": request.label,
-        "budget": request.budget,
-        "plan": plan.model_dump(),
-        "config": dataclasses.asdict(made.config),
-        "scale_differs": made.differs,
-        "bound": scores_itself(run.model),
-        "data": {
-            "fingerprint": data.fingerprint,
-            "validation_fingerprint": data.validation_fingerprint,
-            "tokenizer": plan.tokenizer,
-            "vocab_size": tokenizer.vocab_size,
-            "validation_tokens": data.validation_tokens,
-            "validation_bytes": data.validation_bytes,
-        },
+    return Facts(
+        experiment=canonical_name(request.entry),
+        file=experiment.entry.file,
+        stack=[canonical_name(idea) for idea in request.entry.ideas],
+        docstring_summary=experiment.summary,
+        plan_name=plan.name,
+        seed=request.seed,
+        changes=request.all_changes,
+        label=request.label,
+        budget=request.budget,
+        plan=plan.model_dump(mode="json"),
+        config=dataclasses.asdict(made.config),
+        scale_differs=made.differs,
+        bound=scores_itself(run.model),
+        data=DataFacts(
+            fingerprint=data.fingerprint,
+            validation_fingerprint=data.validation_fingerprint,
+            tokenizer=plan.tokenizer,
+            vocab_size=tokenizer.vocab_size,
+            validation_tokens=data.validation_tokens,
+            validation_bytes=data.validation_bytes,
+        ),
         **_sizes(experiment, made.config, plan),
-        "num_steps": clock.num_steps,
-        "tokens_per_step": clock.at(0).tokens,
+        num_steps=clock.num_steps,
+        tokens_per_step=clock.at(0).tokens,
         **machine_facts(run.device),
-        "precision": precision,
-        "world_size": run.world_size,
-        "mini_batch_size": run.mini_batch_size,
-        "compiled": run.compiled,
-        "compilation": None,  # graphs, breaks and seconds
-        "sharded": request.sharded,
-        "initial_model": None,  # how its weights came about, where it did not begin afresh
-        "changed_midway": [],  # facts that differed when it was resumed, so not bit by bit
-        "command": sys.argv,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "status": "running",
-        "exit_reason": None,
-        "failures": 0,
-    }
+        precision=precision,
+        world_size=run.world_size,
+        mini_batch_size=run.mini_batch_size,
+        compiled=run.compiled,
+        sharded=request.sharded,
+        command=sys.argv,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
-def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) -> dict:
+def _train(session: Session, now: Facts, tokenizer: Tokenizer, display: Display) -> dict:
     run, folder = session.run, session.run.folder
     is_main = run.accelerator.is_main_process
 
-    def write(status: str, reason: str | None = None) -> None:
-        now.update(status=status, exit_reason=reason, mini_batch_size=run.mini_batch_size)
-        if run.step and now["compiled"] and not run.compiled:
-            now["changed_midway"] = sorted({*now["changed_midway"], "compiled"})
-        now["compiled"] = run.compiled
+    def write(facts: Facts) -> None:
+        nonlocal now
+        changed = {*facts.changed_midway}
+        if run.step and facts.compiled and not run.compiled:
+            changed.add("compiled")
+        now = replace(
+            facts,
+            mini_batch_size=run.mini_batch_size,
+            compiled=run.compiled,
+            changed_midway=sorted(changed),
+        )
         if is_main:
             folder.write(now)
 
     def warn(text: str) -> None:
         display.note(text)
-        write("running")
+        write(now.running())
 
     def show(kind: str, row: dict) -> None:
-        if kind == "train" and run.compiled and (made := compiled_so_far()) != now["compilation"]:
-            now["compilation"] = made
+        nonlocal now
+        if kind == "train" and run.compiled and (made := compiled_so_far()) != now.compilation:
+            now = replace(now, compilation=made)
             if is_main:
                 display.note(told_of_compiling(made))
         model = run.whole_model() if kind == "validation" else None
@@ -313,25 +271,25 @@ def _train(session: Session, now: dict, tokenizer: Tokenizer, display: Display) 
                 _write_sample(folder, f"step {row['step']:,}, {name}", *texts)
 
     session.show, run.warn = show, warn
-    now["matmul_flops"] = run.world_size * matmul_rate(run.device, now["precision"])
-    fastest = now["flops_per_token"] * now["tokens_per_step"] / now["matmul_flops"]
-    write("running")
+    matmul_flops = run.world_size * matmul_rate(run.device, now.precision)
+    write(replace(now, matmul_flops=matmul_flops).running())
+    fastest = now.flops_per_token * now.tokens_per_step / matmul_flops
     display.start(session.clock.num_steps, run.step, fastest)
     try:
         with session.signals:
             train(session)
     except BaseException as error:
-        if isinstance(error, NotFinite):
-            now["failures"] += 1
+        is_numeric = isinstance(error, NotFinite)
+        if is_numeric:
             bad = session.clock.at(error.step - 1)
             if name := first_bad_place(run, session.data.rows(bad.first_row, bad.num_rows)):
                 error.problem += f"; run again, it begins in {name}"
         is_stopped = isinstance(error, Stopped | SystemExit | KeyboardInterrupt)
         reason = getattr(error, "problem", str(error)) or type(error).__name__
         with suppress(OSError):  # a full disk is the error itself
-            write("stopped" if is_stopped else "failed", reason)
+            write(now.stopped(reason) if is_stopped else now.failed(reason, is_numeric))
         raise
-    write("finished")
+    write(now.finished())
     return _result(folder, now)
 
 
@@ -355,7 +313,7 @@ def refuse_unknown_names(request: Request, experiment: Experiment) -> None:
 
 
 def _own_copies(
-    request: Request, facts: dict | None, folder: RunFolder, display: Display
+    request: Request, facts: Facts | None, folder: RunFolder, display: Display
 ) -> tuple[Plan, Experiment]:
     """A run that began goes on with its own plan and source; a new one gets its copies."""
     if facts is None:
@@ -365,15 +323,15 @@ def _own_copies(
         return request.plan, experiment
     _note_edits(request, facts, folder, display)
     source = folder.experiment_py.read_text(encoding="utf-8")
-    experiment = load_source(source, Path(f"{facts['file']}.py"), request.entry.variant)
-    return Plan.model_validate_json(json.dumps(facts["plan"])), experiment
+    experiment = load_source(source, Path(f"{facts.file}.py"), request.entry.variant)
+    return Plan.model_validate_json(json.dumps(facts.plan)), experiment
 
 
-def _note_edits(request: Request, facts: dict, folder: RunFolder, display: Display) -> None:
+def _note_edits(request: Request, facts: Facts, folder: RunFolder, display: Display) -> None:
     """Say where the run's own copies and the files of today differ; refuse other data."""
-    plan = request.plan.model_dump()
-    if facts["plan"]["datasets"] != plan["datasets"]:
-        mine, theirs = (_sources(p["datasets"]) for p in (plan, facts["plan"]))
+    plan = request.plan.model_dump(mode="json")
+    if facts.plan["datasets"] != plan["datasets"]:
+        mine, theirs = (_sources(p["datasets"]) for p in (plan, facts.plan))
         raise UserError(
             f"{folder.path} was trained on {theirs}, not on {mine}",
             hint="--out-dir gives this run a place of its own; --resume none keeps the old aside",
@@ -381,7 +339,7 @@ def _note_edits(request: Request, facts: dict, folder: RunFolder, display: Displ
     edited = []
     if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
         edited.append(str(request.entry.path))
-    if Plan.model_validate(facts["plan"]).model_dump() != plan:  # with what older plans left out
+    if facts.plan != plan:
         edited.append(f"plan {request.plan.name}")
     if edited:
         display.note(
@@ -427,24 +385,29 @@ def _sizes(experiment: Experiment, config, plan: Plan) -> dict:
     return {"flops_per_token": counts.pop("flops_per_token"), "parameters": counts}
 
 
-def _continued(now: dict, facts: dict | None, display: Display) -> dict:
+def _continued(now: Facts, facts: Facts | None, display: Display) -> Facts:
     """What run.json says of a run that goes on; says what makes the rest differ bit by bit."""
     if facts is None:
         return now
-    if facts["data"] != now["data"]:
-        changed = [key for key, value in now["data"].items() if facts["data"].get(key) != value]
+    if facts.data != now.data:
+        mine, theirs = dataclasses.asdict(now.data), dataclasses.asdict(facts.data)
+        changed = [key for key, value in mine.items() if theirs[key] != value]
         raise UserError(
             f"the data has changed since this run began: {', '.join(changed)}",
             hint="--resume none starts again with the new data and keeps the old run aside",
         )
     exact = ["device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size"]
-    exact += ["sharded"]  # runs of before it existed do not say
-    differs = [key for key in exact if facts.get(key, False) != now[key]]
+    exact += ["sharded"]
+    differs = [key for key in exact if getattr(facts, key) != getattr(now, key)]
     if differs:
         display.note(f"not the same bit by bit from here on: other {', '.join(differs)}")
-    changed = sorted({*facts.get("changed_midway", []), *differs})
-    kept = {key: facts[key] for key in ("started", "failures", "initial_model")}
-    return now | kept | {"changed_midway": changed}
+    return replace(
+        now,
+        started=facts.started,
+        failures=facts.failures,
+        initial_model=facts.initial_model,
+        changed_midway=sorted({*facts.changed_midway, *differs}),
+    )
 
 
 def _open_session(
@@ -492,16 +455,16 @@ def _write_sample(folder: RunFolder, title: str, prompt: str, truth: str, said: 
         file.write("\n\n".join(parts) + "\n\n")
 
 
-def _result(folder: RunFolder, facts: dict) -> dict:
+def _result(folder: RunFolder, facts: Facts) -> dict:
     rows = read_rows(folder.validation_csv)
     return {
         "schema_version": 1,
         "run": str(folder.path),
-        "experiment": facts["experiment"],
-        "plan": facts["plan_name"],
-        "seed": facts["seed"],
-        "status": facts["status"],
-        "num_steps": facts["num_steps"],
-        "parameters": facts["parameters"],
+        "experiment": facts.experiment,
+        "plan": facts.plan_name,
+        "seed": facts.seed,
+        "status": facts.status,
+        "num_steps": facts.num_steps,
+        "parameters": facts.parameters,
         "validation": rows[-1] if rows else None,
     }

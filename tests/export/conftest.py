@@ -14,22 +14,19 @@ from lmplay.run.folder import RunFolder
 MAX_LEN = 24
 
 
-def write_run(path: Path, entry: Entry, steps=(10,), tokenizer="byte", **values) -> RunFolder:
+def write_run(path: Path, entry: Entry, facts, steps=(10,), tokenizer="byte", **values):
     """A run of an experiment at tiny size; no weight is as at the start, so that all of it acts."""
     experiment = load_experiment(entry)
     sizes = {"vocab_size": 257, "max_len": MAX_LEN, **values}
     config = experiment.config(**experiment.tiny | experiment.variant | sizes)
     folder = RunFolder(path)
     folder.write(
-        {
-            "label": entry.name,
-            "file": entry.file,
-            "plan_name": "quick",
-            "seed": 0,
-            "precision": "fp32",
-            "plan": {"tokenizer": tokenizer},
-            "config": dataclasses.asdict(config),
-        }
+        facts(
+            label=entry.name,
+            file=entry.file,
+            plan={"tokenizer": tokenizer},
+            config=dataclasses.asdict(config),
+        )
     )
     folder.experiment_py.write_text(entry.source)
     for step in steps:
@@ -42,9 +39,9 @@ def write_run(path: Path, entry: Entry, steps=(10,), tokenizer="byte", **values)
 
 
 @pytest.fixture
-def make_run(tmp_path):
+def make_run(tmp_path, make_facts):
     """Writes a run of the experiment that a name or a path means, and gives back its folder."""
-    return lambda name, **values: write_run(tmp_path / "run", resolve(name), **values)
+    return lambda name, **values: write_run(tmp_path / "run", resolve(name), make_facts, **values)
 
 
 @pytest.fixture(scope="session")

@@ -93,8 +93,8 @@ def test_a_checkpoint_that_is_not_there_is_named(run_command, tmp_path):
 
 
 def test_a_damaged_run_is_named_with_what_it_lacks(make_run, run_command, tmp_path):
-    make_run("ue").write({"label": "ue", "seed": 0})
-    with pytest.raises(UserError, match=r"run\.json is damaged: it lacks plan_name, file"):
+    make_run("ue").run_json.write_text('{"label": "ue"}')
+    with pytest.raises(UserError, match=r"run\.json is damaged: it lacks schema_version, exper"):
         run_command("run", tmp_path / "out")
 
 

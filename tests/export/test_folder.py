@@ -113,7 +113,7 @@ def test_the_folder_carries_the_runs_own_source_and_values(make_run, tmp_path):
     assert bytes_of("experiment.py") == folder.experiment_py.read_bytes()
     assert bytes_of("cache.py") == (package / "model/cache.py").read_bytes()
     assert bytes_of("folding.py") == (package / "model/folding.py").read_bytes()
-    assert config["values"] == folder.read()["config"]
+    assert config["values"] == folder.read().config
     assert config["values"]["unify"] == "positions"
 
 

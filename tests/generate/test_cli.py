@@ -17,38 +17,30 @@ SOURCE = Path(__file__).parents[2] / "experiments" / "gpt2ish.py"
 CONFIG = {"vocab_size": 257, "max_len": 32, "num_blocks": 1, "width": 16, "num_heads": 2}
 
 
-def make_run(path, label="gpt2ish", started="2026-01-01T00:00:00+00:00", seed=0, steps=(10,)):
-    """A run on bytes whose checkpoints differ; a token's vector decides what follows."""
-    folder = RunFolder(path)
-    folder.write(
-        {
-            "schema_version": 1,
-            "experiment": "gpt2ish",
-            "file": "gpt2ish",
-            "label": label,
-            "plan_name": "quick",
-            "seed": seed,
-            "plan": {"tokenizer": "byte"},
-            "config": CONFIG,
-            "precision": "bf16",
-            "started": started,
-            "status": "finished",
-        }
-    )
-    shutil.copy(SOURCE, folder.experiment_py)
-    experiment = load_source(SOURCE.read_text(), Path("gpt2ish.py"), {})
-    for step in steps:
-        model = experiment.model(experiment.config(**CONFIG), seed=seed + step)
-        with torch.no_grad():
-            model.head.weight.mul_(8)  # else every byte is nearly as likely
-            model.head.bias[128:] = -50  # ASCII, and no end marker
-            model.head.bias[:32] = -50
-        save_checkpoint(folder, Checkpoint(step, model.state_dict(), {}, {}, {}), keep=9)
-    return folder
+@pytest.fixture(scope="module")
+def make_run(make_facts):
+    """Writes a run on bytes whose checkpoints differ; a token's vector decides what follows."""
+
+    def make(path, label="gpt2ish", started="2026-01-01T00:00:00+00:00", seed=0, steps=(10,)):
+        folder = RunFolder(path)
+        values = {"plan": {"tokenizer": "byte"}, "config": CONFIG, "precision": "bf16"}
+        folder.write(make_facts(label=label, seed=seed, started=started, **values))
+        shutil.copy(SOURCE, folder.experiment_py)
+        experiment = load_source(SOURCE.read_text(), Path("gpt2ish.py"), {})
+        for step in steps:
+            model = experiment.model(experiment.config(**CONFIG), seed=seed + step)
+            with torch.no_grad():
+                model.head.weight.mul_(8)  # else every byte is nearly as likely
+                model.head.bias[128:] = -50  # ASCII, and no end marker
+                model.head.bias[:32] = -50
+            save_checkpoint(folder, Checkpoint(step, model.state_dict(), {}, {}, {}), keep=9)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, make_run):
     out_dir = tmp_path_factory.mktemp("work") / "runs"
     make_run(out_dir / "quick/gpt2ish/seed-0", steps=(10, 20))
     make_run(out_dir / "quick/newer/seed-1", "newer", "2026-02-02T00:00:00+00:00", seed=1)
@@ -329,9 +321,10 @@ def test_what_cannot_be_done_is_said(generator, capsys, args, problem, hint):
 
 
 def test_a_damaged_run_is_named_with_what_it_lacks(generator, tmp_path):
-    make_run(tmp_path / "run").write({"label": "gpt2ish", "seed": 0})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"label": "gpt2ish"}')
 
-    with pytest.raises(UserError, match=r"run.json is damaged: it lacks plan_name, precision"):
+    with pytest.raises(UserError, match=r"run.json is damaged: it lacks schema_version, exper"):
         generator(tmp_path / "run", "a")
 
 

@@ -15,8 +15,9 @@ from lmplay.grid.budget import sized
 from lmplay.grid.grid import run_grid
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.plan import read_plan
+from lmplay.run.request import Request
 from lmplay.train.display import GridDisplay
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 
 
@@ -32,7 +33,7 @@ def display():
 
 
 def is_finished(request):
-    return request.folder.read()["status"] == "finished"
+    return request.folder.read().status == "finished"
 
 
 def weights(folder):
@@ -67,7 +68,7 @@ def test_a_failed_run_is_counted_and_the_others_go_on(place, display):
     assert is_finished(requests[1]) and is_finished(requests[2])
     assert list(failures) == [str(requests[0].folder.path)]
     assert "not finite" in next(iter(failures.values()))
-    assert requests[0].folder.read()["status"] == "failed"
+    assert requests[0].folder.read().status == "failed"
 
 
 def test_a_run_whose_process_is_killed_is_a_failure_and_the_others_go_on(place, display):
@@ -81,7 +82,7 @@ def test_a_run_whose_process_is_killed_is_a_failure_and_the_others_go_on(place, 
 
     assert is_finished(request())
     assert "signal 9" in failures[str(request("killing").folder.path)]
-    assert request("killing").folder.read()["status"] == "failed"
+    assert request("killing").folder.read().status == "failed"
 
 
 def test_missing_data_ends_the_grid_at_once(place, display):
@@ -129,7 +130,7 @@ def test_a_signal_stops_the_run_under_way_saves_it_and_ends_the_grid(place, disp
         run_grid([first, second], display)
 
     assert raised.value.code == 143
-    assert first.folder.read()["status"] == "stopped"
+    assert first.folder.read().status == "stopped"
     assert not second.folder.run_json.exists()
     assert list((first.folder.path / "checkpoints").glob("step-*"))
 
@@ -156,8 +157,8 @@ def test_equal_seconds_are_measured_once_and_kept_for_every_seed(place, display,
     kept = json.loads((first.folder.path.parent / "budget.json").read_text())
 
     assert first.plan.tokens == second.plan.tokens and first.budget == second.budget
-    assert first.budget["cost"] == kept["seconds_per_step_over_baselines"] > 0
-    assert first.plan.tokens == pytest.approx(baseline.plan.tokens / first.budget["cost"], abs=160)
+    assert first.budget.cost == kept["seconds_per_step_over_baselines"] > 0
+    assert first.plan.tokens == pytest.approx(baseline.plan.tokens / first.budget.cost, abs=160)
 
 
 def test_a_budget_needs_tokens_to_divide(place, display):

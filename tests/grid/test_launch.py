@@ -20,8 +20,9 @@ from lmplay.plan import read_plan
 from lmplay.run import opening as runner
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
+from lmplay.run.request import Request
 from lmplay.train.display import Display
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 
 
 def python(code):
@@ -100,7 +101,7 @@ def rewind(folder, step):
     for path in folder.checkpoints.glob("step-*"):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
-    folder.write(folder.read() | {"status": "stopped"})
+    folder.write(folder.read().stopped("a test"))
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_sharded_processes_go_on_from_one_and_one_goes_on_from_them(place, capfd
 
     assert json.loads(heard.out)["status"] == "finished"  # one document
     assert heard.err.count("going on at step 4") == 1 and "Traceback" not in heard.err
-    assert facts["world_size"] == 2 and facts["sharded"] and "sharded" in facts["changed_midway"]
+    assert facts.world_size == 2 and facts.sharded and "sharded" in facts.changed_midway
     for name in ("train_csv", "validation_csv"):
         rows = [read_rows(getattr(folder, name)) for folder in (one, two)]
         for a, b in zip(*rows, strict=True):

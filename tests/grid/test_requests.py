@@ -8,8 +8,8 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.grid.requests import expand
 from lmplay.plan import read_plan
+from lmplay.run.request import Request
 from lmplay.train.display import GridDisplay
-from lmplay.train.session import Request
 
 
 @pytest.fixture

@@ -29,10 +29,16 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
-def new_run(path: Path, **facts) -> RunFolder:
-    run = RunFolder(path)
-    run.write({"schema_version": 1, **facts})
-    return run
+@pytest.fixture
+def new_run(make_facts):
+    """Writes a run's folder that holds a run.json."""
+
+    def write(path: Path, **values) -> RunFolder:
+        run = RunFolder(path)
+        run.write(make_facts(**values))
+        return run
+
+    return write
 
 
 @pytest.fixture
@@ -98,15 +104,15 @@ def test_the_order_of_changes_is_no_part_of_the_name():
     assert run_path(Path(), "p", "e", forth, 0) == run_path(Path(), "p", "e", back, 0)
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    facts = {"label": "ue,lr=0.001", "é": [1, 2.5, None, True], "command": [os.fsdecode(b"\xff")]}
-    run = new_run(tmp_path / "a" / "b", **facts)
+def test_what_is_written_is_read_back(new_run, make_facts, tmp_path):
+    values = {"label": "ue,lr=0.001", "command": [os.fsdecode(b"\xff"), "é"]}
+    run = new_run(tmp_path / "a" / "b", **values)
 
-    assert run.read() == {"schema_version": 1, **facts}
+    assert run.read() == make_facts(**values)
     assert os.listdir(run.path) == ["run.json"]
 
 
-def test_the_mode_of_run_json_follows_the_umask(tmp_path):
+def test_the_mode_of_run_json_follows_the_umask(new_run, tmp_path):
     previous = os.umask(0o027)
     try:
         run = new_run(tmp_path)
@@ -117,7 +123,9 @@ def test_the_mode_of_run_json_follows_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(tmp_path, monkeypatch, victim):
+def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(
+    new_run, tmp_path, monkeypatch, victim
+):
     run = new_run(tmp_path / "run", status="running")
 
     def fail(*args):
@@ -126,14 +134,14 @@ def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(os, victim, fail)
         with pytest.raises(OSError):
-            run.write({"status": "finished"})
+            run.write(run.read().finished())
 
-    assert run.read()["status"] == "running"
+    assert run.read().status == "running"
     assert os.listdir(run.path) == ["run.json"]
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"nonsense"])
-def test_a_damaged_run_json_is_named(tmp_path, text):
+def test_a_damaged_run_json_is_named(new_run, tmp_path, text):
     run = new_run(tmp_path)
     run.run_json.write_bytes(text)
 
@@ -146,7 +154,7 @@ def test_a_folder_without_run_json_is_no_run(tmp_path):
         RunFolder(tmp_path).read()
 
 
-def test_runs_are_found_once_each_in_natural_order(tmp_path):
+def test_runs_are_found_once_each_in_natural_order(new_run, tmp_path):
     for name in ["quick/ue/seed-10", "quick/ue/seed-2", "quick/gpt2ish/seed-0", ".hidden/seed-0"]:
         new_run(tmp_path / "runs" / name)
     one = tmp_path / "runs" / "quick" / "ue" / "seed-2"
@@ -157,7 +165,7 @@ def test_runs_are_found_once_each_in_natural_order(tmp_path):
     assert names == ["quick/gpt2ish/seed-0", "quick/ue/seed-2", "quick/ue/seed-10"]
 
 
-def test_a_path_without_a_run_is_an_error_beside_good_ones(tmp_path):
+def test_a_path_without_a_run_is_an_error_beside_good_ones(new_run, tmp_path):
     run = new_run(tmp_path / "run")
 
     for path in (tmp_path / "nowhere", tmp_path / "run" / "run.json"):
@@ -167,7 +175,7 @@ def test_a_path_without_a_run_is_an_error_beside_good_ones(tmp_path):
         assert caught.value.hint
 
 
-def test_a_run_is_resolved_by_folder_checkpoint_and_name(tmp_path):
+def test_a_run_is_resolved_by_folder_checkpoint_and_name(new_run, tmp_path):
     run = new_run(tmp_path / "quick" / "ue" / "seed-0")
     step = run.checkpoints / "step-70"
     step.mkdir(parents=True)
@@ -180,7 +188,7 @@ def test_a_run_is_resolved_by_folder_checkpoint_and_name(tmp_path):
     assert resolve_run("quick/ue", tmp_path) == (run, None)
 
 
-def test_a_folder_above_several_runs_does_not_mean_one_of_them(tmp_path):
+def test_a_folder_above_several_runs_does_not_mean_one_of_them(new_run, tmp_path):
     for seed in range(2):
         new_run(tmp_path / "quick" / "ue" / f"seed-{seed}")
 
@@ -188,7 +196,7 @@ def test_a_folder_above_several_runs_does_not_mean_one_of_them(tmp_path):
         resolve_run("quick/ue", tmp_path)
 
 
-def test_an_unknown_run_is_answered_with_the_nearest(tmp_path):
+def test_an_unknown_run_is_answered_with_the_nearest(new_run, tmp_path):
     new_run(tmp_path / "quick" / "gpt2ish" / "seed-0")
 
     with pytest.raises(UserError) as caught:
@@ -196,7 +204,7 @@ def test_an_unknown_run_is_answered_with_the_nearest(tmp_path):
     assert "quick/gpt2ish/seed-0" in caught.value.hint
 
 
-def test_the_newest_run_started_last_whatever_the_file_times_say(tmp_path):
+def test_the_newest_run_started_last_whatever_the_file_times_say(new_run, tmp_path):
     start = datetime(2026, 11, 21, tzinfo=UTC)
     order = list(range(5))
     random.Random(0).shuffle(order)
@@ -204,14 +212,14 @@ def test_the_newest_run_started_last_whatever_the_file_times_say(tmp_path):
         began = (start + timedelta(seconds=number)).isoformat()
         run = new_run(tmp_path / f"run-{number}", started=began)
         os.utime(run.run_json, (5 - number, 5 - number))
-    new_run(tmp_path / "no-start")
+    new_run(tmp_path / "no-start", started="")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{")
 
     assert resolve_run(None, tmp_path)[0].path.name == "run-4"
 
 
-def test_of_runs_that_started_together_the_one_with_more_steps_is_newest(tmp_path):
+def test_of_runs_that_started_together_the_one_with_more_steps_is_newest(new_run, tmp_path):
     for name, step in [("a", 9), ("b", 10), ("c", 2)]:
         run = new_run(tmp_path / name, started="2026-11-21T00:00:00+00:00")
         (run.checkpoints / f"step-{step}").mkdir(parents=True)

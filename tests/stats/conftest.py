@@ -5,7 +5,7 @@ from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record
 
 
 @pytest.fixture
-def make_run(tmp_path):
+def make_run(tmp_path, make_facts):
     """Writes a run's folder under tmp_path/runs; what is not said is a small finished run."""
 
     def make(
@@ -24,28 +24,17 @@ def make_run(tmp_path):
         losses = losses or [5 - step / num_steps for step in range(1, done + 1)]
         folder = RunFolder(tmp_path / "runs" / plan / label / f"seed-{seed}")
         folder.write(
-            {
-                "label": label,
-                "plan_name": plan,
-                "seed": seed,
-                "status": "finished" if done == num_steps else "stopped",
-                "num_steps": num_steps,
-                "tokens_per_step": tokens_per_step,
-                "flops_per_token": 1e6,
-                "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
-                "plan": {"optimizer": {"lr": lr}, "schedule": {"name": schedule}},
-                "config": {"width": 32},
-                "changes": {},
-                "scale_differs": {},
-                "bound": False,
-                "data": {
-                    "fingerprint": "a",
-                    "validation_fingerprint": "b",
-                    "tokenizer": "byte",
-                    **(data or {}),
+            make_facts(
+                label=label,
+                plan_name=plan,
+                seed=seed,
+                data=data,
+                **{
+                    "status": "finished" if done == num_steps else "stopped",
+                    "plan": {"optimizer": {"lr": lr}, "schedule": {"name": schedule}},
+                    **facts,
                 },
-            }
-            | facts
+            )
         )
         rows = [
             {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lmplay.run.facts import League
 from lmplay.run.records import TRAIN_COLUMNS, Record
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.judge import judge
@@ -461,15 +462,6 @@ def test_what_the_labels_do_not_say_is_marked(make_run):
     assert mark in row_of(rows, "edited")["marks"]
 
 
-def test_a_list_left_empty_is_what_an_older_run_did_not_say(make_run):
-    newer = make_run("newer")
-    facts = newer.read()
-    facts["plan"]["freeze"] = []
-    newer.write(facts)
-
-    assert row_of(judged(make_run(), newer), "newer")["marks"] == ["one seed: no evidence"]
-
-
 def test_an_experiment_that_was_edited_between_its_seeds_is_marked(make_run):
     base = [make_run(seed=seed) for seed in (0, 1)]
     idea = [make_run("ue", seed=0), make_run("ue", seed=1, config={"width": 64})]
@@ -489,7 +481,7 @@ def test_another_scale_and_a_likelihood_of_its_own_are_marked(make_run):
 
 
 def test_a_league_of_seconds_that_took_more_of_them_is_marked(make_run):
-    league = {"budget": {"kind": "seconds", "baseline": "gpt2ish"}}
+    league = {"budget": League(kind="seconds", baseline="gpt2ish")}
     base = make_run(num_steps=40)
     close = make_run("close,budget=seconds", num_steps=41, losses=[4.0] * 41, **league)
     slow = make_run("slow,budget=seconds", num_steps=45, **league)

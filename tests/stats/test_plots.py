@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -205,7 +207,7 @@ def test_runs_of_one_label_on_other_data_or_budgets_are_not_mixed(make_run, othe
 def test_a_seed_that_ran_twice_is_not_two_seeds(make_run, tmp_path):
     folders = [make_run(seed=0), make_run(seed=1), make_run(seed=2)]
     twice = make_run("copy", seed=1)
-    twice.write(twice.read() | {"label": "gpt2ish"})
+    twice.write(replace(twice.read(), label="gpt2ish"))
     figure = loss_figure(pairs_of(*folders, twice))
 
     assert "gpt2ish (2 seeds)" in words(figure)

@@ -9,9 +9,10 @@ from lmplay.catalog.entries import resolve
 from lmplay.model.experiment import load_experiment
 from lmplay.plan import read_plan
 from lmplay.run.folder import RunFolder
+from lmplay.run.request import Request
 from lmplay.train import compilation as compiling
 from lmplay.train import session
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 
 CPU = torch.device("cpu")
 
@@ -70,11 +71,11 @@ def test_a_run_is_compiled_as_asked_for_else_as_it_began(place, monkeypatch, ask
     monkeypatch.setattr(session, "is_repaid", lambda *_: repaid.pop())
     facts = RunFolder(Path(run_experiment(request(asked), display)["run"])).read()
 
-    assert facts["compiled"] is (asked is not False)
-    assert any(note.startswith("compiled: ") for note in display.notes) is facts["compiled"]
-    assert (facts["compilation"] is not None) is facts["compiled"]
-    if facts["compiled"]:
-        assert facts["compilation"]["graphs"] > 0 and facts["compilation"]["breaks"] == 0
+    assert facts.compiled is (asked is not False)
+    assert any(note.startswith("compiled: ") for note in display.notes) is facts.compiled
+    assert (facts.compilation is not None) is facts.compiled
+    if facts.compiled:
+        assert facts.compilation["graphs"] > 0 and facts.compilation["breaks"] == 0
     assert len(repaid) == (asked is not None)
     for began in (True, False):  # is_repaid would raise: it is not asked again
         assert session._compiles(request(None), {"compiled": began}, *[None] * 5) is began

@@ -19,8 +19,9 @@ from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
+from lmplay.run.request import Request
 from lmplay.train.initial_model import find_initial
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 from lmplay.train.update import Update
 
@@ -60,7 +61,7 @@ def weights_of(folder):
 
 def first_weights(folder, exp="gpt2ish"):
     experiment = load_experiment(resolve(exp))
-    config = experiment.config(**folder.read()["config"])
+    config = experiment.config(**folder.read().config)
     return experiment.model(config, stream_seed(0, "weights")).state_dict()
 
 
@@ -82,7 +83,7 @@ def test_a_frozen_parameter_keeps_its_first_value_and_the_others_move(place, opt
 
 def test_the_optimizer_knows_and_the_counts_say_what_is_trained(place):
     folder = run(freeze=BODY)
-    parameters = folder.read()["parameters"]
+    parameters = folder.read().parameters
     checkpoint = read_checkpoint(folder, None, weights_only=False)
     moments = checkpoint.optimizer["state"].values()
     sizes = {name: weight.numel() for name, weight in checkpoint.model.items()}

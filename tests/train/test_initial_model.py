@@ -11,8 +11,9 @@ from lmplay.errors import UserError
 from lmplay.plan import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
+from lmplay.run.request import Request
 from lmplay.train.initial_model import find_initial
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 
 
@@ -67,7 +68,7 @@ def parent(place):
 def test_a_child_begins_with_its_parents_weights_and_says_which_are_its_own(parent):
     display = Silent()
     folder = run("value_norm", parent.path, display=display)
-    began = folder.read()["initial_model"]
+    began = folder.read().initial_model
 
     assert began["fresh"] == [
         "blocks.0.attention.value_norm.weight",
@@ -88,11 +89,11 @@ def test_weights_are_copied_exactly(parent):
 
 def test_a_unified_embedding_reproduces_its_parents_table(place):
     parent = run(config={"width": 192})
-    began = run("ue", parent.path, config={"width": 192}).read()["initial_model"]
+    began = run("ue", parent.path, config={"width": 192}).read().initial_model
 
     assert began["unfolded"] == ["token_table"] and began["fresh"] == []
     assert began["logits_differ"] < 0.15  # measured: 0.045
-    assert run("ue").read()["initial_model"] is None
+    assert run("ue").read().initial_model is None
 
 
 def test_a_run_that_begins_with_weights_has_a_folder_and_a_label_of_its_own(parent):
@@ -114,7 +115,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_weights(parent, stop_at):
     result = run_experiment(again, Silent())
 
     resumed = RunFolder(Path(result["run"]))
-    assert resumed.read()["initial_model"] == whole.read()["initial_model"]
+    assert resumed.read().initial_model == whole.read().initial_model
     theirs = read_checkpoint(whole, None, weights_only=True).model
     for key, weight in read_checkpoint(resumed, None, weights_only=True).model.items():
         assert torch.equal(weight, theirs[key]), key
@@ -163,7 +164,7 @@ def test_a_native_checkpoint_of_transformers_answers_as_there(place):
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     theirs.save_pretrained(place / "theirs")
 
-    began = run("gpt2", place / "theirs").read()["initial_model"]
+    began = run("gpt2", place / "theirs").read().initial_model
     ours = first_weights("gpt2", place / "theirs")
 
     assert began["name"].startswith("theirs~") and began["fresh"] == began["unused"] == []

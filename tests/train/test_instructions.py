@@ -14,7 +14,8 @@ from lmplay.plan import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
-from lmplay.train.session import Request, run_experiment
+from lmplay.run.request import Request
+from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 
 # T positions, V vocabulary
@@ -106,7 +107,7 @@ def run(display=None, out_dir="runs", **changes):
 def nats_by_hand(folder, step, documents):
     """Sum over each truth and its end of minus the log of its probability, and their number."""
     experiment = load_experiment(resolve("gpt2ish"))
-    model = experiment.model(experiment.config(**folder.read()["config"])).eval()
+    model = experiment.model(experiment.config(**folder.read().config)).eval()
     model.load_state_dict(read_checkpoint(folder, step, weights_only=True).model)
     nats, count = 0.0, 0
     for prompt, truth in documents:
@@ -139,10 +140,10 @@ def test_the_validation_is_scored_on_stories_and_truths_by_hand(school, kind):
 
     for row in rows[1:]:
         nats, count = nats_by_hand(folder, row["step"], STORIES + RENDERED[kind])
-        assert facts["data"]["validation_tokens"] == count
+        assert facts.data.validation_tokens == count
         assert row["loss"] == pytest.approx(nats / count, rel=1e-5)
     num_bytes = sum(len(truth) for _, truth in STORIES + RENDERED[kind])
-    assert facts["data"]["validation_bytes"] == num_bytes
+    assert facts.data.validation_bytes == num_bytes
 
 
 def test_what_the_model_is_asked_is_shown_as_a_person_would_write_it(school):

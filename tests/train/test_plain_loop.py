@@ -15,7 +15,8 @@ from lmplay.model.experiment import load_experiment, scale
 from lmplay.plan import read_plan
 from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
-from lmplay.train.session import Request, run_experiment
+from lmplay.run.request import Request
+from lmplay.train.session import run_experiment
 
 PLAN = {
     "tokenizer": "byte",

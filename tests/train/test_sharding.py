@@ -23,9 +23,10 @@ from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import blocks, no_sync, shard, spread_model, whole
 from lmplay.run.records import read_rows
+from lmplay.run.request import Request
 from lmplay.train import loop, session
 from lmplay.train.display import Display
-from lmplay.train.session import Request, run_experiment
+from lmplay.train.session import run_experiment
 
 CPU = torch.device("cpu")
 
@@ -77,7 +78,7 @@ def test_a_sharded_run_takes_the_steps_of_a_plain_one(place, alone, monkeypatch,
     states = [newest_checkpoint(folder, print) for folder in (plain, sharded)]
     rows = [read_rows(folder.validation_csv) for folder in (plain, sharded)]
 
-    assert sharded.read()["sharded"] and sharded.read()["compiled"] == ("compiled" in options)
+    assert sharded.read().sharded and sharded.read().compiled == ("compiled" in options)
     for state in states:  # a softmax is blind to a key's bias: Adam scales up rounding errors there
         for key in [key for key in state.model if key.endswith("key.bias")]:
             del state.model[key]
