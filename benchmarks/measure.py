@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from lmplay.errors import UserError
-from lmplay.run.opening import machine_facts
+from lmplay.run.provenance import machine_facts
 
 PRECISIONS = ("fp32", "bf16")  # that are compared
 PEER = "transformers"

@@ -14,7 +14,7 @@ HEAVY = ("torch", "accelerate", "datasets", "pandas", "numpy", "matplotlib")
 ORDER = ["", "catalog", "model", "proofs", "data", "run", "optim", "train", "grid", "generate"]
 ORDER += ["export", "stats"]
 LIGHT = [
-    *("errors", "roots", "disk", "network", "machine", "memory", "console", "plan", "cli"),
+    *("errors", "roots", "disk", "network", "machine", "memory", "seeds", "console", "plan", "cli"),
     *("catalog.entries", "catalog.stack", "data.gaps", "data.tokenizers", "data.local_files"),
     *(
         "run.facts",

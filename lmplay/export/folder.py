@@ -19,7 +19,7 @@ from lmplay.model.native import NATIVE, to_native
 from lmplay.roots import bundled_root
 from lmplay.run.checkpoint import without_ties
 from lmplay.run.folder import RunFolder
-from lmplay.run.opening import Trained, open_trained
+from lmplay.run.trained import Trained, open_trained
 
 _PACKAGE = Path(__file__).parent.parent
 _WRAPPER = "modeling_lmplay"

@@ -24,7 +24,7 @@ from lmplay.run.folder import RUNS, resolve_run
 
 if TYPE_CHECKING:
     from lmplay.generate.sampling import Sample
-    from lmplay.run.opening import Trained
+    from lmplay.run.trained import Trained
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -186,7 +186,7 @@ def main(
     from lmplay.model.abilities import writes_itself
     from lmplay.model.sampler import Sampler
     from lmplay.proofs.device import refuse_wrong
-    from lmplay.run.opening import open_trained
+    from lmplay.run.trained import open_trained
 
     place = resolve_device(device)
     wanted = precision or ("fp32" if place.type == "cpu" else facts.precision)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmplay.model.cache import Cache
 from lmplay.model.decoding import last_logits
-from lmplay.run.opening import compiled_so_far, told_of_compiling
+from lmplay.run.compiler import compiled_so_far
 
 # B rows, T positions, V vocabulary, H heads, S positions attended to, D head width
 
@@ -84,7 +84,7 @@ class CompiledSteps:
     def _judge(self, made: list[Tensor], plain: list[Tensor]) -> None:
         far = max(_how_far(x, y) for x, y in zip(made, plain, strict=True))
         if far <= _FAR:
-            self.news.append(told_of_compiling(compiled_so_far()))
+            self.news.append(str(compiled_so_far()))
         else:
             self._stop(f"its numbers are {far:.0%} of their spread away from those without")
 

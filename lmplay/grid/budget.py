@@ -17,9 +17,10 @@ from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import count, load_experiment, scale
 from lmplay.optim.registry import make_optimizer
+from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League
-from lmplay.run.opening import make_accelerator, open_run
 from lmplay.run.request import Request
+from lmplay.run.run import open_run
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display

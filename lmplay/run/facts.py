@@ -32,6 +32,20 @@ class DataFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """What compiling the model took."""
+
+    graphs: int
+    breaks: int  # between graphs
+    seconds: float
+
+    def __str__(self):
+        graphs = f"{self.graphs or 'no'} graph{'s' if self.graphs > 1 else ''}"
+        breaks = f"{self.breaks or 'no'} break{'s' if self.breaks > 1 else ''}"
+        return f"compiled: {graphs}, {breaks}, in {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """run.json. What has a default here is what a run that begins says; a file says everything."""
 
@@ -65,7 +79,7 @@ class Facts:
     world_size: int
     mini_batch_size: int
     compiled: bool
-    compilation: dict | None = None  # graphs, breaks and seconds
+    compilation: Compilation | None = None
     sharded: bool
     initial_model: dict | None = None  # how the weights came about, where not by chance
     changed_midway: list[str] = field(default_factory=list)  # since then not bit by bit

@@ -367,7 +367,7 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     from dataclasses import replace
 
     from lmplay.grid.budget import sized
-    from lmplay.run.opening import leave_processes
+    from lmplay.run.accelerator import leave_processes
     from lmplay.train.display import Display
     from lmplay.train.session import run_experiment
     from lmplay.train.signals import Stopped

@@ -11,8 +11,8 @@ from lmplay.errors import NUMERIC, UserError
 from lmplay.memory import peak_memory
 from lmplay.model.abilities import has_own_objective
 from lmplay.model.objective import Sums
-from lmplay.run.opening import Run
 from lmplay.run.records import Record
+from lmplay.run.run import Run
 
 CADENCE = 10  # steps between two looks at the device; on the CPU every step is looked at
 

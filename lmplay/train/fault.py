@@ -5,7 +5,7 @@ from torch.utils._pytree import tree_leaves
 
 from lmplay.data.batches import Batch
 from lmplay.model.objective import Objective
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 
 
 def first_bad_place(run: Run, batch: Batch) -> str | None:

@@ -15,8 +15,10 @@ from lmplay.model.experiment import load_experiment
 from lmplay.model.native import read_native
 from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.folder import RunFolder, resolve_run
-from lmplay.run.opening import Run, load_weights, open_trained, stream_seed
 from lmplay.run.request import InitialModel
+from lmplay.run.run import Run, load_weights
+from lmplay.run.trained import open_trained
+from lmplay.seeds import stream_seed
 
 
 def find_initial(text: str, out_dir: Path) -> InitialModel:

@@ -9,8 +9,8 @@ from torch import Tensor
 from lmplay.data.batches import Batch, Data
 from lmplay.optim.schedules import factor
 from lmplay.run.checkpoint import restore_rng, rng_state
-from lmplay.run.opening import Run
 from lmplay.run.records import Record
+from lmplay.run.run import Run
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.saving import save

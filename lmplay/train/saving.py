@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint
 from lmplay.run.fsdp import whole
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 from lmplay.train.update import Update
 
 

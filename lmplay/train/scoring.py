@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lmplay.data.batches import Batch
 from lmplay.model.objective import Sums
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 
 
 def score(run: Run, part: Batch) -> Sums:

@@ -34,22 +34,17 @@ from lmplay.optim.registry import make_optimizer, refuse_sharding, refuse_wrong_
 from lmplay.plan import Plan
 from lmplay.proofs import device as device_check
 from lmplay.proofs import tiny as check
+from lmplay.run.accelerator import make_accelerator
 from lmplay.run.checkpoint import newest_checkpoint, restore_rng, unchanged_rng
+from lmplay.run.compiler import compiled_so_far
 from lmplay.run.facts import DataFacts, Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import spread_optimizer
-from lmplay.run.opening import (
-    Run,
-    compiled_so_far,
-    load_weights,
-    machine_facts,
-    make_accelerator,
-    open_run,
-    stream_seed,
-    told_of_compiling,
-)
+from lmplay.run.provenance import machine_facts
 from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
 from lmplay.run.request import Request
+from lmplay.run.run import Run, load_weights, open_run
+from lmplay.seeds import stream_seed
 from lmplay.train.clock import Clock
 from lmplay.train.compilation import is_repaid
 from lmplay.train.curves import Curves, NotFinite
@@ -256,7 +251,7 @@ def _train(session: Session, now: Facts, tokenizer: Tokenizer, display: Display)
         if kind == "train" and run.compiled and (made := compiled_so_far()) != now.compilation:
             now = replace(now, compilation=made)
             if is_main:
-                display.note(told_of_compiling(made))
+                display.note(str(made))
         model = run.whole_model() if kind == "validation" else None
         if not is_main:
             return

@@ -4,7 +4,7 @@ import signal
 
 import torch
 
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 
 
 class Stopped(Exception):

@@ -6,7 +6,7 @@ from torch import Tensor
 from lmplay.model.abilities import has_after_step
 from lmplay.optim.registry import is_maskable, set_learning_rate
 from lmplay.run.fsdp import whole
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 
 MOST_OVERFLOWS = 20  # in a row: by then the scaler has divided its scale of 65,536 by a million
 

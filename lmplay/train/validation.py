@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmplay.data.batches import Data
 from lmplay.run.checkpoint import unchanged_rng
-from lmplay.run.opening import Run
+from lmplay.run.run import Run
 from lmplay.train.scoring import score
 
 

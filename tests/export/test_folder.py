@@ -15,7 +15,7 @@ from lmplay.export import folder as files
 from lmplay.export.folder import export
 from lmplay.model.decoding import greedy_text
 from lmplay.model.experiment import load_experiment
-from lmplay.run.opening import open_trained
+from lmplay.run.trained import open_trained
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = [read_file(path)[0] for path in sorted(FOLDER.glob("[!_]*.py"))]

@@ -17,7 +17,7 @@ from lmplay.errors import UserError
 from lmplay.grid import launch as launching
 from lmplay.grid.launch import launch, refuse_missing_gpus
 from lmplay.plan import read_plan
-from lmplay.run import opening as runner
+from lmplay.run import accelerator
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
@@ -91,9 +91,9 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch, seen, device, words):
 
 def test_processes_that_did_not_become_one_group_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runner, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(accelerator, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(UserError, match="in a group of 1"):
-        runner.make_accelerator(torch.device("cpu"), "fp32")
+        accelerator.make_accelerator(torch.device("cpu"), "fp32")
 
 
 def rewind(folder, step):

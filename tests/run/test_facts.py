@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from lmplay.run.facts import Facts, League
+from lmplay.run.facts import Compilation, Facts, League
 
 
 def with_changes(facts, **changes):
@@ -74,3 +74,13 @@ def test_a_number_that_is_not_finite_counts_as_a_failure_and_stays_one(make_fact
 
     assert (broken.status, broken.failures) == ("failed", 0)
     assert diverged.running().failures == 1
+
+
+@pytest.mark.parametrize(
+    ("graphs", "breaks", "said"),
+    [(1, 0, "1 graph, no break"), (0, 1, "no graph, 1 break"), (3, 2, "3 graphs, 2 breaks")],
+)
+def test_graphs_and_breaks_are_told(graphs, breaks, said):
+    made = Compilation(graphs=graphs, breaks=breaks, seconds=4.4)
+
+    assert str(made) == f"compiled: {said}, in 4 s"

@@ -75,7 +75,7 @@ def test_a_run_is_compiled_as_asked_for_else_as_it_began(place, monkeypatch, ask
     assert any(note.startswith("compiled: ") for note in display.notes) is facts.compiled
     assert (facts.compilation is not None) is facts.compiled
     if facts.compiled:
-        assert facts.compilation["graphs"] > 0 and facts.compilation["breaks"] == 0
+        assert facts.compilation.graphs > 0 and facts.compilation.breaks == 0
     assert len(repaid) == (asked is not None)
     for began in (True, False):  # is_repaid would raise: it is not asked again
         assert session._compiles(request(None), {"compiled": began}, *[None] * 5) is began

@@ -17,9 +17,9 @@ from lmplay.optim.registry import make_optimizer
 from lmplay.plan import Optimizer, read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
-from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
+from lmplay.seeds import stream_seed
 from lmplay.train.initial_model import find_initial
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped

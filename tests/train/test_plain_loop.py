@@ -13,9 +13,9 @@ from lmplay.catalog.entries import resolve
 from lmplay.data.batches import open_data
 from lmplay.model.experiment import load_experiment, scale
 from lmplay.plan import read_plan
-from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
+from lmplay.seeds import stream_seed
 from lmplay.train.session import run_experiment
 
 PLAN = {

@@ -19,9 +19,9 @@ from lmplay.model.objective import IGNORE
 from lmplay.plan import read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
-from lmplay.run.opening import stream_seed
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
+from lmplay.seeds import stream_seed
 from lmplay.train import curves, loop, session
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
