@@ -260,3 +260,27 @@ def test_zamba2_shares_one_block_and_is_a_stack_of_scans_where_no_way_leads_back
     assert torch.equal(model(tokens_BT), plain(tokens_BT))
     assert sum(layer.use is not None for layer in deep.layers) == 5
     assert sum(type(module).__name__ == "SharedBlock" for module in deep.modules()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [("megabyte", "patch"), ("hourglass", "shorten")],
+    ids=["megabyte", "hourglass"],
+)
+@pytest.mark.parametrize("K", [1, 2, 4, 8])
+def test_a_patch_speaks_to_all_that_follow_it_and_to_none_before(name, patch, K):
+    model, tokens_BT = model_of(name, **{patch: K}), random_tokens(B=2, T=15)
+    for weight in model.parameters():  # at the start some ways are too faint for fp32
+        weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+
+    assert moved_by(model, tokens_BT, 6) == list(range(6, 15))
+    assert moved_by(model, tokens_BT, 0) == list(range(15))
+
+
+@pytest.mark.parametrize("name", ["megabyte", "hourglass"])
+def test_patches_have_an_order(name):
+    model, tokens_BT = model_of(name), random_tokens(B=1, T=16)
+    swapped_BT = torch.cat([tokens_BT[:, 5:9], tokens_BT[:, 1:5], tokens_BT[:, 9:]], dim=1)
+    swapped_BT = torch.cat([tokens_BT[:, :1], swapped_BT], dim=1)
+
+    assert (model(swapped_BT)[:, -1] - model(tokens_BT)[:, -1]).abs().max() > 1e-7
