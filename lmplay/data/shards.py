@@ -3,6 +3,7 @@
 import atexit
 import glob
 import hashlib
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from lmplay.data.shard_writer import VERSION, Shard, digest, mask_path
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import Dataset, Validation
+
+_HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
 
 class Shards:
@@ -157,8 +160,8 @@ def open_foreign(
 ) -> tuple[Shards, Shards]:
     """Shards that somebody else made, to validate with and to train on.
 
-    Those called val are held out, else the end of the last. At most `validation.tokens` targets
-    are scored.
+    Those with the word val, valid, validation or dev in their name are held out, else the end of
+    the last. At most `validation.tokens` targets are scored.
 
     Raises:
         UserError: a file is missing or no shard; nothing is left to train on.
@@ -166,7 +169,7 @@ def open_foreign(
     paths = sorted({Path(p) for pattern in dataset.shards or [] for p in _expanded(pattern)})
     files = [Shard(str(path.resolve()), shard_header(path)[0]) for path in paths]
     files = [file for file in files if file.tokens]
-    held_out = [file for file in files if "val" in Path(file.file).name]
+    held_out = [file for file in files if _HELD_OUT.search(Path(file.file).name)]
     training = [file for file in files if file not in held_out]
     if not training or training[-1].tokens < 2:
         raise UserError(f"{name}: no shard is left to train on", hint="name more shards")

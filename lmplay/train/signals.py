@@ -23,7 +23,8 @@ class Signals:
 
     def __init__(self):
         self.code: int | None = None
-        self.save = False
+        self._num_saves = 0  # asked for; counted, since a flag that is cleared may lose a signal
+        self._num_taken = 0
 
     def __enter__(self):
         wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -36,9 +37,14 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since this was last called."""
+        before, self._num_taken = self._num_taken, self._num_saves
+        return self._num_taken > before
+
     def _receive(self, number, _frame):
         if number == signal.SIGUSR1:
-            self.save = True
+            self._num_saves += 1
         elif self.code is None:
             self.code = 128 + number
         else:
@@ -51,11 +57,10 @@ def agreed(run: Run, signals: Signals, cadence: int) -> tuple[int, bool]:
     Several processes decide together, every `cadence` steps, when they look at the device anyway,
     or they would wait for each other at different steps.
     """
-    asked = [signals.code or 0, int(signals.save)]
+    if run.world_size > 1 and run.step % cadence:
+        return 0, False
+    asked = [signals.code or 0, int(signals.take_save())]
     if run.world_size > 1:
-        if run.step % cadence:
-            return 0, False
         asked_R2 = run.accelerator.gather(torch.tensor([asked], device=run.device))
         asked = asked_R2.amax(0).tolist()
-    signals.save = False
     return asked[0], bool(asked[1])

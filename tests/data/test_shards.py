@@ -53,15 +53,26 @@ def test_large_vocabularies_take_four_bytes(folder):
     assert map_shard(folder / "a.bin").tolist() == [1, 100_000]
 
 
-def test_foreign_shards_called_val_are_held_out(folder):
+@pytest.mark.parametrize("name", ["x_val_0", "x_valid", "x_validation-0", "x_Dev", "x_val0"])
+def test_foreign_shards_called_val_are_held_out(folder, name):
     for number in (2, 1):
         foreign(folder / f"x_train_{number}.bin", [256, number, number])
-    foreign(folder / "x_val_0.bin", [256, 9, 9, 9])
+    foreign(folder / f"{name}.bin", [256, 9, 9, 9])
     dataset = Dataset(shards=[str(folder / "x_*.bin")])
 
     assert stream(opened(dataset)[1]) == [256, 1, 1, 256, 2, 2]
     assert stream(opened(dataset)[0]) == [256, 9, 9, 9]
     assert opened(dataset)[0].text_bytes() == 3
+
+
+@pytest.mark.parametrize("name", ["interval", "x_values", "devices", "rival_0"])
+def test_foreign_shards_whose_names_only_contain_val_are_trained_on(folder, name):
+    foreign(folder / f"{name}.bin", [256, *range(99)])
+    foreign(folder / "zz_val_0.bin", [256, 9, 9, 9])
+    dataset = Dataset(shards=[str(folder / "*.bin")])
+
+    assert stream(opened(dataset)[0]) == [256, 9, 9, 9]
+    assert stream(opened(dataset)[1]) == [256, *range(99)]
 
 
 def test_of_foreign_shards_the_end_is_held_out_else(folder):
