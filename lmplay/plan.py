@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,18 @@ def _whole(value: object) -> object:
 
 Precision = Literal[PRECISIONS]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**53)]  # 4.6e9 is one too
+
+
+def _rising(ramp: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    shares = [share for share, _ in ramp]
+    if shares[0] != 0 or shares != sorted(set(shares)):
+        raise ValueError(f"a ramp begins at 0 and rises; its shares are {shares}")
+    return ramp
+
+
+_Point = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Count], Field(strict=False)]
+# [[0, 16], [0.5, 32]]: 16 at first, 32 once half of the run's tokens were trained on
+Ramp = Annotated[list[_Point], Field(min_length=1), AfterValidator(_rising)]
 
 
 class _Strict(BaseModel):
@@ -156,8 +169,14 @@ class Plan(_Strict):
     tokenizer: str = Field(
         description="gpt2, cl100k_base, o200k_base, bpe:N, byte, or a Hugging Face tokenizer."
     )
-    sequence_length: Count = Field(description="Tokens in a row.")
-    batch_size: Count = Field(description="Rows in a step.")
+    sequence_length: Count | Ramp = Field(
+        description="Tokens in a row; or a ramp, as for batch_size, through parts of the longest: "
+        "a row is cut in equal parts, and nothing else changes."
+    )
+    batch_size: Count | Ramp = Field(
+        description="Rows in a step, of the longest length; or a ramp: [[0, 16], [0.5, 32]] is 32 "
+        "once half of the tokens were trained on."
+    )
     model: dict[str, bool | int | float | str] = Field(
         {}, description="Config values that every experiment on this plan shares."
     )
@@ -179,6 +198,34 @@ class Plan(_Strict):
     precision: Precision = Field("amp", description="amp is bf16 where it works, else fp16.")
     validation: Validation
     checkpoints: Checkpoints
+
+    @model_validator(mode="after")
+    def _rows_can_be_cut(self):
+        for _, length in self.sequence_lengths:
+            if self.max_len % length:
+                raise ValueError(
+                    f"sequence_length: rows of {self.max_len} cannot be cut in parts of {length}"
+                )
+        return self
+
+    @property
+    def sequence_lengths(self) -> list[tuple[float, int]]:
+        """Tokens in a row, each from a share of the run's tokens on."""
+        return _points(self.sequence_length)
+
+    @property
+    def batch_sizes(self) -> list[tuple[float, int]]:
+        """Rows of `max_len` tokens in a step, each from a share of the run's tokens on."""
+        return _points(self.batch_size)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens in the longest row."""
+        return max(length for _, length in self.sequence_lengths)
+
+
+def _points(value: int | Ramp) -> list[tuple[float, int]]:
+    return [(0.0, value)] if isinstance(value, int) else value
 
 
 def plan_paths() -> dict[str, Path]:
@@ -395,8 +442,10 @@ def _explained(error: ValidationError, raw: dict, path: Path, changes: dict) -> 
     place = max(related, key=len)
     same = [problem for problem, other in zip(problems, places, strict=True) if other == place]
 
+    same.sort(key=lambda problem: problem["type"] != "value_error")  # our own words first
     first, where = same[0], _printable(".".join(place))
-    blamed = where if where in changes else f"{path}: {where}"
+    is_changed = any(where == key or where.startswith(f"{key}.") for key in changes)
+    blamed = where if is_changed else f"{path}: {where}" if where else str(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(place[:-1])
         hint = f"{nearest(place[-1][:60], known)}the keys here are {', '.join(known)}"
@@ -405,7 +454,8 @@ def _explained(error: ValidationError, raw: dict, path: Path, changes: dict) -> 
         return UserError(f"{blamed} is missing", hint=_SCHEMA)
     if first["type"] == "value_error":
         return UserError(f"{blamed}: {first['ctx']['error']}", hint=_SCHEMA)
-    words = {"model_type": "an object", "dict_type": "an object", "too_short": "a longer list"}
+    words = {"model_type": "an object", "dict_type": "an object"}
+    words |= {"too_short": "a longer list", "too_long": "a shorter list"}
     expected = [words.get(p["type"]) or p["msg"].removeprefix("Input should be ") for p in same]
     should = " or ".join(dict.fromkeys(expected))
     return UserError(f"{blamed} should be {should}, not {_shown(first['input'])}", hint=_SCHEMA)
@@ -420,7 +470,7 @@ def _place(problem: dict, raw: object) -> list[str]:
             if part in inside:
                 place.append(str(part))
                 raw = raw[part]
-    return [*place, problem["loc"][-1]] if problem["type"] == "missing" else place
+    return [*place, str(problem["loc"][-1])] if problem["type"] == "missing" else place
 
 
 def _keys_at(parents: list[str]) -> list[str]:

@@ -130,6 +130,13 @@ def test_a_misspelt_key_is_reported_before_the_one_that_it_leaves_missing(plans)
         (("tokens",), True, "tokens"),
         (("batch_size",), 0, "batch_size"),
         (("batch_size",), 10**30, "batch_size"),
+        (("batch_size",), [], "batch_size"),
+        (("batch_size",), [[0, 8, 3]], "batch_size.0"),
+        (("batch_size",), [[0, 8], [0.5, 0]], "batch_size.1.1"),
+        (("batch_size",), [[0, 8], [1.5, 16]], "batch_size.1.0"),
+        (("batch_size",), [[0.1, 8]], "batch_size"),
+        (("sequence_length",), [[0, 8], [0.5, 16], [0.2, 32]], "sequence_length"),
+        (("sequence_length",), [[0, 100], [0.5, 256]], "sequence_length"),
         (("clip",), 0, "clip"),
         (("freeze",), "blocks.*", "freeze"),
         (("freeze",), [0], "freeze.0"),
@@ -195,6 +202,27 @@ def test_a_number_that_is_not_finite_is_refused(plans, key, number):
     write(plans, "mine", LEAST)
 
     assert error_of("mine", changes={key: number}).problem.startswith(f"{key} should be ")
+
+
+def test_batch_and_rows_may_ramp_over_the_tokens_of_the_run(plans):
+    write(plans, "mine", {**LEAST, "batch_size": [[0, 8], [0.25, 32]]})
+    plain = read_plan("mine", {"batch_size": 16, "sequence_length": 64})
+    plan = read_plan("mine", {"sequence_length": [[0, 32], [0.5, 128.0], [0.75, 64]]})
+
+    assert plan.batch_sizes == [(0, 8), (0.25, 32)] and plain.batch_sizes == [(0, 16)]
+    assert plan.sequence_lengths == [(0, 32), (0.5, 128), (0.75, 64)]
+    assert plan.max_len == 128 and plain.max_len == 64
+    assert Plan.model_validate(json.loads(json.dumps(plan.model_dump()))) == plan
+    assert jsonschema.Draft202012Validator(plan_schema()).is_valid(
+        json.loads(plan.model_dump_json())
+    )
+
+
+def test_a_wrong_ramp_given_as_a_change_is_not_blamed_on_the_file(plans):
+    write(plans, "mine", LEAST)
+    error = error_of("mine", changes={"batch_size": [[0, 8], [0.5, "x"]]})
+
+    assert error.problem.startswith("batch_size.1.1 should be")
 
 
 def test_extends_merges_objects_and_replaces_all_else(plans):

@@ -48,6 +48,11 @@ class Batch:
     targets_BT: Tensor
     num_targets: int
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens in rows of this length, which divides that of the rows."""
+        tokens_BT, targets_BT = (t.reshape(-1, length) for t in (self.tokens_BT, self.targets_BT))
+        return Batch(tokens_BT, targets_BT, self.num_targets)
+
     def split(self, size: int) -> list["Batch"]:
         """Parts of `size` rows; the last one may have fewer."""
         parts = zip(self.tokens_BT.split(size), self.targets_BT.split(size), strict=True)
@@ -129,9 +134,11 @@ class Data:
             [stage.model_dump() for stage in plan.stages],
         )
 
-    def rows(self, first: int, count: int) -> Batch:
+    def rows(self, first: int, count: int, length: int | None = None) -> Batch:
         """`count` rows of training from number `first` on; waits where a source still streams.
 
+        Args:
+            length: tokens in a row of the batch: the plan's longest rows are cut in equal parts.
         Raises:
             UserError: preparing the source failed, or a shard is damaged.
         """
@@ -139,11 +146,12 @@ class Data:
         for number in range(first, first + count):
             place = self._place(number)
             windows.append(None if place is None else self._window(*place))
-        return self._batch(windows)
+        batch = self._batch(windows)
+        return batch if length is None else batch.cut(length)
 
     def validation_batches(self, size: int) -> Iterator[Batch]:
         """The held-out text in batches of `size` rows, every target once; the last has fewer."""
-        T = self._plan.sequence_length
+        T = self._plan.max_len
         windows = []
         for shards in self._held_out.values():
             for start in range(0, _all(shards) - 1, T):
@@ -169,7 +177,7 @@ class Data:
         Of a document with a prompt of its own, that; else the text is cut in the middle. Both are
         cut to the sides' nearest 64 tokens, or half a row.
         """
-        most = max(1, min(_EXAMPLE_TOKENS, self._plan.sequence_length // 2))
+        most = max(1, min(_EXAMPLE_TOKENS, self._plan.max_len // 2))
         tokens, learned = shards.window(1, min(_all(shards), 1 << 16))
         ends = np.append(np.flatnonzero(tokens == self._end), len(tokens))
         begins = np.append(0, ends[:-1] + 1)
@@ -190,7 +198,7 @@ class Data:
         ends, complete = self._training[name].known()
         rows = self._rows.get(name)
         if rows is None or (len(rows.ends), rows.complete) != (len(ends), complete):
-            rows = self._rows[name] = Rows(ends, complete, self._plan.sequence_length)
+            rows = self._rows[name] = Rows(ends, complete, self._plan.max_len)
         return rows
 
     def _wait(self, name: str) -> None:
@@ -227,12 +235,12 @@ class Data:
             self._wait(name)
             rows = self._known(name)
         epoch, position = divmod(drawn, rows.num_known) if rows.complete else (0, drawn)
-        T = self._plan.sequence_length
+        T = self._plan.max_len
         row = rows.row(position, self._seed, name, epoch)
         return self._training[name].window(row * T, T + 1)
 
     def _batch(self, windows: list[tuple[np.ndarray, np.ndarray] | None]) -> Batch:
-        B, T = len(windows), self._plan.sequence_length
+        B, T = len(windows), self._plan.max_len
         tokens_BT = np.full((B, T), self._end, np.int64)
         targets_BT = np.full((B, T), IGNORE, np.int64)
         for b, window in enumerate(windows):

@@ -146,7 +146,7 @@ def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str
             hint = nearest(key, known) + "a plan scales every experiment alike"
             raise UserError(f"plan {plan.name}: gpt2ish has no Config value {key!r}", hint=hint)
     shared = {key: value for key, value in plan.model.items() if key in experiment.fields}
-    given = {"vocab_size": vocab_size, "max_len": plan.sequence_length}
+    given = {"vocab_size": vocab_size, "max_len": plan.max_len}
     config = experiment.config(**shared | experiment.variant | given | changes)
     made = dataclasses.asdict(config)
     differs = {

@@ -432,10 +432,9 @@ def _know_config_values(entry: Entry, plan: "Plan", changes: dict[str, object]) 
             where = f"--set {key}" if key in changes else f"plan {plan.name}: model.{key}"
             problem = f"{where} should be {entry.fields[key]}, not {json.dumps(value)}"
             raise UserError(problem, hint="--describe shows the fields")
-    if changes.get("max_len", plan.sequence_length) < plan.sequence_length:
+    if changes.get("max_len", plan.max_len) < plan.max_len:
         raise UserError(
-            f"--set max_len={changes['max_len']}: the plan's rows have {plan.sequence_length} "
-            "tokens",
+            f"--set max_len={changes['max_len']}: the plan's rows have {plan.max_len} tokens",
             hint="--set sequence_length=N changes both",
         )
 

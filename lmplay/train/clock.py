@@ -1,6 +1,11 @@
 """The one clock: what a step trains on and how far the run is by then, from the plan alone."""
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil
 
 from lmplay.plan import Plan
 
@@ -10,30 +15,35 @@ class Moment:
     """A step, and what was trained on before it."""
 
     step: int  # counted from 0
-    first_row: int  # of the step among those of the whole run: as many came before it
-    num_rows: int  # of the step
-    row_length: int  # tokens in a row of the plan
+    first_row: int  # of the step's rows, among all rows of the run
+    num_rows: int  # of the plan's longest length
+    row_length: int  # tokens in each of the parts that they are cut in
+    tokens_before: int  # of all steps before this one
+    tokens: int  # of this step
     progress: float  # share of the run's tokens that was trained on before the step, 0 to 1
 
-    @property
-    def tokens_before(self) -> int:
-        """Tokens of all steps before this one."""
-        return self.first_row * self.row_length
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of this step."""
-        return self.num_rows * self.row_length
+@dataclass(frozen=True)
+class Phase:
+    """Steps that are all alike."""
+
+    step: int  # the first one
+    first_row: int
+    num_rows: int  # in a step
+    row_length: int
 
 
 class Clock:
     """Turns steps into rows, tokens and progress. Nothing else multiplies a step by a constant.
 
-    Tokens are counted as places of full rows: those that nothing is learned from count too.
+    Tokens are counted as places in rows: those that nothing is learned from count too. A ramp
+    takes its next value with the first step before which its share of the tokens, not yet rounded
+    up to whole steps, was trained on.
 
     Attributes:
         num_steps: of the run.
-        num_tokens: of all of them together, the last one rounded up to a whole step.
+        num_tokens: of all of them together.
+        phases: the run as steps that are alike, one phase where nothing ramps.
     """
 
     def __init__(self, plan: Plan, num_rows: int | None = None):
@@ -41,21 +51,40 @@ class Clock:
         Args:
             num_rows: that the data has, where the plan has no budget of tokens.
         """
-        self._batch_size, self._row_length = plan.batch_size, plan.sequence_length
         if plan.tokens is not None:
-            num_rows = -(-plan.tokens // plan.sequence_length)
+            num_rows = -(-plan.tokens // plan.max_len)
         assert num_rows is not None
-        self.num_steps = -(-num_rows // plan.batch_size)
-        self._num_rows = self._first_row(self.num_steps)
-        self.num_tokens = self._num_rows * plan.sequence_length
+        self._max_len = plan.max_len
+        self.phases: list[Phase] = []
+        shares = sorted({share for share, _ in [*plan.batch_sizes, *plan.sequence_lengths]})
+        step = row = 0
+        for share, end in pairwise([*shares, 1]):
+            size, length = _at(plan.batch_sizes, share), _at(plan.sequence_lengths, share)
+            left = Fraction(str(end)) * num_rows - row  # 0.1 of 30 rows is 3 rows
+            if left > 0:
+                self.phases.append(Phase(step, row, size, length))
+                step += ceil(left / size)
+                row += ceil(left / size) * size
+        self.num_steps, self._num_rows = step, row
+        self.num_tokens = row * plan.max_len
 
     def at(self, step: int) -> Moment:
         """The moment before a step, 0 <= step <= num_steps; the last one is the end of the run."""
         if not 0 <= step <= self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        first_row = self._first_row(step)
-        progress = 1.0 if step == self.num_steps else first_row / self._num_rows
-        return Moment(step, first_row, self._batch_size, self._row_length, progress)
+        if step == self.num_steps:
+            return Moment(step, self._num_rows, 0, self._max_len, self.num_tokens, 0, 1.0)
+        phase = self.phases[bisect_right(self.phases, step, key=lambda phase: phase.step) - 1]
+        first_row = phase.first_row + (step - phase.step) * phase.num_rows
+        return Moment(
+            step,
+            first_row,
+            phase.num_rows,
+            phase.row_length,
+            first_row * self._max_len,
+            phase.num_rows * self._max_len,
+            first_row / self._num_rows,
+        )
 
     def is_due(self, step: int, every_tokens: int) -> bool:
         """True at the start, and where the tokens before a step reach a multiple of these."""
@@ -64,5 +93,16 @@ class Clock:
         now, earlier = (self.at(s).tokens_before // every_tokens for s in (step, step - 1))
         return now != earlier
 
-    def _first_row(self, step: int) -> int:
-        return step * self._batch_size
+    def mean(self, of_length: Callable[[int], float]) -> float:
+        """The mean over the run's tokens of what depends on the length of their rows."""
+        ends = [phase.first_row for phase in self.phases[1:]] + [self._num_rows]
+        rows: dict[int, int] = {}
+        for phase, end in zip(self.phases, ends, strict=True):
+            rows[phase.row_length] = rows.get(phase.row_length, 0) + end - phase.first_row
+        if len(rows) <= 1:
+            return of_length(next(iter(rows), self._max_len))
+        return sum(count * of_length(length) for length, count in rows.items()) / self._num_rows
+
+
+def _at(ramp: list[tuple[float, int]], share: float) -> int:
+    return [value for start, value in ramp if start <= share][-1]

@@ -54,7 +54,7 @@ def advance(session: Session) -> None:
     """Take the next step. If it is dropped, it is the next one still."""
     run = session.run
     now = session.clock.at(run.step)
-    batch = session.data.rows(now.first_row, now.num_rows)
+    batch = session.data.rows(now.first_row, now.num_rows, now.row_length)
     taken = take_step(session, batch)
     if taken is not None:
         run.step += 1
@@ -74,7 +74,8 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
     run, plan, clock = session.run, session.run.plan, session.clock
     rng = rng_state()
     share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
-    parts = batch.of_rank(run.accelerator.process_index, run.world_size, run.mini_batch_size)
+    size = run.mini_batch_size * (plan.max_len // batch.tokens_BT.shape[1])  # more short rows
+    parts = batch.of_rank(run.accelerator.process_index, run.world_size, size)
     try:
         for part in parts:
             if session.signals.code is not None and run.world_size == 1:

@@ -277,7 +277,8 @@ def _train(session: Session, now: Facts, tokenizer: Tokenizer, display: Display)
         is_numeric = isinstance(error, NotFinite)
         if is_numeric:
             bad = session.clock.at(error.step - 1)
-            if name := first_bad_place(run, session.data.rows(bad.first_row, bad.num_rows)):
+            batch = session.data.rows(bad.first_row, bad.num_rows, bad.row_length)
+            if name := first_bad_place(run, batch):
                 error.problem += f"; run again, it begins in {name}"
         is_stopped = isinstance(error, Stopped | SystemExit | KeyboardInterrupt)
         reason = getattr(error, "problem", str(error)) or type(error).__name__
@@ -370,9 +371,10 @@ def _set_aside(folder: RunFolder, display: Display) -> None:
 
 def rows_at_once(plan: Plan, device: torch.device) -> int:
     """Rows in a micro-batch: all of them on CUDA, where a failure halves it; else a safe few."""
+    largest = max(rows for _, rows in plan.batch_sizes)
     if device.type == "cuda":
-        return plan.batch_size
-    return max(1, min(plan.batch_size, AUTO_TOKENS // plan.sequence_length))
+        return largest
+    return max(1, min(largest, AUTO_TOKENS // plan.max_len))
 
 
 def _sizes(experiment: Experiment, config, plan: Plan) -> dict:

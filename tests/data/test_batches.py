@@ -370,6 +370,16 @@ def test_the_parts_of_all_ranks_add_up_to_the_batch(B, size, world_size, T):
     assert all(len(part.tokens_BT) <= size for parts in ranks for part in parts)
 
 
+def test_shorter_rows_are_rows_cut_in_equal_parts(folder):
+    data = opened(make_plan({"a": files(folder, "a", 60)}))
+    whole, cut = data.rows(2, 3), data.rows(2, 3, 4)
+
+    assert cut.tokens_BT.shape == cut.targets_BT.shape == (12, 4)
+    assert cut.tokens_BT.flatten().tolist() == whole.tokens_BT.flatten().tolist()
+    assert cut.targets_BT.flatten().tolist() == whole.targets_BT.flatten().tolist()
+    assert cut.num_targets == whole.num_targets
+
+
 def test_a_batch_is_split_into_its_rows(folder):
     batch = opened(make_plan({"a": files(folder, "a", 60)})).rows(0, 4)
 
