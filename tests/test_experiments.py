@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmplay.catalog.entries import Entry, parent_of, read_file, resolve
+from lmplay.catalog.entries import parent_of, resolve
+from lmplay.catalog.entry import Entry, read_file
 from lmplay.model.experiment import Experiment, folded, load_experiment
 from lmplay.model.objective import Objective
 from lmplay.proofs.tiny import check
@@ -126,9 +127,8 @@ def test_the_parameter_count_is_the_catalogues(name: str):
 
 def target_of(entry: Entry, model: nn.Module, **values) -> nn.Module:
     """A fresh model of what this one folds to, which is itself where none of its modules folds."""
-    name = re.search(r"^Folds to: (.+)\.$", entry.docstring, re.MULTILINE)[1]
     folds = any(hasattr(module, "fold") for module in model.modules())
-    target = experiment(name if folds else entry.name)
+    target = experiment(entry.folds_to if folds else entry.name)
     mine = dataclasses.asdict(model.config)
     shared = {key: mine[key] for key in target.fields if key in mine}
     return target.model(target.config(**shared), **values)

@@ -15,7 +15,8 @@ ORDER = ["", "catalog", "model", "proofs", "data", "run", "optim", "train", "gri
 ORDER += ["export", "stats"]
 LIGHT = [
     *("errors", "roots", "disk", "network", "machine", "memory", "seeds", "console", "plan", "cli"),
-    *("catalog.entries", "catalog.stack", "data.gaps", "data.tokenizers", "data.local_files"),
+    *("catalog.entry", "catalog.entries", "catalog.stack"),
+    *("data.gaps", "data.tokenizers", "data.local_files"),
     *(
         "run.facts",
         "run.folder",

@@ -1,7 +1,6 @@
 """A run's model as files for other programs: safetensors, or a folder for transformers."""
 
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lmplay.catalog.entries import read_source
+from lmplay.catalog.entry import read_source
 from lmplay.disk import atomic_folder, write_json
 from lmplay.errors import UserError
 from lmplay.export.tokenizer_json import save_tokenizer
@@ -46,7 +45,8 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
         raise UserError(problem, hint="--to safetensors exports its weights")
     is_folded = fold and any_folds(trained.model)
     model = folded(trained.model) if is_folded else trained.model
-    plain = _folds_to(source, facts.file) if is_folded else facts.file
+    described = read_source(source, Path(f"{facts.file}.py"))[0]
+    plain = described.folds_to if is_folded else facts.file
     native = _native(source, plain, is_folded) if to == "hf" else None
     try:
         with atomic_folder(out) as part:
@@ -76,12 +76,6 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
         "class": (NATIVE[native] if native else "LmplayForCausalLM") if to == "hf" else None,
         "trust_remote_code": to == "hf" and native is None,
     }
-
-
-def _folds_to(source: str, file: str) -> str | None:
-    docstring = read_source(source, Path(f"{file}.py"))[0].docstring
-    named = re.search(r"^Folds to: ([\w+]+)\.$", docstring, re.MULTILINE)
-    return named and named[1]
 
 
 def _native(source: str, plain: str | None, is_folded: bool) -> str | None:

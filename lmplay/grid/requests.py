@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lmplay.catalog.entries import Entry
+from lmplay.catalog.entry import Entry
 from lmplay.grid.budget import sized
 from lmplay.model.experiment import load_experiment
 from lmplay.run.request import Request

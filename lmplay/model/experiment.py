@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmplay.catalog.entries import Entry, read_source, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import Entry, read_source
 from lmplay.errors import UserError, nearest
 from lmplay.model.folding import folded
 from lmplay.plan import Plan

@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-import re
 
 import torch
 from torch import nn
 
 from lmplay.catalog import entries as catalog
+from lmplay.catalog.entry import Entry
 from lmplay.model.abilities import any_folds, has_hidden, takes_cache
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import load_experiment
@@ -115,16 +115,15 @@ def folds_without_a_trace(specimen: Specimen) -> str:
     return f"{before:,} parameters become {target.name}'s {after:,}; logits move by {moved:.0e}"
 
 
-def folds_to(entry: catalog.Entry) -> catalog.Entry:
+def folds_to(entry: Entry) -> Entry:
     """What the docstring says; for a stack, the stack of what its ideas fold to.
 
     A file may fold in some of its variants only, which the docstring of a stack cannot know.
     """
-    named = re.search(r"^Folds to: ([\w+]+)\.$", entry.docstring, re.MULTILINE)
-    if named is None:
+    if entry.folds_to is None:
         raise Refuted("its docstring has no line 'Folds to: <experiment>.'")
     if not entry.ideas:
-        return catalog.named_in(entry, named[1])
+        return catalog.named_in(entry, entry.folds_to)
     left = {}
     for idea in entry.ideas:
         model = Specimen(load_experiment(idea)).model()

@@ -4,6 +4,7 @@ import ast
 import sys
 
 from lmplay.catalog import entries as catalog
+from lmplay.catalog.entry import definitions
 from lmplay.proofs.proof import Exempt, Refuted
 from lmplay.proofs.specimen import Specimen
 
@@ -29,7 +30,7 @@ def says_what_changed(specimen: Specimen) -> str:
     parent = catalog.parent_of(entry)
     if parent is None:
         raise Exempt("its docstring names no parent")
-    mine, theirs = catalog.definitions(entry.source), catalog.definitions(parent.source)
+    mine, theirs = definitions(entry.source), definitions(parent.source)
     differ = [
         name for name in [*mine, *(theirs.keys() - mine)] if mine.get(name) != theirs.get(name)
     ]

@@ -3,6 +3,7 @@
 from contextlib import suppress
 
 from lmplay.catalog import entries as catalog
+from lmplay.catalog.entry import Entry
 from lmplay.errors import UserError
 from lmplay.model.experiment import Experiment
 from lmplay.proofs import (
@@ -61,7 +62,7 @@ def check(experiment: Experiment) -> list[Proof]:
     return prove(PROOFS | of_stack, Specimen(experiment))
 
 
-def _sources(entry: catalog.Entry) -> list[str]:
+def _sources(entry: Entry) -> list[str]:
     """The other files that its proofs look at: ideas of a stack, the parent, what it folds to."""
     others = [*entry.ideas, catalog.parent_of(entry)]
     with suppress(Refuted, UserError):  # it folds to nothing

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmplay.catalog.entries import Entry, canonical_name
+from lmplay.catalog.entries import canonical_name
+from lmplay.catalog.entry import Entry
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.plan import Plan
 from lmplay.run.facts import League

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer import Option
 
 from lmplay.catalog import entries as catalog
-from lmplay.catalog.entries import Entry
+from lmplay.catalog.entry import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.disk import write_text
 from lmplay.errors import UserError, nearest
@@ -306,7 +306,7 @@ def _one(names: list[str], option: str) -> str:
 
 def _write(name: str, path: Path) -> None:
     """The file of a stack, also of one with conflicts, which the exit code then says."""
-    from lmplay.catalog.stack import Conflict
+    from lmplay.catalog.merge import Conflict
 
     if path.exists():
         raise UserError(f"{path} is there already", hint="choose another name")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lmplay.catalog import entries as catalog
-from lmplay.catalog.entries import Entry
+from lmplay.catalog.entry import Entry
 from lmplay.console import note, print_json
 from lmplay.errors import NUMERIC, UserError
 from lmplay.stats.table import print_verdicts
@@ -47,7 +47,7 @@ def search_greedily(
     template: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool
 ) -> None:
     """Stack one idea after another on the template's experiment, and print the path."""
-    from lmplay.catalog.stack import Conflict
+    from lmplay.catalog.merge import Conflict
     from lmplay.grid.search import search
 
     base, failures = template.entry, {}

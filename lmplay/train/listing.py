@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmplay.catalog import entries as catalog
-from lmplay.catalog.entries import Entry
+from lmplay.catalog.entry import Entry
 from lmplay.console import note, out, print_json, show, table
 from lmplay.errors import UserError
 

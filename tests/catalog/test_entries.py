@@ -3,6 +3,7 @@
 import pytest
 
 from lmplay.catalog import entries as catalog
+from lmplay.catalog.entry import definitions, read_file
 from lmplay.errors import UserError
 
 IDEA = '''"""Idea: one line.
@@ -126,14 +127,14 @@ def test_a_mistake_below_config_is_told_once_the_file_is_named(root):
 def test_a_list_says_what_the_whole_file_says(root, source):
     path = write(root, "idea", source)
 
-    assert catalog.read_file(path, head_only=True) == catalog.read_file(path)
+    assert read_file(path, head_only=True) == read_file(path)
 
 
 def test_a_list_of_the_bundled_files_says_what_they_say():
     listed = list(catalog.entries().values())
     paths = dict.fromkeys(entry.path for entry in listed)
 
-    assert listed == [entry for path in paths for entry in catalog.read_file(path)]
+    assert listed == [entry for path in paths for entry in read_file(path)]
 
 
 def test_of_two_files_that_claim_one_name_the_second_is_refused(root):
@@ -154,7 +155,7 @@ def test_an_unknown_name_gets_the_nearest(root):
 
 
 def test_definitions_are_whole_with_their_decorators(root):
-    found = catalog.definitions(IDEA)
+    found = definitions(IDEA)
 
     assert set(found) == {"Config", "helper"}
     assert found["helper"].startswith("@staticmethod")

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmplay.catalog import entries as catalog
-from lmplay.catalog.entries import canonical_name, diff, read_source, resolve
-from lmplay.catalog.stack import Conflict, edits_of, merge
+from lmplay.catalog.entries import canonical_name, diff, resolve
+from lmplay.catalog.entry import definitions, read_source
+from lmplay.catalog.merge import Conflict, edits_of, merge
 from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.proofs.tiny import check, checked
@@ -257,7 +258,7 @@ def ideas(tmp_path, monkeypatch):
         plain = read_source(source, Path("x.py"))[0]
         body = source[source.index("from dataclasses") :]
         body = body[: body.index("VARIANTS")] + body[body.index("TINY") :]
-        old, new = catalog.definitions(base.source), catalog.definitions(plain.source)
+        old, new = definitions(base.source), definitions(plain.source)
         changed = [key for key in new if new[key] != old.get(key)]
         head = f'"""{name}.\n\nIdea: a test.\nSource: a test.\n'
         head += f'Changed from gpt2ish: {", ".join(changed)}.\n"""\n\n'

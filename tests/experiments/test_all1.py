@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmplay.catalog.entries import definitions, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import definitions
 from lmplay.model.experiment import Experiment, folded, load_experiment
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmplay.catalog.entries import read_file
+from lmplay.catalog.entry import read_file
 from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.objective import Objective
 

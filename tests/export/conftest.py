@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmplay.catalog.entries import Entry, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import Entry
 from lmplay.model.experiment import load_experiment
 from lmplay.run.checkpoint import Checkpoint, save_checkpoint
 from lmplay.run.folder import RunFolder

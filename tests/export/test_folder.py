@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_model
 
-from lmplay.catalog.entries import read_file, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import read_file
 from lmplay.errors import UserError
 from lmplay.export import folder as files
 from lmplay.export.folder import export

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lmplay.catalog.entries import read_source, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import read_source
 from lmplay.errors import UserError
 from lmplay.model.experiment import count, freeze, load_experiment, scale
 from lmplay.plan import read_plan

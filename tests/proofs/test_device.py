@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmplay.catalog.entries import read_file, resolve
+from lmplay.catalog.entries import resolve
+from lmplay.catalog.entry import read_file
 from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.proofs import device as device_check

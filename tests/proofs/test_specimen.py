@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from lmplay.catalog.entries import read_source
+from lmplay.catalog.entry import read_source
 from lmplay.model.experiment import load_experiment
 from lmplay.proofs.specimen import PROGRESS, Specimen, throughout
 

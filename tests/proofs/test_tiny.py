@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmplay.catalog.entries import read_file
+from lmplay.catalog.entry import read_file
 from lmplay.errors import UserError
 from lmplay.model.experiment import Experiment, folded, load_experiment
 from lmplay.proofs import tiny as check_module

@@ -1,0 +1,149 @@
+"""One experiment as its file describes it: read, never run."""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from lmplay.errors import UserError
+
+_HEAD = re.compile(r".*?(?=^(?:@dataclass\b[^\n]*\n)?class Config\b)", re.DOTALL | re.MULTILINE)
+_OFFERS = re.compile(r"^(?:VARIANTS|TINY)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that `--exp` takes: a file, or one of the variants inside a file."""
+
+    name: str
+    path: Path
+    source: str = field(repr=False)
+    docstring: str = field(repr=False)
+    variant: dict[str, object]  # Config values of this name
+    variants: dict[str, dict[str, object]] = field(repr=False)  # all that the file offers
+    tiny: dict[str, object] = field(repr=False)  # Config values for checks and tests
+    parent: str | None  # the file it was copied from
+    changed: tuple[str, ...]  # what its docstring says differs from the parent
+    ideas: tuple["Entry", ...] = ()  # of a stack, the experiments that it joins
+
+    @property
+    def file(self) -> str:
+        """The stem of the file: the experiment without its variant."""
+        return self.path.stem
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first line."""
+        return self.docstring.strip().partition("\n")[0]
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """The names in Config, each with its annotation."""
+        return _config_fields(ast.parse(self.source))
+
+    @property
+    def folds_to(self) -> str | None:
+        """What its docstring says that the folded whole computes: an experiment or a stack."""
+        return section(self.docstring, "Folds to") or None
+
+
+def read_file(path: Path, head_only: bool = False) -> list[Entry]:
+    """The experiment in a file and its variants; the file is parsed, not run.
+
+    Args:
+        head_only: parse what stands above Config, which is enough for a list.
+    Raises:
+        UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
+    """
+    try:
+        return read_source(path.read_text(encoding="utf-8"), path, head_only)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]:
+    """As `read_file`, for source that is already at hand; `path` gives the name."""
+    try:
+        tree = _parsed_head(source) if head_only else ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(f"{path}, line {line}: not valid Python: {error}") from None
+    docstring = ast.get_docstring(tree)
+    if not docstring:
+        raise UserError(f"{path} has no docstring", hint="its first line is what --exp list shows")
+    variants = _literal(tree, "VARIANTS", path)
+    parent, changed = _changed_from(docstring)
+    common = {
+        "path": path,
+        "source": source,
+        "docstring": docstring,
+        "variants": variants,
+        "tiny": _literal(tree, "TINY", path),
+        "parent": parent,
+        "changed": changed,
+    }
+    named = {path.stem: {}, **variants}
+    return [Entry(name=name, variant=values, **common) for name, values in named.items()]
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Name to source of every top-level class and function, decorators included."""
+    found = {}
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def section(docstring: str, name: str) -> str:
+    """What follows `name:`, on that line and the indented ones below; empty if it is not there."""
+    found = re.search(rf"^{name}: (.+(?:\n[ \t]+\S.*)*)", docstring, re.MULTILINE)
+    return " ".join(found[1].split()).removesuffix(".") if found else ""
+
+
+def _parsed_head(source: str) -> ast.Module:
+    """The file up to Config; all of it where more than that may say what it offers."""
+    head = _HEAD.match(source)
+    if head and not _OFFERS.search(source, head.end()):
+        try:
+            return ast.parse(head[0])
+        except SyntaxError:
+            pass  # "class Config" in a text, or a mistake, of which the whole tells more
+    return ast.parse(source)
+
+
+def _config_fields(tree: ast.Module) -> dict[str, str]:
+    configs = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
+    body = configs[0].body if configs else []
+    return {
+        node.target.id: ast.unparse(node.annotation)
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _literal(tree: ast.Module, name: str, path: Path) -> dict:
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            try:
+                value = ast.literal_eval(node.value)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{path}, line {node.lineno}: {name} is not a literal dict",
+                    hint="write its values out: listing never runs code",
+                )
+            return value
+    return {}
+
+
+def _changed_from(docstring: str) -> tuple[str | None, tuple[str, ...]]:
+    found = re.search(r"^Changed from (\w+): (.+?)\.\s*$", docstring, re.MULTILINE | re.DOTALL)
+    if not found:
+        return None, ()
+    return found[1], tuple(name.strip() for name in found[2].split(","))
