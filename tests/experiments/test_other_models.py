@@ -284,3 +284,68 @@ def test_patches_have_an_order(name):
     swapped_BT = torch.cat([tokens_BT[:, :1], swapped_BT], dim=1)
 
     assert (model(swapped_BT)[:, -1] - model(tokens_BT)[:, -1]).abs().max() > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [
+        ("the cat", [0, 3]),
+        ("a  b", [0, 1]),
+        ("x.", [0, 1]),
+        ("1,2", [0, 1]),
+        ("oé", [0, 1]),  # the lead byte of a letter beyond ASCII counts, its continuation does not
+        ("o\U0001f600o", [0, 1]),
+        ("ab\n\ncd", [0, 2]),
+    ],
+)
+def test_spacebytes_words_begin_behind_what_is_no_letter(text, starts):
+    word_starts = load_experiment(resolve("spacebyte")).module.word_starts
+    found_BT = word_starts(torch.tensor([list(text.encode())]))
+
+    assert found_BT[0].nonzero().flatten().tolist() == starts
+
+
+def test_spacebyte_has_room_for_every_word_of_any_text():
+    word_starts = load_experiment(resolve("spacebyte")).module.word_starts
+    for seed in range(20):
+        bytes_BT = random_tokens(B=50, T=13, V=257, seed=seed)
+        assert word_starts(bytes_BT).sum(1).max() <= 13 // 2 + 1
+
+
+def test_hnets_average_is_the_loops():
+    smoothed = load_experiment(resolve("hnet")).module.smoothed
+    draw = torch.Generator().manual_seed(0)
+    y_BJL = torch.randn(2, 13, 3, generator=draw, dtype=torch.float64)
+    p_BJ = torch.rand(2, 13, generator=draw, dtype=torch.float64)
+    expected, last = [], torch.zeros(2, 3, dtype=torch.float64)
+    for j in range(13):
+        last = p_BJ[:, j, None] * y_BJL[:, j] + (1 - p_BJ[:, j, None]) * last
+        expected.append(last)
+
+    torch.testing.assert_close(smoothed(y_BJL, p_BJ), torch.stack(expected, 1), atol=1e-14, rtol=0)
+
+
+def test_hnets_router_begins_a_chunk_where_a_vector_turns_and_its_aim_is_met_at_one():
+    module = load_experiment(resolve("hnet")).module
+    router = module.Router(4)
+    x_L = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    model = model_of("hnet", chunk_length=4.0)
+    even_BT = torch.full((1, 8), 0.25)
+    even_BT[:, ::4] = 1.0  # a quarter begins a chunk, and so says the mean
+
+    torch.testing.assert_close(
+        router(torch.stack([x_L, x_L, -x_L])[None]), torch.tensor([[1.0, 0.0, 1.0]]),
+        atol=1e-6, rtol=0,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        model.ratio(torch.tensor([[1.0, 0.0, 0.0, 0.0]])), torch.tensor([[1.0]])
+    )
+    assert model.ratio(torch.ones(1, 8)).item() == 4.0
+    assert model.ratio(torch.tensor([[1.0, 1.0, 0.0, 0.0]])).item() > 1
+
+
+def test_hnets_gate_is_one_and_hands_the_router_a_gradient():
+    model, tokens_BT = model_of("hnet"), random_tokens(B=2, T=16)
+    model(tokens_BT).square().sum().backward()
+
+    assert model.router.query.weight.grad.abs().max() > 0
