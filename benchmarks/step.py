@@ -25,7 +25,8 @@ from typer import Option
 from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.machine import matmul_rate, resolve_device
-from lmplay.model.experiment import count, load_experiment
+from lmplay.model.counts import count
+from lmplay.model.experiment import load_experiment
 
 SIDES = {"loop": loop, "lmplay": lmplay}  # in this order: lmplay sets malloc for its process
 WARM_UP = 2  # steps

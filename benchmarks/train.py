@@ -49,7 +49,8 @@ from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.data.shard_format import map_shard, token_dtype, write_shard
 from lmplay.machine import dtype_of, matmul_rate, num_cores, resolve_device
 from lmplay.memory import peak_memory
-from lmplay.model.experiment import count, load_experiment
+from lmplay.model.counts import count
+from lmplay.model.experiment import load_experiment
 from lmplay.plan import Plan
 from lmplay.train.curves import CADENCE
 from lmplay.train.display import Display

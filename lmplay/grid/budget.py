@@ -15,7 +15,8 @@ from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
-from lmplay.model.experiment import count, load_experiment, scale
+from lmplay.model.counts import count
+from lmplay.model.experiment import load_experiment, scale
 from lmplay.optim.registry import make_optimizer
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League

@@ -1,4 +1,4 @@
-"""The contract of an experiment file: what it must hold, how it is loaded, how it is counted."""
+"""The contract of an experiment file: what it must hold, how it is loaded, how it is scaled."""
 
 import dataclasses
 import hashlib
@@ -11,16 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import Entry, read_source
 from lmplay.errors import UserError, nearest
-from lmplay.model.folding import folded
 from lmplay.plan import Plan
 
 
@@ -223,93 +218,3 @@ def _broken(entry: Entry, name: str, problem: str) -> None:
     lines = entry.source.splitlines()
     line = next((i for i, text in enumerate(lines, 1) if text.startswith(f"class {name}")), 1)
     raise UserError(f"{entry.path}, line {line} breaks the contract: {name} {problem}")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The size of a model and the arithmetic of training it."""
-
-    trained: int  # parameters that training changes
-    matmul: int  # of these, matrices that every position is multiplied with
-    lookup: int  # of these, tables of which a position reads one row; the rest are vectors
-    frozen: int  # that training leaves as they are
-    folded: int  # that are left once what only training needs is folded away
-    flops_per_token: float  # forward and backward, attention with the keys really attended
-
-
-def count(experiment: Experiment, config, patterns: Sequence[str] = ()) -> Counts:
-    """Count parameters and FLOPs by running one row of `max_len` tokens on the meta device.
-
-    Training costs three times the forward pass: two matrix products in the backward pass for each
-    one in the forward pass. Causal scaled-dot-product attention is counted with the (T + 1) / 2
-    keys that a position attends to on average. A network that runs on the distinct tokens of a
-    batch is counted as if every token were distinct, and a frozen matrix as if it were trained:
-    upper bounds.
-
-    Args:
-        patterns: of what the plan freezes, as `freeze` takes them.
-    Raises:
-        UserError: as `freeze` does.
-    """
-    model = experiment.model(config, device="meta")
-    freeze(model, patterns)
-    tokens_BT = torch.zeros(1, config.max_len, dtype=torch.int64, device="meta")
-    counter, attention, reads = FlopCounterMode(display=False), _Attention(), _Reads()
-    with torch.no_grad(), counter, attention, reads:
-        model(tokens_BT)
-    flops = counter.get_total_flops() + attention.flops
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    lookup = [p for p in trained if id(p) in reads.tables]
-    matmul = [p for p in trained if p.dim() > 1 and id(p) not in reads.tables]
-    return Counts(
-        trained=sum(p.numel() for p in trained),
-        matmul=sum(p.numel() for p in matmul),
-        lookup=sum(p.numel() for p in lookup),
-        frozen=sum(p.numel() for p in frozen),
-        folded=sum(p.numel() for p in folded(model).parameters()),
-        flops_per_token=3 * flops / config.max_len,
-    )
-
-
-class _Attention(TorchFunctionMode):
-    """Counts scaled-dot-product attention, which has no kernel on the meta device."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0.0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
-        q_BHTD, k_BHSD, v_BHSD = [*args[:3], *named]
-        T, S = q_BHTD.shape[-2], k_BHSD.shape[-2]
-        attended = (S + 1) / 2 if T > 1 else S  # a mask has no numbers here: taken as causal
-        widths = q_BHTD.shape[-1] + v_BHSD.shape[-1]
-        self.flops += 2 * q_BHTD.shape[:-1].numel() * attended * widths
-        return q_BHTD.new_empty(*q_BHTD.shape[:-1], v_BHSD.shape[-1])
-
-
-class _Reads(TorchDispatchMode):
-    """Notes the tables that rows are read from; gives `unique` a shape where it has none."""
-
-    def __init__(self):
-        super().__init__()
-        self.tables: set[int] = set()
-        self.multiplied: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        operands = [a for a in args if isinstance(a, Tensor)]
-        names = {id(a._base) if a._is_view() else id(a) for a in operands}
-        if func in (aten.embedding.default, aten.index_select.default, aten.index.Tensor):
-            self.tables |= names - self.multiplied
-        elif func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            self.multiplied |= names  # a tied table is multiplied too, so it counts as a matrix
-            self.tables -= names
-        elif func is aten._unique2.default:
-            tokens = args[0]
-            return tokens.flatten(), tokens.clone(), tokens.new_empty(tokens.numel())
-        return func(*args, **(kwargs or {}))

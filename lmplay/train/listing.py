@@ -64,8 +64,9 @@ def describe(
     from dataclasses import asdict
 
     from lmplay.data.tokenizers import vocab_size_of
+    from lmplay.model.counts import count
     from lmplay.model.decoding import uses_cache
-    from lmplay.model.experiment import count, freeze, load_experiment, scale
+    from lmplay.model.experiment import freeze, load_experiment, scale
 
     experiment = load_experiment(entry)
     made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)

@@ -20,11 +20,11 @@ from lmplay.errors import UserError
 from lmplay.machine import matmul_rate, resolve_device, resolve_precision
 from lmplay.memory import keep_memory
 from lmplay.model.abilities import scores_itself
+from lmplay.model.counts import count
 from lmplay.model.decoding import greedy_text
 from lmplay.model.experiment import (
     Experiment,
     Scale,
-    count,
     freeze,
     load_experiment,
     load_source,

@@ -3,7 +3,8 @@
 import torch
 
 from lmplay.catalog.entries import resolve
-from lmplay.model.experiment import count, load_experiment
+from lmplay.model.counts import count
+from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import Objective
 
 COUNTS = {
