@@ -156,6 +156,7 @@ def _facts(label: str, seed: int, num_steps: int) -> Facts:
         flops_per_token=1e6,
         parameters={"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
         num_steps=num_steps,
+        num_tokens=num_steps * 512,
         tokens_per_step=512,
         device="cpu",
         device_name="a CPU",

@@ -80,6 +80,7 @@ def make_facts():
             "flops_per_token": 1e6,
             "parameters": {"trained": 3_000_000, "matmul": 2_000_000, "lookup": 1_000_000},
             "num_steps": 20,
+            "num_tokens": 2000,
             "tokens_per_step": 100,
             "device": "cpu",
             "device_name": "a CPU",

@@ -21,12 +21,11 @@ from lmplay.optim.registry import make_optimizer
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League
 from lmplay.run.request import Request
-from lmplay.run.run import open_run
+from lmplay.run.run import open_run, rows_at_once
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.display import Display
 from lmplay.train.loop import Session, advance
-from lmplay.train.session import rows_at_once
 from lmplay.train.signals import Signals
 from lmplay.train.update import Update
 

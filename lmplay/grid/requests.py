@@ -7,7 +7,7 @@ from lmplay.grid.budget import sized
 from lmplay.model.experiment import load_experiment
 from lmplay.run.request import Request
 from lmplay.train.display import Display
-from lmplay.train.session import refuse_unknown_names, refuse_unproven
+from lmplay.train.prepared import refuse_unknown_names, refuse_unproven
 
 
 def expand(

@@ -67,7 +67,8 @@ class Facts:
     flops_per_token: float
     parameters: dict[str, int]
     num_steps: int
-    tokens_per_step: int
+    num_tokens: int
+    tokens_per_step: int  # in the largest step
     device: str
     device_name: str
     threads: int

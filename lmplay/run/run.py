@@ -16,6 +16,8 @@ from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import no_sync, shard, spread_model, whole
 from lmplay.seeds import stream_seed
 
+AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
+
 
 @dataclass
 class Run:
@@ -125,6 +127,14 @@ def open_run(
         folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size,
         sharded, compiled,
     )  # fmt: skip
+
+
+def rows_at_once(plan: Plan, device: torch.device) -> int:
+    """Rows in a micro-batch: all of them on CUDA, where a failure halves it; else a safe few."""
+    largest = max(rows for _, rows in plan.batch_sizes)
+    if device.type == "cuda":
+        return largest
+    return max(1, min(largest, AUTO_TOKENS // plan.max_len))
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:

@@ -63,7 +63,7 @@ class RecordedRun:
     @property
     def budget(self) -> int:
         """Tokens that the run is to be trained on."""
-        return self.facts.num_steps * self.facts.tokens_per_step
+        return self.facts.num_tokens
 
     @property
     def finished(self) -> bool:

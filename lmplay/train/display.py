@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from lmplay.console import err, harmless
+from lmplay.train.clock import Clock
 
 LINE_SECONDS = 10  # between two plain lines
 
@@ -27,7 +28,7 @@ class Display:
     def __init__(self, title: str, console: Console = err):
         self.title = title
         self.console = console
-        self.num_steps = 0
+        self.clock: Clock | None = None  # of the run under way
         self.fastest: float | None = None
         self.live: Live | None = None
         self._bar = Progress(
@@ -63,16 +64,16 @@ class Display:
         elif self._is_time():
             self.note(text)
 
-    def start(self, num_steps: int, step: int, fastest: float | None = None) -> None:
+    def start(self, clock: Clock, step: int, fastest: float | None = None) -> None:
         """Training begins at `step`.
 
         Args:
-            fastest: seconds that a step would take if it were nothing but matrix products at the
-                speed of the largest, which is an MFU of 100 %.
+            fastest: tokens per second, were training nothing but matrix products at the speed of
+                the largest: an MFU of 100 %.
         """
-        self.num_steps = num_steps
+        self.clock = clock
         self.fastest = fastest
-        self._bar.update(self._task, total=num_steps, completed=step)
+        self._bar.update(self._task, total=clock.num_steps, completed=step)
 
     def row(self, kind: str, row: dict) -> None:
         """A row of train.csv or validation.csv, or the step of a checkpoint or of "validating"."""
@@ -123,17 +124,19 @@ class Display:
         seconds = now["seconds"] - first["seconds"]
         if not seconds:
             return now["tokens_per_second"], "?", "?"
-        left = self.num_steps - now["step"]
-        each = seconds / (now["step"] - first["step"])
-        share = "?" if self.fastest is None else f"{self.fastest / each:.1%}"
-        return (now["tokens"] - first["tokens"]) / seconds, _clock(each * left), share
+        start, end = (self.clock.at(row["step"]) for row in (first, now))
+        left = seconds * (1 - end.progress) / (end.progress - start.progress)
+        places = (end.tokens_before - start.tokens_before) / seconds
+        share = "?" if self.fastest is None else f"{places / self.fastest:.1%}"
+        return (now["tokens"] - first["tokens"]) / seconds, _clock(left), share
 
     def _line(self) -> str:
         row = self._train
         speed, left, share = self._speed()
         mfu = "" if self.fastest is None else f"  MFU {share}"
         return (
-            f"step {row['step']:,}/{self.num_steps:,}  {row['tokens']:,} tokens  "
+            f"step {row['step']:,}/{self.clock.num_steps:,}  {row['tokens']:,} tokens  "
+            f"{_clock(row['seconds'])}  "
             f"{_loss(row)}  lr {row['learning_rate']:.2e}  |grad| {row['grad_norm']:.2f}  "
             f"{speed:,.0f} tokens/s{mfu}  {row['memory'] / 2**30:.2f} GiB  {left} left"
         )
@@ -157,8 +160,8 @@ class Display:
                 f"lr [bold]{row['learning_rate']:.2e}[/bold]",
                 f"gradient norm [bold]{row['grad_norm']:.2f}[/bold]",
             )
-            if self.fastest is not None:
-                grid.add_row(f"MFU [bold]{share}[/bold]")
+            mfu = "" if self.fastest is None else f"MFU [bold]{share}[/bold]"
+            grid.add_row(f"trained [bold]{_clock(row['seconds'])}[/bold]", mfu)
             lines.append(grid)
         if self._is_validating:
             lines.append("[dim]validating[/dim]")
@@ -222,7 +225,7 @@ class GridDisplay(Display):
 
     def row(self, kind: str, row: dict) -> None:
         if kind == "train":
-            self._cells[self._now] = f"{row['step'] / max(self.num_steps, 1):.0%}"
+            self._cells[self._now] = f"{self.clock.at(row['step']).progress:.0%}"
         super().row(kind, row)
 
     def example(self, prompt: str, truth: str, said: str) -> None:

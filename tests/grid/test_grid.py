@@ -144,9 +144,9 @@ def test_equal_budgets_divide_the_baselines_compute(place, display):
     assert by_flops.label == "ue,budget=flops"
     assert sized(baseline, baseline, "flops", display) == baseline
     assert sized(request_ue, baseline, "tokens", display) == request_ue
-    spent = [f["num_steps"] * f["tokens_per_step"] * f["flops_per_token"] for f in (ours, theirs)]
-    assert abs(spent[0] - spent[1]) <= ours["tokens_per_step"] * ours["flops_per_token"] / 2
-    assert ours["num_steps"] < theirs["num_steps"]
+    spent = [facts.num_tokens * facts.flops_per_token for facts in (ours, theirs)]
+    assert abs(spent[0] - spent[1]) <= ours.tokens_per_step * ours.flops_per_token / 2
+    assert ours.num_steps < theirs.num_steps
 
 
 def test_equal_seconds_are_measured_once_and_kept_for_every_seed(place, display, monkeypatch):

@@ -30,6 +30,7 @@ def make_run(tmp_path, make_facts):
                 seed=seed,
                 data=data,
                 **{
+                    "num_tokens": num_steps * tokens_per_step,
                     "status": "finished" if done == num_steps else "stopped",
                     "plan": {"optimizer": {"lr": lr}, "schedule": {"name": schedule}},
                     **facts,

@@ -1,5 +1,6 @@
 """Compiling where it is repaid."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,4 +79,5 @@ def test_a_run_is_compiled_as_asked_for_else_as_it_began(place, monkeypatch, ask
         assert facts.compilation.graphs > 0 and facts.compilation.breaks == 0
     assert len(repaid) == (asked is not None)
     for began in (True, False):  # is_repaid would raise: it is not asked again
-        assert session._compiles(request(None), {"compiled": began}, *[None] * 5) is began
+        earlier = replace(facts, compiled=began)
+        assert session._compiles(request(None), earlier, None, None, "fp32") is began

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 import lmplay.train.display as display_module
+from lmplay.plan import read_plan
+from lmplay.train.clock import Clock
 from lmplay.train.display import Display, GridDisplay
 
 TRAIN = {
@@ -14,6 +16,7 @@ TRAIN = {
     "learning_rate": 4.17e-5, "grad_norm": 0.66, "tokens_per_second": 147_040.0,
     "memory": 12 * 2**30, "seconds": 9000.0,
 }  # fmt: skip
+CLOCK = Clock(read_plan("quick", {"batch_size": 10, "sequence_length": 100, "tokens": 80_000}))
 VALIDATION = {"step": 40, "loss": 1.4221, "bits_per_byte": 2.0517, "accuracy": 0.522}
 
 
@@ -31,7 +34,7 @@ def shown():
 
 
 def rows(display):
-    display.start(80, 0)
+    display.start(CLOCK, 0)
     first = {"step": 1, "tokens": 12_800_000, "seconds": 10.0}
     for kind, row in (("train", TRAIN | first), ("train", TRAIN), ("validation", VALIDATION)):
         display.row(kind, row)
@@ -41,17 +44,23 @@ def test_the_panel_and_the_scores_fit_into_80_columns_without_a_wrap(shown):
     lines = shown(rows)
 
     assert max(map(len, lines)) <= 80
-    for words in ("tokens 512,000,000", "time left", "lr 4.17e-05", "gradient norm 0.66"):
+    for words in (
+        "tokens 512,000,000",
+        "trained 2:30:00",
+        "time left",
+        "lr 4.17e-05",
+        "gradient norm 0.66",
+    ):
         assert any(words in line for line in lines), words
     assert any(line.startswith("step 40: validation 1.4221 nats") for line in lines)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_mfu_is_the_least_time_of_a_step_over_the_time_it_takes(shown, monkeypatch, terminal):
+def test_mfu_is_the_speed_over_that_of_matrix_products(shown, monkeypatch, terminal):
     monkeypatch.setattr(display_module, "LINE_SECONDS", 0)
 
     def act(display):
-        display.start(80, 0, fastest=100.0)
+        display.start(CLOCK, 0, fastest=10.0)
         for step, seconds in ((1, 10.0), (11, 2510.0)):  # 250 s a step
             display.row("train", TRAIN | {"step": step, "seconds": seconds})
 
@@ -68,7 +77,7 @@ def test_no_panel_is_drawn_before_there_is_something_to_show(shown):
 
 def test_the_panel_says_that_a_validation_is_under_way(shown):
     def begin(display):
-        display.start(80, 0)
+        display.start(CLOCK, 0)
         display.row("validating", {"step": 40})
 
     def end(display):
@@ -118,13 +127,13 @@ def grid_of(num_seeds):
         display.begin("gpt2ish", 0)
         display.end("done", {"validation": VALIDATION})
         display.begin("ue", 0)
-        display.start(80, 0)
+        display.start(CLOCK, 0)
         display.row("train", TRAIN)
         display.end("failed", why="it blew up")
         display.begin("gpt2ish", 1)
         display.end("held")
         display.begin("ue", 1)
-        display.start(80, 0)
+        display.start(CLOCK, 0)
         display.row("train", TRAIN)
 
     return act

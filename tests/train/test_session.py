@@ -22,7 +22,7 @@ from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
 from lmplay.seeds import stream_seed
-from lmplay.train import curves, loop, session
+from lmplay.train import curves, loop, prepared, session
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 from lmplay.train.update import Update
@@ -246,7 +246,7 @@ def test_the_display_is_told_before_a_validation_and_after_it(place):
 
 def test_the_memory_of_a_step_is_kept_for_the_next(place, monkeypatch):
     asked = []
-    monkeypatch.setattr(session, "keep_memory", lambda: asked.append(True))
+    monkeypatch.setattr(prepared, "keep_memory", lambda: asked.append(True))
     monkeypatch.setattr(session, "open_run", lambda *_, **__: asked.append("open") or 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
@@ -392,6 +392,43 @@ def test_starting_anew_keeps_the_earlier_run_aside(place):
     assert str(aside[0]) in display.notes[0]
 
 
+def leak(place):
+    (place / "experiments").mkdir()
+    source = resolve("gpt2ish").source.replace("is_causal=T > 1", "is_causal=False")
+    (place / "experiments" / "gpt2ish.py").write_text(source)
+
+
+def lose_the_text(place):
+    (place / "text.jsonl").unlink()
+
+
+@pytest.mark.parametrize("spoil", [leak, lose_the_text], ids=["a leak", "no text"])
+def test_what_cannot_be_trained_anew_leaves_the_earlier_run_in_place(place, spoil):
+    folder = folder_of(run())
+    before = sorted(path.name for path in folder.path.parent.rglob("*"))
+    spoil(place)
+    with pytest.raises(UserError):
+        run(resume=False)
+
+    assert sorted(path.name for path in folder.path.parent.rglob("*")) == before
+    assert folder.read().status == "finished"
+
+
+def test_the_new_run_is_held_while_the_earlier_one_is_kept_aside(place, monkeypatch):
+    folder = folder_of(run())
+    monkeypatch.setattr(session, "train", lambda _: asked.append(hold(folder)))
+    asked = []
+    run(resume=False)
+
+    assert asked == [LOCKED]
+
+
+def hold(folder):
+    with pytest.raises(UserError) as raised, folder.lock():
+        pytest.fail("two processes hold one run")
+    return raised.value.code
+
+
 def test_a_run_goes_on_with_its_own_copy_of_an_edited_experiment(place, monkeypatch):
     (place / "experiments").mkdir()
     mine = place / "experiments" / "mine.py"
@@ -442,7 +479,7 @@ def test_a_leaking_experiment_is_refused_before_training(place):
         run(exp="leak")
 
     assert raised.value.code == BAD_INPUT and "leak fails the check" in raised.value.problem
-    assert not Path("runs/words/leak/seed-0/run.json").exists()
+    assert [path.name for path in Path("runs/words/leak/seed-0").iterdir()] == ["lock"]
 
 
 def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkeypatch):
@@ -452,7 +489,7 @@ def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkey
         asked.append((device.type, precision, experiment.name, config.max_len))
         raise UserError("cpu computes gpt2ish wrongly in bf16")
 
-    monkeypatch.setattr(session.device_check, "refuse_wrong", refuse)
+    monkeypatch.setattr(prepared, "refuse_wrong", refuse)
     with pytest.raises(UserError):
         run(changes={"precision": "bf16"})
 
@@ -467,7 +504,7 @@ def test_a_device_that_updates_wrongly_is_refused_before_training(place, monkeyp
         asked.append((wanted.name, device.type))
         raise UserError("cpu updates weights wrongly by SGD")
 
-    monkeypatch.setattr(session, "refuse_wrong_updates", refuse)
+    monkeypatch.setattr(prepared, "refuse_wrong_updates", refuse)
     with pytest.raises(UserError):
         run(changes={"optimizer.name": "SGD"})
 
@@ -523,8 +560,8 @@ def test_memory_may_run_short_between_two_looks_at_the_device(place, monkeypatch
 def test_a_step_without_a_target_has_an_empty_row_and_changes_nothing_else(place, monkeypatch):
     real = Data.rows
 
-    def rows(self, first, count):
-        made = real(self, first, count)
+    def rows(self, first, *counts):
+        made = real(self, first, *counts)
         if first == 3 * 5:
             made = Batch(made.tokens_BT, torch.full_like(made.targets_BT, IGNORE), 0)
         return made
@@ -574,7 +611,7 @@ def test_a_model_that_draws_numbers_when_tested_is_trained_as_if_it_were_not(pla
     (place / "experiments").mkdir()
     source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
     (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
-    monkeypatch.setattr(session, "refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(prepared, "refuse_unproven", lambda experiment: None)
     seldom, often = (
         folder_of(run(exp="mine", changes={"validation.every_tokens": every}))
         for every in (10**9, 160)
@@ -589,7 +626,7 @@ def test_a_likelihood_is_scored_with_the_same_draws_each_time(place, monkeypatch
     (place / "experiments").mkdir()
     source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
     (place / "experiments" / "mine.py").write_text(source.replace("\n    def hidden(", RANDOM))
-    monkeypatch.setattr(session, "refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(prepared, "refuse_unproven", lambda experiment: None)
     changes = {"optimizer.lr": 1e-30, "optimizer.weight_decay": 0}
     rows = read_rows(folder_of(run(exp="mine", changes=changes)).validation_csv)
 

@@ -1,0 +1,121 @@
+"""What a run is made of, read and proved before anything of it is written."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from lmplay.data.batches import Data, open_data
+from lmplay.data.tokenizers import Tokenizer, vocab_size_of
+from lmplay.disk import make_folder, write_text
+from lmplay.errors import UserError
+from lmplay.memory import keep_memory
+from lmplay.model.experiment import (
+    Experiment,
+    Scale,
+    freeze,
+    load_experiment,
+    load_source,
+    scale,
+)
+from lmplay.optim.registry import refuse_wrong_updates
+from lmplay.plan import Plan
+from lmplay.proofs.device import refuse_wrong
+from lmplay.proofs.tiny import checked
+from lmplay.run.facts import Facts
+from lmplay.run.folder import RunFolder
+from lmplay.run.request import Request
+from lmplay.train.clock import Clock
+from lmplay.train.display import Display
+from lmplay.train.resuming import note_edits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's plan, source, values and text."""
+
+    plan: Plan
+    experiment: Experiment
+    scale: Scale
+    tokenizer: Tokenizer
+    data: Data
+    clock: Clock
+
+    @property
+    def config(self) -> object:
+        """The Config of the model."""
+        return self.scale.config
+
+    def write_copies(self, folder: RunFolder) -> None:
+        """Write the source and the tokenizer into the run's folder, from which they are read."""
+        make_folder(folder.path)
+        write_text(folder.experiment_py, self.experiment.source)
+        self.tokenizer.save(folder.tokenizer_json)
+
+
+def prepare(
+    request: Request, earlier: Facts | None, stack: ExitStack, display: Display
+) -> Prepared:
+    """Read what was asked for, or the own copies of a run that began.
+
+    Args:
+        earlier: run.json of the run that is to go on.
+        stack: closes the data at its end.
+    Raises:
+        UserError: a proof of the tiny model fails, or something cannot be had or does not fit.
+    """
+    if earlier is None:
+        plan, experiment = request.plan, load_experiment(request.entry)
+        refuse_unproven(experiment)
+        refuse_unknown_names(request, experiment)
+    else:
+        note_edits(request, earlier, display.note)
+        source = request.folder.experiment_py.read_text(encoding="utf-8")
+        experiment = load_source(source, Path(f"{earlier.file}.py"), request.entry.variant)
+        plan = Plan.model_validate_json(json.dumps(earlier.plan))
+    tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
+    stack.callback(data.close)
+    if earlier is None:
+        made = scale(experiment, plan, tokenizer.vocab_size, request.config)
+        for key in [key for key, (_, value) in made.differs.items() if value is None]:
+            name = experiment.name
+            display.note(f"{name} has no Config value {key!r}: the plan's is not used")
+    else:
+        made = Scale(experiment.config(**earlier.config), earlier.scale_differs)
+        torch.set_num_threads(earlier.threads)
+    return Prepared(plan, experiment, made, tokenizer, data, Clock(plan, data.num_rows))
+
+
+def prove(prepared: Prepared, accelerator: Accelerator, precision: str, display: Display) -> None:
+    """Prove that this device computes the model, and updates weights, as it should.
+
+    Raises:
+        UserError: it does not.
+    """
+    keep_memory()
+    device, experiment = accelerator.device, prepared.experiment
+    with accelerator.local_main_process_first():  # which remembers it for the others
+        refuse_wrong(device, precision, experiment, prepared.config, display.note)
+    refuse_wrong_updates(prepared.plan.optimizer, device)
+
+
+def refuse_unproven(experiment: Experiment) -> None:
+    """Raise a UserError where a proof fails."""
+    failed = [proof for proof in checked(experiment) if proof.passed is False]
+    if failed:
+        raise UserError(
+            f"{experiment.name} fails the check: {failed[0].name}: {failed[0].detail}",
+            hint=f"lmp-trainer --exp {experiment.entry.path} --check shows every proof",
+        )
+
+
+def refuse_unknown_names(request: Request, experiment: Experiment) -> None:
+    """Raise a UserError where the plan freezes what the model does not have, or all of it."""
+    plan = request.plan
+    if plan.freeze:
+        vocab_size = vocab_size_of(plan.tokenizer)
+        config = scale(experiment, plan, vocab_size, request.config).config
+        freeze(experiment.model(config, device="meta"), plan.freeze)

@@ -1,0 +1,93 @@
+"""How a run goes on: what it keeps, what is refused, what is said of it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+
+from lmplay.errors import UserError
+from lmplay.run.checkpoint import Checkpoint, restore_rng
+from lmplay.run.facts import Facts
+from lmplay.run.fsdp import spread_optimizer
+from lmplay.run.request import Request
+from lmplay.run.run import load_weights
+from lmplay.seeds import stream_seed
+from lmplay.train.saving import scattered_rng
+from lmplay.train.update import Update
+
+# facts without which the numbers of a run that goes on are not the same bit by bit
+_EXACT = (
+    "device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size", "sharded",
+)  # fmt: skip
+
+
+def note_edits(request: Request, earlier: Facts, note: Callable[[str], None]) -> None:
+    """Say where the run's own copies and the files of today differ.
+
+    Raises:
+        UserError: the plan names other data.
+    """
+    folder, plan = request.folder, request.plan.model_dump(mode="json")
+    if earlier.plan["datasets"] != plan["datasets"]:
+        mine, theirs = (_sources(p["datasets"]) for p in (plan, earlier.plan))
+        raise UserError(
+            f"{folder.path} was trained on {theirs}, not on {mine}",
+            hint="--out-dir gives this run a place of its own; --resume none keeps the old aside",
+        )
+    edited = []
+    if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
+        edited.append(str(request.entry.path))
+    if earlier.plan != plan:
+        edited.append(f"plan {request.plan.name}")
+    if edited:
+        note(
+            f"edited since this run began: {', '.join(edited)}. The run keeps its own copy; "
+            "--resume none trains the edited one and keeps this run aside"
+        )
+
+
+def continued(now: Facts, earlier: Facts, note: Callable[[str], None]) -> Facts:
+    """What run.json says of a run that goes on; says what makes the rest differ bit by bit.
+
+    Raises:
+        UserError: the files of the data have changed.
+    """
+    if earlier.data != now.data:
+        mine, theirs = asdict(now.data), asdict(earlier.data)
+        changed = [key for key, value in mine.items() if theirs[key] != value]
+        raise UserError(
+            f"the data has changed since this run began: {', '.join(changed)}",
+            hint="--resume none starts again with the new data and keeps the old run aside",
+        )
+    differs = [key for key in _EXACT if getattr(earlier, key) != getattr(now, key)]
+    if differs:
+        note(f"not the same bit by bit from here on: other {', '.join(differs)}")
+    return replace(
+        now,
+        started=earlier.started,
+        failures=earlier.failures,
+        initial_model=earlier.initial_model,
+        changed_midway=sorted({*earlier.changed_midway, *differs}),
+    )
+
+
+def take_up(checkpoint: Checkpoint, update: Update) -> None:
+    """Make the run of this update what it was when the checkpoint was saved."""
+    run = update.run
+    load_weights(run.model, checkpoint.model, str(run.folder.path))
+    update.optimizer.load_state_dict(spread_optimizer(checkpoint.optimizer, update.optimizer))
+    update.load_state(checkpoint.state["scaler"])
+    if rng := scattered_rng(run, checkpoint.rng):
+        restore_rng(rng)
+    else:  # it was saved by fewer processes
+        stream = f"dropout/{run.accelerator.process_index}/{checkpoint.step}"
+        torch.manual_seed(stream_seed(run.seed, stream))
+    run.step = checkpoint.step
+    run.tokens = checkpoint.state["tokens"]
+    run.seconds = checkpoint.state["seconds"]
+
+
+def _sources(datasets: dict[str, dict]) -> str:
+    kinds = ("hub", "files", "shards", "builtin")
+    named = [dataset[kind] for dataset in datasets.values() for kind in kinds if dataset[kind]]
+    return ", ".join(" ".join(name) if isinstance(name, list) else name for name in named)
