@@ -40,7 +40,8 @@ Device = Annotated[
 def precision_option(without: str) -> object:
     """The option --precision; `without` says what holds where it is not given."""
     return Option(
-        help=f"fp32, bf16, fp16 or amp; without it, {without}.",
+        help="fp32, bf16, fp16, or amp: the fastest that the device has in hardware; without it, "
+        f"{without}.",
         metavar="NAME",
         callback=lambda name: name and known_precision(name),
         autocompletion=lambda: list(PRECISIONS),

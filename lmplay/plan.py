@@ -195,7 +195,11 @@ class Plan(_Strict):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for no limit.")
-    precision: Precision = Field("amp", description="amp is bf16 where it works, else fp16.")
+    precision: Precision = Field(
+        "amp",
+        description="amp is the fastest that the device has in hardware: bf16, else fp16 on a GPU "
+        "and fp32 on a CPU.",
+    )
     validation: Validation
     checkpoints: Checkpoints
 

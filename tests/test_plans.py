@@ -123,6 +123,11 @@ def test_a_checkpoint_of_a_full_sized_model_is_not_written_too_often(name):
 
 
 @every_plan
+def test_every_plan_takes_the_fastest_precision_that_the_device_has(name):
+    assert read_plan(name).precision == "amp"
+
+
+@every_plan
 def test_validations_and_checkpoints_fall_on_whole_steps(name):
     plan = read_plan(name)
 

@@ -102,7 +102,12 @@ def main(
     ] = None,
     device: Device = "auto",
     amp: Annotated[
-        bool, Option("--amp", metavar="", help="Mixed precision: bf16 where it works, else fp16.")
+        bool,
+        Option(
+            "--amp",
+            metavar="",
+            help="The fastest precision that the device has in hardware, as --precision amp.",
+        ),
     ] = False,
     precision: Annotated[str | None, precision_option("what the plan says")] = None,
     gpus: Annotated[

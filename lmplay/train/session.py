@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from lmplay.catalog.entries import canonical_name
 from lmplay.errors import UserError
-from lmplay.machine import resolve_device, resolve_precision
+from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
 from lmplay.model.counts import count
 from lmplay.optim.registry import make_optimizer, refuse_sharding
@@ -58,6 +58,8 @@ def run_experiment(request: Request, display: Display) -> dict:
         if result := finished(request, display):
             display.note(f"{folder.path} is finished; --resume none trains it again")
             return result
+        if slow := slowness(precision, device):
+            display.note(slow)
         earlier = _earlier(request)
         prepared = prepare(request, earlier, stack, display)
         prove(prepared, accelerator, precision, display)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lmplay import machine
 from lmplay.catalog.entries import resolve
 from lmplay.data.batches import Batch, Data, open_data
 from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
@@ -480,6 +481,25 @@ def test_a_leaking_experiment_is_refused_before_training(place):
 
     assert raised.value.code == BAD_INPUT and "leak fails the check" in raised.value.problem
     assert [path.name for path in Path("runs/words/leak/seed-0").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(("gain", "precision"), [(0.05, "fp32"), (2.0, "bf16")])
+def test_a_plan_that_says_amp_trains_in_what_is_fast_here(place, monkeypatch, gain, precision):
+    monkeypatch.setattr(machine, "bf16_gain", lambda: gain)
+    display = Silent()
+    result = run(changes={"precision": "amp", "tokens": 160}, display=display)
+
+    assert folder_of(result).read().precision == precision
+    assert not any("times as long" in text for text in display.notes)
+
+
+def test_slow_bf16_is_obeyed_with_one_line_on_how_slow(place, monkeypatch):
+    monkeypatch.setattr(machine, "bf16_gain", lambda: 0.05)
+    display = Silent()
+    result = run(changes={"precision": "bf16", "tokens": 160}, display=display)
+
+    assert folder_of(result).read().precision == "bf16"
+    assert sum("bf16 takes 20.0 times as long" in text for text in display.notes) == 1
 
 
 def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkeypatch):
