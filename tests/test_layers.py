@@ -18,6 +18,7 @@ LIGHT = [
     *("catalog.entry", "catalog.entries", "catalog.stack"),
     *("data.gaps", "data.tokenizers", "data.local_files"),
     *(
+        "run.changes",
         "run.facts",
         "run.folder",
         "run.labels",

@@ -1,6 +1,5 @@
 """lmp-trainer: train one experiment or many, list, describe and check them."""
 
-import json
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.disk import write_text
-from lmplay.errors import UserError, nearest
+from lmplay.errors import UserError
 from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
     describe,
@@ -25,7 +24,6 @@ from lmplay.train.listing import (
 )
 
 if TYPE_CHECKING:
-    from lmplay.plan import Plan
     from lmplay.run.request import Request
 
 app = typer.Typer(
@@ -41,6 +39,15 @@ def _plan_names() -> list[str]:
     from lmplay.plan import plan_paths
 
     return ["list", "schema", *plan_paths()]
+
+
+def _rows(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        problem = f"--mini-batch-size {text}: not a number of rows"
+        raise UserError(problem, hint="1 or more, or auto")
+    return int(text)
 
 
 def _whole_tokens(tokens: float | None) -> int | None:
@@ -133,6 +140,7 @@ def main(
         Option(
             help="Rows that go through the model at once, or 'auto'; results stay equal.",
             metavar="N",
+            callback=_rows,
         ),
     ] = "auto",
     compile: Annotated[
@@ -207,12 +215,11 @@ def main(
         ),
     ] = None,
     resume: Annotated[
-        str,
+        Literal["auto", "none"],
         Option(
             help="auto goes on where the run stopped; none starts anew and keeps the old run "
             "aside.",
             metavar="auto|none",
-            autocompletion=lambda: ["auto", "none"],
         ),
     ] = "auto",
     out_dir: Annotated[
@@ -232,48 +239,43 @@ def main(
     if plan == "list":
         return list_plans(as_json)
     from lmplay.data.local_files import existing
-    from lmplay.plan import has_key, plan_schema, read_plan  # here, not at the top: pydantic
+    from lmplay.plan import plan_schema, read_plan  # here, not at the top: pydantic
+    from lmplay.run.changes import read_changes, refuse_unfit
 
     if plan == "schema":
         return print_json(plan_schema())
     names = ("gpt2ish" if exp is None else exp).split(",")
+    precision = _precision(amp, precision)
     if write is not None:
         return _write(_one(names, "--write"), write)
     entries = [catalog.resolve(name) for name in names]
     ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
-    changes = dict(_parsed(text) for text in set_ or [])
-    if tokens is not None:
-        changes["tokens"] = tokens
-    of_plan = {key: value for key, value in changes.items() if has_key(key)}
-    of_config = {key: value for key, value in changes.items() if key not in of_plan}
-    resolved = read_plan("default" if plan is None else plan, of_plan, data)
+    changes = read_changes(set_ or [], tokens)
+    config = changes.of_config
+    resolved = read_plan("default" if plan is None else plan, changes.of_plan, data)
     is_grid = len(entries) > 1 or seeds is not None or bool(ideas)
     rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
     for entry in [*entries, *ideas, *([rival] if rival else [])]:
-        _know_config_keys(entry, of_config)
-        _know_config_values(entry, resolved, of_config)
+        refuse_unfit(entry, resolved, config)
     if is_described:
         _one(names, "--describe")
         return describe(
             entries[0] if exp is not None or plan is None else None,
             resolved,
-            of_config,
+            config,
             plan is not None,
             as_json,
         )
     if check:
         _one(names, "--check")
-        used = _precision(amp, precision)
-        return print_check(entries[0], resolved, of_config, device, used, as_json)
+        return print_check(entries[0], resolved, config, device, precision, as_json)
     for dataset in resolved.datasets.values():
         for path in dataset.files or []:
             existing(path)
-    resumes = _resume(resume)
     if ideas and (seeds or 1) < 2:
         raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     if is_grid:
-        _refuse_for_many(resumes, gpus is not None or shard)
-    rows, precision = _mini_batch_size(mini_batch_size), _precision(amp, precision)
+        _refuse_for_many(resume == "auto", gpus is not None or shard)
     if gpus is not None and "WORLD_SIZE" not in os.environ:
         raise typer.Exit(_launch(gpus, device))
     if gpus is not None:
@@ -289,10 +291,20 @@ def main(
     if budget == "seconds":
         compile = bool(compile)  # what is timed is what is trained
     request = Request(
-        entries[0], resolved, changes, of_config, seed, device, precision, rows, compile, resumes,
-        out_dir, initial=find_initial(initial_model, out_dir) if initial_model else None,
+        entry=entries[0],
+        plan=resolved,
+        changes=changes.values,
+        config=config,
+        seed=seed,
+        device=device,
+        precision=precision,
+        mini_batch_size=mini_batch_size,
+        compiled=compile,
+        resume=resume == "auto",
+        out_dir=out_dir,
+        initial=None if initial_model is None else find_initial(initial_model, out_dir),
         sharded=shard,
-    )  # fmt: skip
+    )
     if ideas:
         search_greedily(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
     elif is_grid:
@@ -402,80 +414,10 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
 
 
-def _parsed(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {text}: no key=value", hint="such as --set optimizer.lr=1e-3")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
-def _know_config_keys(entry: Entry, changes: dict[str, object]) -> None:
-    for key in changes:
-        if key in ("budget", "initial_model"):
-            problem = f"--set {key}: in a run's name this word has a meaning of its own"
-            raise UserError(problem, hint="call the field of Config otherwise")
-        if key not in entry.fields:
-            from lmplay.plan import Plan
-
-            known = [*entry.fields, *Plan.model_fields, "optimizer.lr", "schedule.name"]
-            hint = nearest(key, known) + f"{entry.name} has {', '.join(entry.fields)}"
-            raise UserError(f"--set {key}: neither in Config nor in the plan", hint=hint)
-
-
-def _know_config_values(entry: Entry, plan: "Plan", changes: dict[str, object]) -> None:
-    """Refuse what Config would take and the model could not use."""
-    if "vocab_size" in changes:
-        raise UserError(
-            "--set vocab_size: it is always the tokenizer's own",
-            hint="change the tokenizer, such as --set tokenizer=bpe:8192",
-        )
-    for key, value in (plan.model | changes).items():
-        if not _is_of(value, entry.fields.get(key, "")):
-            where = f"--set {key}" if key in changes else f"plan {plan.name}: model.{key}"
-            problem = f"{where} should be {entry.fields[key]}, not {json.dumps(value)}"
-            raise UserError(problem, hint="--describe shows the fields")
-    if changes.get("max_len", plan.max_len) < plan.max_len:
-        raise UserError(
-            f"--set max_len={changes['max_len']}: the plan's rows have {plan.max_len} tokens",
-            hint="--set sequence_length=N changes both",
-        )
-
-
-def _is_of(value: object, annotation: str) -> bool:
-    """Whether a JSON value is of this type; true where the annotation is none of JSON's."""
-    known = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-    words = annotation.split(" | ")
-    if not set(words) <= known.keys():
-        return True
-    if isinstance(value, bool):
-        return "bool" in words
-    return any(isinstance(value, known[word]) for word in words)
-
-
 def _precision(amp: bool, precision: str | None) -> str | None:
     if amp and precision not in (None, "amp"):
         raise UserError(f"--amp and --precision {precision} are two answers", hint="give one")
     return "amp" if amp else precision
-
-
-def _mini_batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(
-            f"--mini-batch-size {text}: not a number of rows", hint="1 or more, or auto"
-        )
-    return int(text)
-
-
-def _resume(text: str) -> bool:
-    if text not in ("auto", "none"):
-        hint = "auto goes on where the run stopped, none starts anew"
-        raise UserError(f"--resume {text}: no such choice", hint=hint)
-    return text == "auto"
 
 
 def run() -> None:

@@ -88,7 +88,7 @@ def lmp_trainer(*args, **options):
         ),
         (["--amp", "--precision", "fp32"], ["two answers"]),
         (["--mini-batch-size", "0"], ["--mini-batch-size 0"]),
-        (["--resume", "never"], ["--resume never"]),
+        (["--resume", "never"], ["--resume", "never"]),
         (["--tokns", "3"], ["--tokens"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
