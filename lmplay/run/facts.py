@@ -46,6 +46,31 @@ class Compilation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """How the weights of a run that did not begin by chance came about, as names of tensors."""
+
+    name: str  # of the trained model, as labels call it
+    path: str
+    step: int | None
+    copied: int
+    unfolded: list[str]  # modules that reproduced a plain one
+    fresh: list[str]  # that the trained model lacks
+    unused: list[str]  # that only the trained model has
+    logits_differ: float  # at most, relative to the largest
+
+    def __str__(self):
+        parts = [f"{self.copied} tensors copied"]
+        if self.unfolded:
+            parts.append(f"unfolded: {', '.join(self.unfolded)}")
+        for kind, names in (("fresh", self.fresh), ("unused", self.unused)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{kind}: {', '.join(names[:3])}{more}")
+        parts.append(f"logits within {self.logits_differ:.1e} of its")
+        return f"starts from {self.path}: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """run.json. What has a default here is what a run that begins says; a file says everything."""
 
@@ -82,7 +107,7 @@ class Facts:
     compiled: bool
     compilation: Compilation | None = None
     sharded: bool
-    initial_model: dict | None = None  # how the weights came about, where not by chance
+    initial_model: Beginning | None = None
     changed_midway: list[str] = field(default_factory=list)  # since then not bit by bit
     command: list[str]
     started: str  # ISO 8601

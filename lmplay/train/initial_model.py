@@ -14,6 +14,7 @@ from lmplay.model.abilities import unfolds
 from lmplay.model.experiment import load_experiment
 from lmplay.model.native import read_native
 from lmplay.run.checkpoint import unchanged_rng
+from lmplay.run.facts import Beginning
 from lmplay.run.folder import RunFolder, resolve_run
 from lmplay.run.request import InitialModel
 from lmplay.run.run import Run, load_weights
@@ -43,15 +44,15 @@ def find_initial(text: str, out_dir: Path) -> InitialModel:
     return InitialModel(run.path, step, f"{run.read().experiment}~{_digest([of_step[step]])}")
 
 
-def begin_from(initial: InitialModel, run: Run, tokenizer: Tokenizer) -> dict:
+def begin_from(initial: InitialModel, run: Run, tokenizer: Tokenizer) -> Beginning:
     """Give a run's fresh model the weights of a trained one.
 
     Parameters of one name are copied. A module with `unfold` whose place is held by a plain one in
     the trained model reproduces that; all else keeps its fresh start.
 
     Returns:
-        What run.json says of it: how the parameters came about, and how far the logits of random
-        text are from the trained model's, at most, relative to their largest.
+        How the parameters came about, and how far the logits of random text are from the trained
+        model's.
     Raises:
         UserError: other tokens, other shapes, or no parameter in common.
     """
@@ -74,29 +75,16 @@ def begin_from(initial: InitialModel, run: Run, tokenizer: Tokenizer) -> dict:
             torch.distributed.broadcast(tensor, src=0)
     fresh = [key for key in ours if key not in theirs and not key.startswith(inside)]
     unused = [key for key in theirs if key not in ours and not key.startswith(inside)]
-    return {
-        "name": initial.name,
-        "path": str(initial.path),
-        "step": initial.step,
-        "copied": len(copied),
-        "unfolded": unfolded,
-        "fresh": fresh,
-        "unused": unused,
-        "logits_differ": _distance(model, source),
-    }
-
-
-def told(began: dict) -> str:
-    """One line on what `begin_from` did."""
-    parts = [f"{began['copied']} tensors copied"]
-    if began["unfolded"]:
-        parts.append(f"unfolded: {', '.join(began['unfolded'])}")
-    for key in ("fresh", "unused"):
-        if names := began[key]:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{key}: {', '.join(names[:3])}{more}")
-    parts.append(f"logits within {began['logits_differ']:.1e} of its")
-    return f"starts from {began['path']}: {'; '.join(parts)}"
+    return Beginning(
+        name=initial.name,
+        path=str(initial.path),
+        step=initial.step,
+        copied=len(copied),
+        unfolded=unfolded,
+        fresh=fresh,
+        unused=unused,
+        logits_differ=_distance(model, source),
+    )
 
 
 def _source(initial: InitialModel, tokenizer: Tokenizer) -> nn.Module:

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from lmplay.run.facts import Compilation, Facts, League
+from lmplay.run.facts import Beginning, Compilation, Facts, League
 
 
 def with_changes(facts, **changes):
@@ -84,3 +84,15 @@ def test_graphs_and_breaks_are_told(graphs, breaks, said):
     made = Compilation(graphs=graphs, breaks=breaks, seconds=4.4)
 
     assert str(made) == f"compiled: {said}, in 4 s"
+
+
+def test_how_a_run_began_is_one_line_that_names_three_tensors_of_a_kind():
+    began = Beginning(
+        name="gpt2ish~1a2b3c4d", path="runs/a", step=10, copied=20, unfolded=["token_table"],
+        fresh=["a", "b", "c", "d", "e"], unused=[], logits_differ=0.00012,
+    )  # fmt: skip
+
+    assert str(began) == (
+        "starts from runs/a: 20 tensors copied; unfolded: token_table; "
+        "fresh: a, b, c and 2 more; logits within 1.2e-04 of its"
+    )

@@ -70,11 +70,11 @@ def test_a_child_begins_with_its_parents_weights_and_says_which_are_its_own(pare
     folder = run("value_norm", parent.path, display=display)
     began = folder.read().initial_model
 
-    assert began["fresh"] == [
+    assert began.fresh == [
         "blocks.0.attention.value_norm.weight",
         "blocks.0.attention.value_norm.bias",
     ]
-    assert began["unfolded"] == began["unused"] == [] and began["logits_differ"] > 0
+    assert began.unfolded == began.unused == [] and began.logits_differ > 0
     assert any("starts from" in note and "value_norm.weight" in note for note in display.notes)
 
 
@@ -91,8 +91,8 @@ def test_a_unified_embedding_reproduces_its_parents_table(place):
     parent = run(config={"width": 192})
     began = run("ue", parent.path, config={"width": 192}).read().initial_model
 
-    assert began["unfolded"] == ["token_table"] and began["fresh"] == []
-    assert began["logits_differ"] < 0.15  # measured: 0.045
+    assert began.unfolded == ["token_table"] and began.fresh == []
+    assert began.logits_differ < 0.15  # measured: 0.045
     assert run("ue").read().initial_model is None
 
 
@@ -167,7 +167,7 @@ def test_a_native_checkpoint_of_transformers_answers_as_there(place):
     began = run("gpt2", place / "theirs").read().initial_model
     ours = first_weights("gpt2", place / "theirs")
 
-    assert began["name"].startswith("theirs~") and began["fresh"] == began["unused"] == []
-    assert began["logits_differ"] == 0
+    assert began.name.startswith("theirs~") and began.fresh == began.unused == []
+    assert began.logits_differ == 0
     table = theirs.transformer.wte.weight.detach()
     torch.testing.assert_close(ours["token_table.weight"], table, rtol=0, atol=1e-20)
