@@ -3,10 +3,10 @@
 from contextlib import suppress
 
 from lmplay.errors import BAD_INPUT, LOCKED, NO_DATA, UserError
+from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.run.folder import RunFolder
 from lmplay.run.request import Request
-from lmplay.train.display import GridDisplay
 from lmplay.train.session import finished, run_experiment
 
 WAIT_SECONDS = 2.0  # between two looks at runs that others hold

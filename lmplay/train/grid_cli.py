@@ -14,8 +14,8 @@ from lmplay.stats.table import print_verdicts
 from lmplay.train.listing import print_path
 
 if TYPE_CHECKING:
+    from lmplay.grid.grid_display import GridDisplay
     from lmplay.run.request import Request
-    from lmplay.train.display import GridDisplay
 
 
 def train_all(
@@ -80,7 +80,7 @@ def search_greedily(
 @contextmanager
 def _grid_display(template: "Request") -> Iterator["GridDisplay"]:
     """Shows the grid; where a signal ends it, the command ends with the signal's code."""
-    from lmplay.train.display import GridDisplay
+    from lmplay.grid.grid_display import GridDisplay
     from lmplay.train.signals import Stopped
 
     try:

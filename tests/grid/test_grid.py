@@ -13,10 +13,10 @@ from lmplay.errors import NO_DATA, UserError
 from lmplay.grid import budget, grid
 from lmplay.grid.budget import sized
 from lmplay.grid.grid import run_grid
+from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.plan import read_plan
 from lmplay.run.request import Request
-from lmplay.train.display import GridDisplay
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 

@@ -6,10 +6,10 @@ import pytest
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
+from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.requests import expand
 from lmplay.plan import read_plan
 from lmplay.run.request import Request
-from lmplay.train.display import GridDisplay
 
 
 @pytest.fixture
