@@ -3,6 +3,8 @@
 import ctypes
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +26,29 @@ def keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def reset_peak_memory(device: "torch.device") -> None:
+    """Begin to measure anew what `peak_memory` gives: what was freed before does not count.
+
+    The peak of a process can be set back on Linux alone. Elsewhere it stays that of the whole
+    process, with what it took to prepare the text.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed goes back to the system
+        with suppress(OSError):  # a kernel may be built without it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: "torch.device") -> int:
-    """Bytes: the most that was allocated on the GPU, or the largest size of the process."""
+    """Bytes, since `reset_peak_memory`: the most allocated on the GPU, or the process's most.
+
+    On MPS, which keeps no peak, what is allocated now.
+    """
     if device.type == "cuda":
         import torch
 
@@ -34,5 +57,9 @@ def peak_memory(device: "torch.device") -> int:
         import torch
 
         return torch.mps.driver_allocated_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # cannot be set back
     return peak if sys.platform == "darwin" else peak * 1024

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from lmplay.machine import matmul_rate
+from lmplay.memory import reset_peak_memory
 from lmplay.model.decoding import greedy_text
 from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.compiler import compiled_so_far
@@ -27,9 +28,10 @@ class Reporter:
         self._is_main = run.accelerator.is_main_process
 
     def begin(self) -> None:
-        """Training begins: measure what the device could do at most, and say so."""
+        """Training begins: measure what the device could do at most, and memory from now on."""
         facts, run = self.facts, self.run
         matmul_flops = run.world_size * matmul_rate(run.device, facts.precision)
+        reset_peak_memory(run.device)
         self.write(replace(facts, matmul_flops=matmul_flops).running())
         fastest = matmul_flops / facts.flops_per_token
         self.display.start(self.prepared.clock, run.step, fastest)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from lmplay import machine
 from lmplay.catalog.entries import resolve
+from lmplay.data import batches
 from lmplay.data.batches import Batch, Data, open_data
 from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
+from lmplay.memory import peak_memory
 from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import IGNORE
 from lmplay.plan import read_plan
@@ -254,6 +257,21 @@ def test_the_memory_of_a_step_is_kept_for_the_next(place, monkeypatch):
         run()
 
     assert asked == [True, "open"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak cannot be set back")
+def test_the_memory_of_a_run_is_not_that_of_preparing_its_text(place, monkeypatch):
+    peaks = []
+
+    def open_data(*args):
+        torch.ones(100 << 18)  # 100 MiB
+        peaks.append(peak_memory(torch.device("cpu")))
+        return batches.open_data(*args)
+
+    monkeypatch.setattr(prepared, "open_data", open_data)
+    rows = read_rows(folder_of(run()).train_csv)
+
+    assert max(row["memory"] for row in rows) < peaks[0] - (50 << 20)
 
 
 def test_seeds_differ_and_repeat(place):
