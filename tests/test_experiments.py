@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lmplay.catalog.entries import parent_of, resolve
 from lmplay.catalog.entry import Entry, read_file
-from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.folding import folded
 from lmplay.model.objective import Objective
 from lmplay.proofs.tiny import check
 

@@ -1,5 +1,8 @@
 """Architectures that are no transformer, or not quite: what each promises."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -349,3 +352,77 @@ def test_hnets_gate_is_one_and_hands_the_router_a_gradient():
     model(tokens_BT).square().sum().backward()
 
     assert model.router.query.weight.grad.abs().max() > 0
+
+
+def llada(T: int = 4, V: int = 5, **values) -> nn.Module:
+    model = model_of("llada", vocab_size=V, max_len=T, **values)
+    for weight in model.parameters():
+        weight.data += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def bound_by_enumeration(model: nn.Module, row_S: Tensor) -> float:
+    """The mean over sizes l of n / l times the nats of every set of l masked targets."""
+    n = len(row_S) - 1
+    total = 0.0
+    for l in range(1, n + 1):  # noqa: E741
+        sets = list(itertools.combinations(range(n), l))
+        is_masked_BT = torch.zeros(len(sets), n, dtype=torch.bool)
+        for mask_T, chosen in zip(is_masked_BT, sets, strict=True):
+            mask_T[list(chosen)] = True
+        nats_BT = model.nats(row_S.expand(len(sets), -1), is_masked_BT)
+        total += n / l * nats_BT.sum(1).mean().item()
+    return total / n
+
+
+@torch.no_grad()
+def test_lladas_draws_give_the_bound_and_so_does_its_training_loss():
+    model = llada(num_draws=3000)
+    row_S = torch.tensor([1, 4, 0, 2, 2])
+    exact = bound_by_enumeration(model, row_S)
+    tokens_BT, targets_BT = row_S[None, :-1], row_S[None, 1:]
+    torch.manual_seed(0)
+    trained = model.training_loss(tokens_BT.expand(40_000, -1), targets_BT.expand(40_000, -1))
+
+    assert model.log_likelihood(tokens_BT, targets_BT).sum().item() == pytest.approx(
+        exact, rel=0.02
+    )
+    assert trained.sum(1).mean().item() == pytest.approx(exact, rel=0.03)
+
+
+@torch.no_grad()
+def test_llada_that_knows_nothing_scores_ln_v():
+    model = llada(V=7)
+    model.head.weight.data.zero_()
+    row_BS = random_tokens(B=3, T=5, V=7)
+    nats_BT = model.log_likelihood(row_BS[:, :-1], row_BS[:, 1:])
+
+    torch.testing.assert_close(nats_BT.sum(1), torch.full((3,), 4 * math.log(7)))
+
+
+@torch.no_grad()
+def test_llada_never_sees_what_it_is_asked_and_scores_a_row_alike_in_any_company():
+    model, row_BS = llada(V=50), random_tokens(B=6, T=5, V=50)
+    tokens_BT, targets_BT = row_BS[:, :-1], row_BS[:, 1:].clone()
+    is_masked_BT = torch.tensor([[False, True, False, True]]).expand(6, -1)
+    other_BS = row_BS.clone()
+    other_BS[:, 2] = (other_BS[:, 2] + 1) % 50
+    alone = model.log_likelihood(tokens_BT[2:3], targets_BT[2:3])
+
+    torch.testing.assert_close(
+        model.nats(row_BS, is_masked_BT)[:, 3], model.nats(other_BS, is_masked_BT)[:, 3]
+    )
+    torch.testing.assert_close(model.log_likelihood(tokens_BT, targets_BT)[2:3], alone)
+    targets_BT[:, 2:] = -100  # what is not scored has no say and no nats
+    cut = model.log_likelihood(tokens_BT, targets_BT)
+
+    assert not cut[:, 2:].any() and cut[:, :2].any()
+
+
+@torch.no_grad()
+def test_llada_writes_the_surest_tokens_first_and_keeps_the_prompt():
+    model, prompt_BT = llada(T=12, V=9, tokens_per_step=2), random_tokens(B=2, T=5, V=9)
+    new_BT = model.generate(prompt_BT, 7, lambda logits: logits.argmax(-1))
+
+    assert new_BT.shape == (2, 7) and new_BT.max() < 9
+    assert torch.equal(new_BT, model.generate(prompt_BT, 7, lambda logits: logits.argmax(-1)))
