@@ -168,7 +168,7 @@ def _facts(label: str, seed: int, num_steps: int) -> Facts:
         world_size=1,
         mini_batch_size=1,
         compiled=False,
-        sharded=False,
+        fsdp=False,
         command=[],
         started="",
         status="finished",

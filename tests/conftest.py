@@ -92,7 +92,7 @@ def make_facts():
             "world_size": 1,
             "mini_batch_size": 2,
             "compiled": False,
-            "sharded": False,
+            "fsdp": False,
             "command": [],
             "started": "2026-01-01T00:00:00+00:00",
             "status": "finished",

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ def test_a_file_imports_only_its_own_package_and_those_before_it(name):
 def test_packages_hold_no_code():
     for path in PACKAGE.rglob("__init__.py"):
         assert path.read_text() == ""
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.name for path in PACKAGE.rglob("*.py"))
+    of_each_package = {"__init__.py", "__main__.py", "cli.py"}
+
+    assert not [name for name, n in names.items() if n > 1 and name not in of_each_package]
+
+
+def test_no_two_classes_have_one_name():
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    classes = Counter(n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef))
+
+    assert not [name for name, n in classes.items() if n > 1]
 
 
 def test_light_files_load_nothing_heavy():

@@ -183,15 +183,15 @@ class _Side:
     def _write_or_follow(self, write: Write, note: Note, stop: threading.Event) -> None:
         """Finish the folder, or follow the process that does: whoever holds the lock writes."""
         lock = FileLock(self._folder / "lock")
-        told = False
+        has_waited = False
         while not stop.is_set():
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                if not told:
+                if not has_waited:
                     name = self.shards.name
                     note(f"{name}: another process prepares this text; using what it makes")
-                told = True
+                has_waited = True
                 stop.wait(_POLL_SECONDS)
                 self.shards.publish(*read_index(self._folder))
                 if self.shards.num_tokens is not None:

@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     """What is written."""
 
     SAFETENSORS = "safetensors"
@@ -34,12 +34,12 @@ def main(
     ],
     out: Annotated[Path, Argument(metavar="OUT", help="The folder to make.")],
     to: Annotated[
-        Format,
+        ExportFormat,
         Option(
             help="safetensors: weights and config.json. hf: what transformers opens, with the "
             "tokenizer."
         ),
-    ] = Format.SAFETENSORS,
+    ] = ExportFormat.SAFETENSORS,
     fold: Annotated[
         bool,
         Option("--fold/--no-fold", help="Take out the parameters that only training needs."),
@@ -66,7 +66,7 @@ def main(
     folder, named_step = resolve_run(run, runs)
     facts = folder.read()
     note(f"{facts.label} on {facts.plan_name}, seed {facts.seed}: loading torch")
-    from lmplay.export.folder import export
+    from lmplay.export.export import export
 
     made = export(folder, named_step if step is None else step, to.value, fold, out)
     if as_json:
@@ -78,7 +78,7 @@ def main(
     elif fold:
         size += ", nothing to fold"
     typer.echo(f"{out}: {facts.label} at step {made['step']}, {size}")
-    if to is Format.HF:
+    if to is ExportFormat.HF:
         trust = ", trust_remote_code=True" if made["trust_remote_code"] else ""
         typer.echo(f'AutoModelForCausalLM.from_pretrained("{out}"{trust})  # {made["class"]}')
     return None

@@ -59,7 +59,7 @@ def make_optimizer(wanted: Optimizer, model: nn.Module) -> torch.optim.Optimizer
         raise UserError(f"optimizer: torch.optim.{wanted.name} refuses: {error}") from None
 
 
-def refuse_sharding(wanted: Optimizer) -> None:
+def refuse_fsdp(wanted: Optimizer) -> None:
     """Raise a UserError unless the optimizer updates a slice of a weight as in the whole."""
     if wanted.name not in _ELEMENTWISE:
         raise UserError(

@@ -20,8 +20,8 @@ from lmplay.model.abilities import has_hidden, takes_cache
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.objective import Objective
-from lmplay.proofs.memory import remembered
 from lmplay.proofs.proof import NO_MEMORY, Exempt, Proof, Refuted, prove
+from lmplay.proofs.proof_cache import remembered
 from lmplay.proofs.specimen import Specimen
 
 # B rows, T positions, C model width

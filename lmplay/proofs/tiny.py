@@ -15,8 +15,8 @@ from lmplay.proofs import (
     stacking,
     weights,
 )
-from lmplay.proofs.memory import remembered
 from lmplay.proofs.proof import Proof, Refuted, prove
+from lmplay.proofs.proof_cache import remembered
 from lmplay.proofs.specimen import Specimen, throughout
 
 PROOFS = {

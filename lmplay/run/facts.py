@@ -106,7 +106,7 @@ class Facts:
     mini_batch_size: int
     compiled: bool
     compilation: Compilation | None = None
-    sharded: bool
+    fsdp: bool
     initial_model: Beginning | None = None
     changed_midway: list[str] = field(default_factory=list)  # since then not bit by bit
     command: list[str]

@@ -1,4 +1,4 @@
-"""One model spread over processes by torch's fully_shard (FSDP2), and its state made whole again.
+"""One model spread over processes by torch's fully_shard (FSDP2), its state gathered and scattered.
 
 Every process holds a slice of each weight, of its gradient and of its optimizer state. A whole
 weight exists only while its block runs. A checkpoint holds whole tensors, whoever wrote it.
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from lmplay.errors import UserError
 
 
-def shard(objective: nn.Module, device: torch.device) -> list[nn.Module]:
+def apply_fsdp(objective: nn.Module, device: torch.device) -> list[nn.Module]:
     """Spread the parameters over all processes, in place: a group for each block, one for the rest.
 
     Only calls of `objective` see whole weights: a method called around it sees slices. Precision
@@ -81,7 +81,7 @@ def no_sync(objective: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole(state, keep: bool = True, device: torch.device | str | None = None):
+def gather_state(state, keep: bool = True, device: torch.device | str | None = None):
     """A state dict in which every spread tensor is whole; all processes must take part.
 
     A tensor that is there twice stays one. Without spread tensors it is given back as it is.
@@ -104,7 +104,7 @@ def whole(state, keep: bool = True, device: torch.device | str | None = None):
     return tree_map(gather, state)
 
 
-def spread(value, like: Tensor):
+def scatter_tensor(value, like: Tensor):
     """This process's slice of `value`, if that is a whole tensor and `like` one that is spread."""
     if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
         return value
@@ -114,17 +114,17 @@ def spread(value, like: Tensor):
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def spread_model(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def scatter_model_state(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A whole state dict as the model's own is: spread where that is."""
     likes = model.state_dict()
-    return {key: spread(value, likes.get(key, value)) for key, value in weights.items()}
+    return {key: scatter_tensor(value, likes.get(key, value)) for key, value in weights.items()}
 
 
-def spread_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+def scatter_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """A whole optimizer state as the optimizer's own would be: spread where its parameters are."""
     likes = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of_each = {
-        index: {key: spread(value, likes[index]) for key, value in values.items()}
+        index: {key: scatter_tensor(value, likes[index]) for key, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": of_each}

@@ -38,7 +38,7 @@ class Request:
     out_dir: Path = Path(RUNS)
     budget: League | None = None  # that the plan's tokens were sized for
     initial: InitialModel | None = None  # the weights that it begins with
-    sharded: bool = False  # over the processes
+    fsdp: bool = False  # over the processes
 
     @property
     def all_changes(self) -> dict[str, object]:

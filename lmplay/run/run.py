@@ -13,7 +13,7 @@ from lmplay.model.experiment import Experiment, freeze
 from lmplay.model.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run.folder import RunFolder
-from lmplay.run.fsdp import no_sync, shard, spread_model, whole
+from lmplay.run.fsdp import apply_fsdp, gather_state, no_sync, scatter_model_state
 from lmplay.seeds import stream_seed
 
 AUTO_TOKENS = 8192  # in a micro-batch where memory cannot be probed
@@ -32,7 +32,7 @@ class Run:
     objective: nn.Module  # the model and its loss, as accelerate gave it back
     accelerator: Accelerator
     mini_batch_size: int  # rows that go through the model at once
-    sharded: bool = False  # every process holds a slice of each parameter
+    fsdp: bool = False  # every process holds a slice of each parameter
     compiled: bool = False
     may_shrink: bool = False  # halve mini_batch_size where the device's memory does not suffice
     warn: Callable[[str], None] = print  # told, once, of a change that the user should know of
@@ -52,16 +52,16 @@ class Run:
 
     def no_sync(self) -> AbstractContextManager:
         """While entered, a backward pass leaves its gradients in this process."""
-        if self.sharded:
+        if self.fsdp:
             return no_sync(self.objective)
         return self.accelerator.no_sync(self.objective)
 
     def whole_model(self) -> nn.Module:
         """The model itself, or a whole copy on the device; then all processes must take part."""
-        if not self.sharded:
+        if not self.fsdp:
             return self.model
         copy = self.experiment.model(self.config, device="meta")
-        copy.load_state_dict(whole(self.model.state_dict(keep_vars=True)), assign=True)
+        copy.load_state_dict(gather_state(self.model.state_dict(keep_vars=True)), assign=True)
         return copy.train(self.model.training)
 
     def can_go_on(self, error: Exception) -> bool:
@@ -99,22 +99,22 @@ def open_run(
     accelerator: Accelerator,
     mini_batch_size: int,
     compiled: bool = False,
-    sharded: bool = False,
+    fsdp: bool = False,
 ) -> Run:
     """Build the model from its seed, freeze what the plan freezes, and wrap it once for accelerate.
 
     Args:
-        compiled: compile the wrapper, or each block that is sharded, in place (names in the state
+        compiled: compile the wrapper, or with `fsdp` each block, in place (names in the state
             stay). On the CPU this turns deterministic algorithms on: without them two equal
             compiled runs differ.
-        sharded: spread the parameters over the processes instead of holding them in each.
+        fsdp: spread the parameters over the processes instead of holding them in each.
     """
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
     freeze(model, plan.freeze)  # before it is wrapped: DDP waits for the gradients it then expects
     torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
     # in evaluation mode accelerate gives it a device and autocast, but no DDP
-    objective = accelerator.prepare_model(Objective(model), evaluation_mode=sharded)
-    parts = shard(objective, accelerator.device) if sharded else [objective]
+    objective = accelerator.prepare_model(Objective(model), evaluation_mode=fsdp)
+    parts = apply_fsdp(objective, accelerator.device) if fsdp else [objective]
     if compiled and not parts:
         problem = f"--shard: {experiment.name} has no repeated blocks to compile"
         raise UserError(problem, hint="leave out --compile or --shard")
@@ -125,7 +125,7 @@ def open_run(
             part.compile(dynamic=False)  # else the kernels depend on the order of shapes seen
     return Run(
         folder, plan, experiment, seed, config, model, objective, accelerator, mini_batch_size,
-        sharded, compiled,
+        fsdp, compiled,
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         UserError: names or shapes differ; the first few are listed.
     """
     try:
-        model.load_state_dict(spread_model(weights, model), strict=True)
+        model.load_state_dict(scatter_model_state(weights, model), strict=True)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:4]]
         raise UserError(

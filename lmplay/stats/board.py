@@ -82,7 +82,7 @@ def _of_plan(plan: str, rows: list[dict], facts: dict[str, Facts]) -> str:
 
 def _repeat(row: dict, facts: list[Facts]) -> str:
     """A list item: the exact commands, and what else decides the numbers."""
-    told = {
+    shared = {
         "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in facts})),
         "commit": _each([run.git_commit for run in facts]),
         "versions": _each([_versions(run.versions) for run in facts]),
@@ -90,7 +90,7 @@ def _repeat(row: dict, facts: list[Facts]) -> str:
         "machine": _each([_machine(run) for run in facts]),
     }
     lines = [f"**{plain(row['experiment'])}**", ""]
-    lines += [f"- {name}: {plain(value)}" for name, value in told.items()]
+    lines += [f"- {name}: {plain(value)}" for name, value in shared.items()]
     commands = dict.fromkeys(_command(run.command) for run in facts if run.command)
     longest = max([len(ticks) for line in commands for ticks in re.findall("`+", line)], default=0)
     fence = "`" * max(3, longest + 1)

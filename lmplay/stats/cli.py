@@ -37,7 +37,7 @@ class Split(StrEnum):
     VALIDATION = "validation"
 
 
-class Format(StrEnum):
+class FigureFormat(StrEnum):
     PNG = "png"
     SVG = "svg"
     PDF = "pdf"
@@ -103,8 +103,8 @@ def main(
         Option("--log/--linear", metavar="", help="Logarithmic axes: x, and y where it is a loss."),
     ] = False,
     format: Annotated[
-        Format, Option(help="png, svg or pdf: the format of the figures.", metavar="NAME")
-    ] = Format.PNG,
+        FigureFormat, Option(help="png, svg or pdf: the format of the figures.", metavar="NAME")
+    ] = FigureFormat.PNG,
     out_dir: Annotated[Path, Option(help="Folder that the figures go to.", metavar="PATH")] = Path(
         "plots"
     ),

@@ -303,7 +303,7 @@ def main(
         resume=resume == "auto",
         out_dir=out_dir,
         initial=None if initial_model is None else find_initial(initial_model, out_dir),
-        sharded=shard,
+        fsdp=shard,
     )
     if ideas:
         search_greedily(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)

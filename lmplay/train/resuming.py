@@ -8,7 +8,7 @@ import torch
 from lmplay.errors import UserError
 from lmplay.run.checkpoint import Checkpoint, restore_rng
 from lmplay.run.facts import Facts
-from lmplay.run.fsdp import spread_optimizer
+from lmplay.run.fsdp import scatter_optimizer_state
 from lmplay.run.request import Request
 from lmplay.run.run import load_weights
 from lmplay.seeds import stream_seed
@@ -17,7 +17,7 @@ from lmplay.train.update import Update
 
 # facts without which the numbers of a run that goes on are not the same bit by bit
 _EXACT = (
-    "device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size", "sharded",
+    "device_name", "versions", "threads", "compiled", "mini_batch_size", "world_size", "fsdp",
 )  # fmt: skip
 
 
@@ -75,7 +75,9 @@ def take_up(checkpoint: Checkpoint, update: Update) -> None:
     """Make the run of this update what it was when the checkpoint was saved."""
     run = update.run
     load_weights(run.model, checkpoint.model, str(run.folder.path))
-    update.optimizer.load_state_dict(spread_optimizer(checkpoint.optimizer, update.optimizer))
+    update.optimizer.load_state_dict(
+        scatter_optimizer_state(checkpoint.optimizer, update.optimizer)
+    )
     update.load_state(checkpoint.state["scaler"])
     if rng := scattered_rng(run, checkpoint.rng):
         restore_rng(rng)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint
-from lmplay.run.fsdp import whole
+from lmplay.run.fsdp import gather_state
 from lmplay.run.run import Run
 from lmplay.train.update import Update
 
@@ -12,8 +12,8 @@ def save(run: Run, update: Update) -> None:
     """Write a checkpoint of everything that the next step depends on."""
     rng = gathered_rng(run)
     is_main = run.accelerator.is_main_process
-    model = whole(run.model.state_dict(keep_vars=True), is_main, "cpu")
-    optimizer = whole(update.optimizer.state_dict(), is_main, "cpu")
+    model = gather_state(run.model.state_dict(keep_vars=True), is_main, "cpu")
+    optimizer = gather_state(update.optimizer.state_dict(), is_main, "cpu")
     if is_main:
         checkpoint = Checkpoint(
             step=run.step,

@@ -14,7 +14,7 @@ from lmplay.errors import UserError
 from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
 from lmplay.model.counts import count
-from lmplay.optim.registry import make_optimizer, refuse_sharding
+from lmplay.optim.registry import make_optimizer, refuse_fsdp
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.facts import DataFacts, Facts
@@ -48,8 +48,8 @@ def run_experiment(request: Request, display: Display) -> dict:
     device, folder = resolve_device(request.device), request.folder
     precision = _precision(request, device)
     accelerator = make_accelerator(device, precision)
-    if request.sharded:
-        _refuse_sharding(request, precision, accelerator.num_processes)
+    if request.fsdp:
+        _refuse_fsdp(request, precision, accelerator.num_processes)
     is_main = accelerator.is_main_process
     with ExitStack() as stack:
         lock = stack.enter_context(ExitStack())
@@ -106,8 +106,8 @@ def _precision(request: Request, device: torch.device) -> str:
     return resolve_precision(asked if earlier is None else earlier.precision, device)
 
 
-def _refuse_sharding(request: Request, precision: str, num_processes: int) -> None:
-    refuse_sharding(request.plan.optimizer)
+def _refuse_fsdp(request: Request, precision: str, num_processes: int) -> None:
+    refuse_fsdp(request.plan.optimizer)
     if num_processes == 1:
         hint = "--gpus N or torchrun starts several"
         raise UserError("--shard needs several processes, and there is one", hint=hint)
@@ -147,7 +147,7 @@ def _open_run(
         accelerator,
         rows or rows_at_once(prepared.plan, accelerator.device),
         _compiles(request, earlier, prepared, accelerator, precision),
-        request.sharded,
+        request.fsdp,
     )
     run.may_shrink = request.mini_batch_size is None
     return run
@@ -163,7 +163,7 @@ def _compiles(
     """As asked for; else as the run began; else where it is repaid."""
     if request.compiled is not None:
         return request.compiled
-    if earlier is not None or request.sharded:
+    if earlier is not None or request.fsdp:
         return earlier is not None and earlier.compiled
 
     def flops() -> float:
@@ -211,7 +211,7 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
         world_size=run.world_size,
         mini_batch_size=run.mini_batch_size,
         compiled=run.compiled,
-        sharded=request.sharded,
+        fsdp=request.fsdp,
         command=sys.argv,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )

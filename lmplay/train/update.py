@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lmplay.model.abilities import has_after_step
 from lmplay.optim.registry import is_maskable, set_learning_rate
-from lmplay.run.fsdp import whole
+from lmplay.run.fsdp import gather_state
 from lmplay.run.run import Run
 
 MOST_OVERFLOWS = 20  # in a row: by then the scaler has divided its scale of 65,536 by a million
@@ -50,7 +50,7 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.run.model.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        norm = gather_state(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         most = 1 if self.scaler is None else MOST_OVERFLOWS
         self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
         self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lmplay.catalog.entries import resolve
-from lmplay.export.folder import export
+from lmplay.export.export import export
 from lmplay.run.trained import open_trained
 
 GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 8}

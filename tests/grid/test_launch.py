@@ -134,7 +134,7 @@ def test_sharded_processes_go_on_from_one_and_one_goes_on_from_them(place, capfd
 
     assert json.loads(heard.out)["status"] == "finished"  # one document
     assert heard.err.count("going on at step 4") == 1 and "Traceback" not in heard.err
-    assert facts.world_size == 2 and facts.sharded and "sharded" in facts.changed_midway
+    assert facts.world_size == 2 and facts.fsdp and "fsdp" in facts.changed_midway
     for name in ("train_csv", "validation_csv"):
         rows = [read_rows(getattr(folder, name)) for folder in (one, two)]
         for a, b in zip(*rows, strict=True):

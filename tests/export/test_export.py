@@ -13,7 +13,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import read_file
 from lmplay.errors import UserError
 from lmplay.export import folder as files
-from lmplay.export.folder import export
+from lmplay.export.export import export
 from lmplay.model.decoding import greedy_text
 from lmplay.model.experiment import load_experiment
 from lmplay.run.trained import open_trained

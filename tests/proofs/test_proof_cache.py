@@ -2,20 +2,20 @@ import shutil
 
 import pytest
 
-from lmplay.proofs import memory
-from lmplay.proofs.memory import PACKAGE, hash_of_sources, remembered
+from lmplay.proofs import proof_cache
 from lmplay.proofs.proof import NO_MEMORY, Proof
+from lmplay.proofs.proof_cache import PACKAGE, hash_of_sources, remembered
 
 PASSED = [Proof("causal", True, "")]
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A copy of lmplay's files, whose text counts instead; the memory is empty."""
+    """A copy of lmplay's files, whose text counts instead; the proof_cache is empty."""
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
     copy = tmp_path / "lmplay"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(memory, "PACKAGE", copy)
+    monkeypatch.setattr(proof_cache, "PACKAGE", copy)
     return copy
 
 

@@ -1,4 +1,4 @@
-"""A sharded run is the run that it would be anyway; how it is spread and made whole again.
+"""A run under FSDP is the run that it would be anyway; how it is spread and made whole again.
 
 One process makes a group of its own here: all of FSDP2 but the other processes. Two are in
 test_launch.py.
@@ -17,11 +17,11 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import Objective
-from lmplay.optim.registry import refuse_sharding
+from lmplay.optim.registry import refuse_fsdp
 from lmplay.plan import Optimizer, read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
-from lmplay.run.fsdp import blocks, no_sync, shard, spread_model, whole
+from lmplay.run.fsdp import apply_fsdp, blocks, gather_state, no_sync, scatter_model_state
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
 from lmplay.train import loop, session
@@ -44,13 +44,13 @@ def tiny(name="gpt2ish", **values):
     return experiment.model(experiment.config(**{**experiment.tiny, **values}), seed=0)
 
 
-def train(out_dir, exp="gpt2ish", sharded=False, precision="fp32", compiled=False, **changes):
+def train(out_dir, exp="gpt2ish", fsdp=False, precision="fp32", compiled=False, **changes):
     changes = {"num_blocks": 2, **changes}
     of_plan = {k: v for k, v in changes.items() if "." in k or k == "freeze"}
     request = Request(
         resolve(exp), read_plan("words", of_plan), changes,
         {k: v for k, v in changes.items() if k not in of_plan}, precision=precision, device="cpu",
-        mini_batch_size=2, out_dir=Path(out_dir), sharded=sharded, compiled=compiled,
+        mini_batch_size=2, out_dir=Path(out_dir), fsdp=fsdp, compiled=compiled,
     )  # fmt: skip
     with Display("") as display:
         return RunFolder(Path(run_experiment(request, display)["run"]))
@@ -69,23 +69,23 @@ def train(out_dir, exp="gpt2ish", sharded=False, precision="fp32", compiled=Fals
     ids=str,
 )
 def test_a_sharded_run_takes_the_steps_of_a_plain_one(place, alone, monkeypatch, options):
-    monkeypatch.setattr(session, "_refuse_sharding", lambda *_: None)  # of one process
+    monkeypatch.setattr(session, "_refuse_fsdp", lambda *_: None)  # of one process
     real = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **given: real(self, backend="aot_eager", **given)
     )
-    plain, sharded = (train(out, sharded=out == "sharded", **options) for out in ("a", "sharded"))
-    states = [newest_checkpoint(folder, print) for folder in (plain, sharded)]
-    rows = [read_rows(folder.validation_csv) for folder in (plain, sharded)]
+    plain, fsdp = (train(out, fsdp=out == "fsdp", **options) for out in ("a", "fsdp"))
+    states = [newest_checkpoint(folder, print) for folder in (plain, fsdp)]
+    rows = [read_rows(folder.validation_csv) for folder in (plain, fsdp)]
 
-    assert sharded.read().sharded and sharded.read().compiled == ("compiled" in options)
+    assert fsdp.read().fsdp and fsdp.read().compiled == ("compiled" in options)
     for state in states:  # a softmax is blind to a key's bias: Adam scales up rounding errors there
         for key in [key for key in state.model if key.endswith("key.bias")]:
             del state.model[key]
     assert_close(states[1].model, states[0].model)
     assert_close(states[1].optimizer, states[0].optimizer)
     assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]])
-    assert sharded.samples_md.read_text() == plain.samples_md.read_text()
+    assert fsdp.samples_md.read_text() == plain.samples_md.read_text()
 
 
 def test_a_sharded_run_that_fails_says_where(place, alone, monkeypatch):
@@ -95,9 +95,9 @@ def test_a_sharded_run_that_fails_says_where(place, alone, monkeypatch):
 
     real = loop.take_step
     monkeypatch.setattr(loop, "take_step", poison)
-    monkeypatch.setattr(session, "_refuse_sharding", lambda *_: None)
+    monkeypatch.setattr(session, "_refuse_fsdp", lambda *_: None)
     with pytest.raises(UserError) as raised:
-        train("runs", sharded=True)
+        train("runs", fsdp=True)
 
     assert raised.value.problem.endswith("it begins in blocks.1.mlp.up")
 
@@ -115,23 +115,23 @@ def test_every_parameter_is_spread_and_made_whole_again(alone):
     model.head.weight = model.token_table.weight  # tied
     before = {key: value.clone() for key, value in model.state_dict().items()}
     objective = Objective(model)
-    shard(objective, CPU)
-    state = whole(model.state_dict(keep_vars=True))
+    apply_fsdp(objective, CPU)
+    state = gather_state(model.state_dict(keep_vars=True))
     is_tied = state["head.weight"] is state["token_table.weight"]
     state = {key: value.clone() for key, value in state.items()}
     other = {key: torch.ones_like(value) for key, value in before.items()}
-    model.load_state_dict(spread_model(other, model))
+    model.load_state_dict(scatter_model_state(other, model))
 
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert_close(state, before, rtol=0, atol=0)
     assert is_tied
-    assert_close(whole(model.state_dict()), other, rtol=0, atol=0)
+    assert_close(gather_state(model.state_dict()), other, rtol=0, atol=0)
 
 
 def test_gradients_are_exchanged_once_for_all_parts(alone):
     model, plain = tiny(), tiny()
     objective, expected = Objective(model).eval(), Objective(plain).eval()  # without dropout
-    shard(objective, CPU)
+    apply_fsdp(objective, CPU)
     parts_NBT = torch.randint(61, (3, 2, 16), generator=torch.Generator().manual_seed(0))
     with no_sync(objective):
         for part_BT in parts_NBT[:2]:
@@ -143,29 +143,29 @@ def test_gradients_are_exchanged_once_for_all_parts(alone):
 
     assert kept == [None] * len(kept)  # no slice of a gradient: nothing was exchanged
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert_close(whole(parameter.grad), other.grad)
+        assert_close(gather_state(parameter.grad), other.grad)
 
 
 def test_a_single_number_cannot_be_spread(alone):
     model = tiny()
     model.scale = nn.Parameter(torch.ones(()))
     with pytest.raises(UserError, match=r"model\.scale is a single number"):
-        shard(Objective(model), CPU)
+        apply_fsdp(Objective(model), CPU)
 
 
 def test_blocks_are_compiled_or_it_is_said_that_there_are_none(place, alone, monkeypatch):
-    monkeypatch.setattr(session, "_refuse_sharding", lambda *_: None)
+    monkeypatch.setattr(session, "_refuse_fsdp", lambda *_: None)
     with pytest.raises(UserError, match="no repeated blocks"):
-        train("runs", sharded=True, compiled=True, num_blocks=1)
+        train("runs", fsdp=True, compiled=True, num_blocks=1)
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon"])
 def test_optimizers_that_need_whole_matrices_are_refused(name):
     with pytest.raises(UserError, match=f"{name} needs whole matrices"):
-        refuse_sharding(Optimizer(name=name, lr=0.1))
-    refuse_sharding(Optimizer(name="AdamW", lr=0.1))
+        refuse_fsdp(Optimizer(name=name, lr=0.1))
+    refuse_fsdp(Optimizer(name="AdamW", lr=0.1))
 
 
 def test_a_lone_process_has_nothing_to_shard_with(place):
     with pytest.raises(UserError, match="needs several processes"):
-        train("runs", sharded=True)
+        train("runs", fsdp=True)
