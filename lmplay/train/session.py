@@ -281,7 +281,7 @@ def _ended_by(error: BaseException, session: Session, facts: Facts) -> Facts:
 
 
 def _result(folder: RunFolder, facts: Facts) -> dict:
-    rows = read_rows(folder.validation_csv)
+    rows = read_rows(folder.validation_csv) if folder.validation_csv.is_file() else []
     return {
         "schema_version": 1,
         "run": str(folder.path),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -124,6 +125,13 @@ def test_a_run_leaves_all_that_it_takes_to_repeat_and_resume_it(place):
     nats = validation[-1]["loss"] * facts.data.validation_tokens
     bits = nats / math.log(2) / facts.data.validation_bytes
     assert validation[-1]["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(place, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    run()
+
+    assert not Path("runs").exists()
 
 
 def test_the_same_request_again_has_nothing_left_to_do(place):
