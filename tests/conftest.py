@@ -97,6 +97,8 @@ def make_facts():
             "started": "2026-01-01T00:00:00+00:00",
             "status": "finished",
         }
-        return Facts(**known | values)
+        known |= values
+        known.setdefault("num_tokens", known["num_steps"] * known["tokens_per_step"])
+        return Facts(**known)
 
     return make

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"
 BPE_BYTES = 50_000_000  # of text, at most, that a bpe:N is trained on
 _SECONDS = 15.0  # for a tokenizer's download, all attempts together
-_TIKTOKEN = {  # and how many tokens it has
-    "gpt2": 50257,
-    "r50k_base": 50257,
-    "p50k_base": 50281,
-    "cl100k_base": 100277,
-    "o200k_base": 200019,
+_TIKTOKEN = {  # how many tokens it has, and which of them ends a document
+    "gpt2": (50257, 50256),
+    "r50k_base": (50257, 50256),
+    "p50k_base": (50281, 50256),
+    "cl100k_base": (100277, 100257),
+    "o200k_base": (200019, 199999),
 }
 _GPT2_LIKE = ("gpt2", "r50k_base", "p50k_base")  # those that cut text by GPT-2's pattern
 _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
@@ -120,14 +120,17 @@ def open_tokenizer(
     return _from_hub(name)
 
 
-def vocab_size_of(name: str) -> int:
-    """The size that the tokenizer `name` has, without a download or training where it can be told.
+def vocabulary_of(name: str) -> tuple[int, int]:
+    """The size and the end marker of a tokenizer, not downloaded or trained where they are known.
 
     A bpe:N trained on very little text may have fewer than N tokens.
     """
     if name in _TIKTOKEN:
         return _TIKTOKEN[name]
-    return _bpe_size(name) if name.startswith("bpe:") else open_tokenizer(name).vocab_size
+    if name.startswith("bpe:"):
+        return _bpe_size(name), 0  # the only special token, so the first
+    tokenizer = open_tokenizer(name)
+    return tokenizer.vocab_size, tokenizer.end
 
 
 class _Bytes(Tokenizer):

@@ -98,6 +98,7 @@ def _write_plain(
         "folded": is_folded,
         "folds_to": plain if is_folded else None,
         "step": trained.step,
+        "progress": trained.progress,
         "tokenizer": facts.plan["tokenizer"],
         "values": dataclasses.asdict(trained.config),
     }
@@ -126,6 +127,7 @@ def _write_with_code(
         },
         "experiment": trained.facts.label,
         "values": dataclasses.asdict(trained.config),
+        "progress": trained.progress,
         "folded": is_folded,
         "vocab_size": trained.config.vocab_size,
         "max_position_embeddings": trained.config.max_len,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .abilities import has_hidden, reader, takes_cache
+from .abilities import has_hidden, reader, set_progress, takes_cache
 from .cache import Cache
 from .experiment import Config, Model
 from .folding import folded
@@ -18,7 +18,9 @@ from .folding import folded
 
 
 class LmplayConfig(PreTrainedConfig):
-    """What config.json holds: `values` of the experiment's Config, and whether it is `folded`."""
+    """What config.json holds: `values` of the experiment's Config, whether it is `folded`, and the
+    `progress` of the run when it was saved.
+    """
 
     model_type = "lmplay"
 
@@ -43,6 +45,7 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LmplayConfig):
         super().__init__(config)
         model = Model(Config(**config.values))
+        set_progress(model, config.progress)
         self.model = folded(model) if config.folded else model
         self.takes_cache = takes_cache(model)
         first: dict[int, str] = {}

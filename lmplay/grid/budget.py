@@ -1,23 +1,26 @@
 """Leagues: budgets of tokens that give every idea the compute, or the time, of the baseline."""
 
 import json
+import math
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from lmplay.data.batches import open_data
-from lmplay.data.tokenizers import vocab_size_of
+from lmplay.data.batches import Batch, Data, open_data
+from lmplay.data.tokenizers import Tokenizer, vocabulary_of
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
-from lmplay.model.counts import count
+from lmplay.model.counts import flops_per_token
 from lmplay.model.experiment import load_experiment, scale
 from lmplay.optim.registry import make_optimizer
+from lmplay.plan import Plan
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League
 from lmplay.run.request import Request
@@ -57,24 +60,31 @@ def sized(request: Request, baseline: Request, kind: str, display: Display) -> R
         cost = _flops_per_token(request) / _flops_per_token(baseline)
     else:
         cost = _kept_cost(request, baseline, display)
-    num_steps = max(1, round(Clock(plan).num_steps / cost))
-    tokens = num_steps * Clock(plan).at(0).tokens
     return replace(
         request,
-        plan=plan.model_copy(update={"tokens": tokens}),
+        plan=plan.model_copy(update={"tokens": _tokens(plan, cost)}),
         budget=replace(league, cost=cost),
     )
+
+
+def _tokens(plan: Plan, cost: float) -> int:
+    """The plan's budget divided by the cost, once it is rounded up, to within half a step."""
+    clock = Clock(plan)
+    last = clock.at(clock.num_steps - 1).tokens
+    return max(1, math.ceil(clock.num_tokens / cost - last / 2))
 
 
 def relative_seconds(pair: tuple[Request, Request], display: Display) -> float:
     """Seconds of a training step of the first over those of the second, taking turns.
 
-    Both train on the plan's own batches; the median over rounds of the paired ratios.
+    Both take steps of the plan's sizes, from all over the run, on its first rows; the median over
+    rounds of the paired ratios.
     """
     plan = pair[0].plan
     tokenizer, data = open_data(plan, pair[0].seed, display.note, display.preparing)
     try:
-        sessions = [_session(request, data, tokenizer.vocab_size) for request in pair]
+        first_rows = _FirstRows(data)
+        sessions = [_session(request, first_rows, tokenizer) for request in pair]
         for session in sessions:  # compiles, allocates
             _seconds(session)
         ratios = []
@@ -115,31 +125,42 @@ def _cost(path: Path, baseline: Request) -> float:
 
 
 def _flops_per_token(request: Request) -> float:
-    experiment = load_experiment(request.entry)
-    vocab_size = vocab_size_of(request.plan.tokenizer)
-    config = scale(experiment, request.plan, vocab_size, request.config).config
-    return count(experiment, config, request.plan.freeze).flops_per_token
+    experiment, plan = load_experiment(request.entry), request.plan
+    config = scale(experiment, plan, *vocabulary_of(plan.tokenizer), request.config).config
+    return Clock(plan).mean(partial(flops_per_token, experiment, config))
 
 
-def _session(request: Request, data, vocab_size: int) -> Session:
+@dataclass
+class _FirstRows:
+    """Data whose every row is one of the first, since the last ones may still be streaming."""
+
+    data: Data
+
+    def rows(self, first: int, count: int, length: int) -> Batch:
+        return self.data.rows(0, count, length)
+
+
+def _session(request: Request, data: _FirstRows, tokenizer: Tokenizer) -> Session:
     device = resolve_device(request.device)
     precision = resolve_precision(request.precision or request.plan.precision, device)
     accelerator = make_accelerator(device, precision)
     experiment, plan = load_experiment(request.entry), request.plan
-    config = scale(experiment, plan, vocab_size, request.config).config
+    vocabulary = tokenizer.vocab_size, tokenizer.end
+    config = scale(experiment, plan, *vocabulary, request.config).config
     rows = request.mini_batch_size or rows_at_once(plan, device)
     run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
     run.may_shrink = request.mini_batch_size is None
     update = Update(run, make_optimizer(plan.optimizer, run.model), plan.clip)
-    clock, curves = Clock(plan, data.num_rows), Curves(run, None)
+    clock, curves = Clock(plan), Curves(run, None)
     return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
 
 
 def _seconds(session: Session) -> float:
-    """Of STEPS steps, to the moment when the device has done them."""
+    """Of STEPS steps spread over the run, to the moment when the device has done them."""
     start = time.perf_counter()
-    for _ in range(STEPS):
-        session.run.step %= session.clock.num_steps
+    for number in range(STEPS):
+        session.run.step = (2 * number + 1) * session.clock.num_steps // (2 * STEPS)
+        session.run.set_progress(session.clock.at(session.run.step).progress)
         advance(session)
     session.curves.look(now=True)
     if session.run.device.type == "cuda":

@@ -56,6 +56,12 @@ def follows_progress(model: Of) -> bool:
     return hasattr(model, "at")
 
 
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell a model, if it follows that, the share of its run's tokens that it was trained on."""
+    if follows_progress(model):
+        model.at(progress)
+
+
 def has_after_step(model: Of) -> bool:
     """Whether it does something after each step of the optimizer."""
     return hasattr(model, "after_step")

@@ -48,8 +48,10 @@ class Experiment:
 
     @property
     def tiny(self) -> dict[str, object]:
-        """Config values for checks and tests."""
-        return self.entry.tiny
+        """Config values for checks and tests; the last token ends a document, if Config asks."""
+        values = self.entry.tiny
+        has_end = "end" in self.fields and "vocab_size" in values
+        return {"end": values["vocab_size"] - 1} | values if has_end else values
 
     @property
     def fields(self) -> list[str]:
@@ -130,9 +132,13 @@ class Scale:
     differs: dict[str, list]  # key: [the plan's value, this run's]; None where Config lacks the key
 
 
-def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str, object]) -> Scale:
+def scale(
+    experiment: Experiment, plan: Plan, vocab_size: int, end: int, changes: dict[str, object]
+) -> Scale:
     """The Config of a run: the file's values, then the plan's, the variant's, those of `--set`.
 
+    Args:
+        vocab_size, end: of the tokenizer: its size, and the token that ends a document.
     Raises:
         UserError: the plan scales what the baseline does not have, or Config refuses a value.
     """
@@ -143,6 +149,7 @@ def scale(experiment: Experiment, plan: Plan, vocab_size: int, changes: dict[str
             raise UserError(f"plan {plan.name}: gpt2ish has no Config value {key!r}", hint=hint)
     shared = {key: value for key, value in plan.model.items() if key in experiment.fields}
     given = {"vocab_size": vocab_size, "max_len": plan.max_len}
+    given |= {"end": end} if "end" in experiment.fields else {}
     config = experiment.config(**shared | experiment.variant | given | changes)
     made = dataclasses.asdict(config)
     differs = {

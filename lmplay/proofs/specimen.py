@@ -37,7 +37,7 @@ class Specimen:
                 hint="copy gpt2ish's: Config values at which a check takes seconds",
             )
         self.experiment = experiment
-        self.given = config or experiment.config(**_with_end(experiment))
+        self.given = config or experiment.config(**experiment.tiny)
         self.progress = progress
         self.config = self.config_with_dropout(0.0)
         self.scores_itself = scores_itself(experiment.module.Model)
@@ -141,10 +141,3 @@ def throughout(claim: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
         return f"at progress {', '.join(f'{p:g}' for p in PROGRESS)}: {found}"
 
     return claim_throughout
-
-
-def _with_end(experiment: Experiment) -> dict[str, object]:
-    values = experiment.tiny
-    if "end" in experiment.fields and "vocab_size" in values:
-        values = {"end": values["vocab_size"] - 1} | values
-    return values

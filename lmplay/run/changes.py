@@ -54,11 +54,12 @@ def refuse_unfit(entry: Entry, plan: Plan, changes: dict[str, object]) -> None:
             known = [*entry.fields, *Plan.model_fields, "optimizer.lr", "schedule.name"]
             hint = nearest(key, known) + f"{entry.name} has {', '.join(entry.fields)}"
             raise UserError(f"--set {key}: neither in Config nor in the plan", hint=hint)
-    if "vocab_size" in changes:
-        raise UserError(
-            "--set vocab_size: it is always the tokenizer's own",
-            hint="change the tokenizer, such as --set tokenizer=bpe:8192",
-        )
+    for key in ("vocab_size", "end"):
+        if key in changes:
+            raise UserError(
+                f"--set {key}: it is always the tokenizer's own",
+                hint="change the tokenizer, such as --set tokenizer=bpe:8192",
+            )
     for key, value in (plan.model | changes).items():
         if not _is_of(value, entry.fields.get(key, "")):
             where = f"--set {key}" if key in changes else f"plan {plan.name}: model.{key}"

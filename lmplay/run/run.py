@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lmplay.errors import BAD_CHECKPOINT, UserError
+from lmplay.model.abilities import set_progress
 from lmplay.model.experiment import Experiment, freeze
 from lmplay.model.objective import Objective
 from lmplay.plan import Plan
@@ -39,6 +40,7 @@ class Run:
     step: int = 0  # updates done
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # spent training, not validating
+    progress: float = 0.0  # share of the run's tokens, and what the model was told of it
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +51,11 @@ class Run:
     def world_size(self) -> int:
         """Processes that share a step."""
         return self.accelerator.num_processes
+
+    def set_progress(self, progress: float) -> None:
+        """How far the run is from now on: for its next step, and for what is saved before it."""
+        self.progress = progress
+        set_progress(self.model, progress)
 
     def no_sync(self) -> AbstractContextManager:
         """While entered, a backward pass leaves its gradients in this process."""
@@ -62,6 +69,7 @@ class Run:
             return self.model
         copy = self.experiment.model(self.config, device="meta")
         copy.load_state_dict(gather_state(self.model.state_dict(keep_vars=True)), assign=True)
+        set_progress(copy, self.progress)
         return copy.train(self.model.training)
 
     def can_go_on(self, error: Exception) -> bool:
@@ -110,6 +118,7 @@ def open_run(
         fsdp: spread the parameters over the processes instead of holding them in each.
     """
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
+    set_progress(model, 0.0)
     freeze(model, plan.freeze)  # before it is wrapped: DDP waits for the gradients it then expects
     torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
     # in evaluation mode accelerate gives it a device and autocast, but no DDP

@@ -12,6 +12,7 @@ from torch import nn
 from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.machine import dtype_of, resolve_device, resolve_precision
+from lmplay.model.abilities import set_progress
 from lmplay.model.experiment import Experiment, load_source
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.facts import Facts
@@ -30,6 +31,7 @@ class Trained:
     device: torch.device
     facts: Facts
     step: int
+    progress: float  # share of the run's tokens; the model was told
     autocast: Callable[[], AbstractContextManager]
 
 
@@ -54,6 +56,8 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     model = experiment.model(config)
     checkpoint = read_checkpoint(folder, step, weights_only=True)
     load_weights(model, checkpoint.model, f"{folder.path} at step {checkpoint.step}")
+    progress = checkpoint.state["progress"]
+    set_progress(model, progress)
     file = folder.tokenizer_json if folder.tokenizer_json.is_file() else None
     tokenizer = open_tokenizer(facts.plan["tokenizer"], file=file)
     is_mixed = used != "fp32"
@@ -66,5 +70,6 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
         where,
         facts,
         checkpoint.step,
+        progress,
         autocast,
     )

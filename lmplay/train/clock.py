@@ -86,6 +86,11 @@ class Clock:
             first_row / self._num_rows,
         )
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step."""
+        return max((phase.num_rows for phase in self.phases), default=0) * self._max_len
+
     def is_due(self, step: int, every_tokens: int) -> bool:
         """True at the start, and where the tokens before a step reach a multiple of these."""
         if step == 0:

@@ -18,7 +18,7 @@ def print_check(
     entry: Entry, plan: "Plan", config: dict, device: str, precision: str | None, as_json: bool
 ) -> None:
     note(f"checking {entry.name}: loading torch")
-    from lmplay.data.tokenizers import vocab_size_of
+    from lmplay.data.tokenizers import vocabulary_of
     from lmplay.machine import resolve_device, resolve_precision
     from lmplay.model.experiment import load_experiment, scale
     from lmplay.proofs.device import check_on
@@ -28,7 +28,7 @@ def print_check(
     proofs = check(experiment)
     if where.type != "cpu":
         used = resolve_precision(precision or plan.precision, where)
-        made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
+        made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
         note(f"checking {entry.name} on {where} in {used}")
         for proof in check_on(where, used, experiment, made.config):
             proofs.append(replace(proof, name=f"{proof.name}, on {where} in {used}"))
@@ -49,7 +49,8 @@ def describe(
 ) -> None:
     if entry is None:
         whole = plan.model_dump()
-        return print_json({"schema_version": 1, "plan": whole} if as_json else whole)
+        print_json({"schema_version": 1, "plan": whole} if as_json else whole)
+        return _note_ramp(plan)
     diff = catalog.diff(entry)
     if not as_json:
         out.print(entry.docstring, markup=False)
@@ -63,13 +64,13 @@ def describe(
         sys.stdout.flush()  # this much needs no torch
     from dataclasses import asdict
 
-    from lmplay.data.tokenizers import vocab_size_of
+    from lmplay.data.tokenizers import vocabulary_of
     from lmplay.model.counts import count
     from lmplay.model.decoding import uses_cache
     from lmplay.model.experiment import freeze, load_experiment, scale
 
     experiment = load_experiment(entry)
-    made = scale(experiment, plan, vocab_size_of(plan.tokenizer), config)
+    made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
     counts = asdict(count(experiment, made.config, plan.freeze))
     flops_per_token = counts.pop("flops_per_token")
     frozen = freeze(experiment.model(made.config, device="meta"), plan.freeze)
@@ -104,6 +105,19 @@ def describe(
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
     if show_plan:
         print_json(plan.model_dump())
+        _note_ramp(plan)
+
+
+def _note_ramp(plan: "Plan") -> None:
+    """The steps from which batch or rows are others, where the plan says how many there are."""
+    from lmplay.train.clock import Clock
+
+    if plan.tokens is None or len((clock := Clock(plan)).phases) == 1:
+        return
+    for phase in clock.phases:
+        rows = phase.num_rows * (plan.max_len // phase.row_length)
+        note(f"from step {phase.step + 1:,} on: {rows:,} rows of {phase.row_length:,} tokens")
+    note(f"{clock.num_steps:,} steps, {clock.num_tokens:,} tokens")
 
 
 def list_experiments(as_json: bool) -> None:

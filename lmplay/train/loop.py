@@ -59,6 +59,7 @@ def advance(session: Session) -> None:
     if taken is not None:
         run.step += 1
         run.tokens += batch.num_targets
+        run.set_progress(session.clock.at(run.step).progress)
         session.curves.close_step(batch.num_targets, *taken, session.update.healthy)
 
 

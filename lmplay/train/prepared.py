@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from lmplay.data.batches import Data, open_data
-from lmplay.data.tokenizers import Tokenizer, vocab_size_of
+from lmplay.data.tokenizers import Tokenizer, vocabulary_of
 from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
 from lmplay.memory import keep_memory
@@ -79,7 +79,7 @@ def prepare(
     tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
     stack.callback(data.close)
     if earlier is None:
-        made = scale(experiment, plan, tokenizer.vocab_size, request.config)
+        made = scale(experiment, plan, tokenizer.vocab_size, tokenizer.end, request.config)
         for key in [key for key, (_, value) in made.differs.items() if value is None]:
             name = experiment.name
             display.note(f"{name} has no Config value {key!r}: the plan's is not used")
@@ -116,6 +116,5 @@ def refuse_unknown_names(request: Request, experiment: Experiment) -> None:
     """Raise a UserError where the plan freezes what the model does not have, or all of it."""
     plan = request.plan
     if plan.freeze:
-        vocab_size = vocab_size_of(plan.tokenizer)
-        config = scale(experiment, plan, vocab_size, request.config).config
+        config = scale(experiment, plan, *vocabulary_of(plan.tokenizer), request.config).config
         freeze(experiment.model(config, device="meta"), plan.freeze)

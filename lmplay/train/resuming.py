@@ -87,6 +87,7 @@ def take_up(checkpoint: Checkpoint, update: Update) -> None:
     run.step = checkpoint.step
     run.tokens = checkpoint.state["tokens"]
     run.seconds = checkpoint.state["seconds"]
+    run.set_progress(checkpoint.state["progress"])
 
 
 def _sources(datasets: dict[str, dict]) -> str:

@@ -20,7 +20,12 @@ def save(run: Run, update: Update) -> None:
             model=model,
             optimizer=optimizer,
             rng=rng,
-            state={"tokens": run.tokens, "seconds": run.seconds, "scaler": update.state()},
+            state={
+                "tokens": run.tokens,
+                "seconds": run.seconds,
+                "progress": run.progress,
+                "scaler": update.state(),
+            },
         )
         save_checkpoint(run.folder, checkpoint, run.plan.checkpoints.keep)
     run.accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from lmplay.catalog.entries import canonical_name
 from lmplay.errors import UserError
 from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
-from lmplay.model.counts import count
+from lmplay.model.counts import count, flops_per_token
 from lmplay.optim.registry import make_optimizer, refuse_fsdp
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.checkpoint import newest_checkpoint
@@ -167,8 +168,9 @@ def _compiles(
         return earlier is not None and earlier.compiled
 
     def flops() -> float:
-        counts = count(prepared.experiment, prepared.config, prepared.plan.freeze)
-        return counts.flops_per_token * prepared.clock.num_tokens / accelerator.num_processes
+        of_length = partial(flops_per_token, prepared.experiment, prepared.config)
+        clock = prepared.clock
+        return clock.mean(of_length) * clock.num_tokens / accelerator.num_processes
 
     is_worth_it = is_repaid(prepared.experiment, accelerator.device, precision, flops)
     return broadcast_object_list([is_worth_it])[0]  # as the first process measured it
@@ -179,6 +181,12 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
     plan, experiment, data = prepared.plan, prepared.experiment, prepared.data
     clock = prepared.clock
     parameters = asdict(count(experiment, prepared.config, plan.freeze))
+    of_longest = parameters.pop("flops_per_token")
+
+    def of_length(T: int) -> float:
+        is_longest = prepared.config.max_len == T
+        return of_longest if is_longest else flops_per_token(experiment, prepared.config, T)
+
     return Facts(
         experiment=canonical_name(request.entry),
         file=experiment.entry.file,
@@ -201,11 +209,11 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
             validation_tokens=data.validation_tokens,
             validation_bytes=data.validation_bytes,
         ),
-        flops_per_token=parameters.pop("flops_per_token"),
+        flops_per_token=clock.mean(of_length),
         parameters=parameters,
         num_steps=clock.num_steps,
         num_tokens=clock.num_tokens,
-        tokens_per_step=max(clock.at(phase.step).tokens for phase in clock.phases),
+        tokens_per_step=clock.most_tokens,
         **machine_facts(run.device),
         precision=precision,
         world_size=run.world_size,
@@ -271,6 +279,7 @@ def _ended_by(error: BaseException, session: Session, facts: Facts) -> Facts:
     is_numeric = isinstance(error, NotFinite)
     if is_numeric:
         bad = session.clock.at(error.step - 1)
+        session.run.set_progress(bad.progress)
         batch = session.data.rows(bad.first_row, bad.num_rows, bad.row_length)
         if name := first_bad_place(session.run, batch):
             error.problem += f"; run again, it begins in {name}"

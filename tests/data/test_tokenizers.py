@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmplay.data import tokenizers as tokens
-from lmplay.data.tokenizers import END, open_tokenizer, vocab_size_of
+from lmplay.data.tokenizers import END, open_tokenizer, vocabulary_of
 from lmplay.errors import NO_DATA, UserError
 
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
@@ -197,9 +197,9 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
 
 
 def test_sizes_are_known_without_a_download():
-    assert vocab_size_of("gpt2") == 50257
-    assert vocab_size_of("bpe:4096") == 4096
-    assert vocab_size_of("byte") == BYTE.vocab_size == 257
+    assert vocabulary_of("gpt2") == (50257, 50256)
+    assert vocabulary_of("bpe:4096") == (4096, 0)
+    assert vocabulary_of("byte") == (BYTE.vocab_size, BYTE.end) == (257, 256)
 
 
 @pytest.mark.skipif(not has_gpt2(), reason="TIKTOKEN_CACHE_DIR holds no gpt2")

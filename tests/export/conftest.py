@@ -35,7 +35,9 @@ def write_run(path: Path, entry: Entry, facts, steps=(10,), tokenizer="byte", **
         with torch.no_grad():
             for weight in model.parameters():
                 weight += 0.1 * torch.randn_like(weight)
-        save_checkpoint(folder, Checkpoint(step, model.state_dict(), {}, {}, {}), keep=9)
+        save_checkpoint(
+            folder, Checkpoint(step, model.state_dict(), {}, {}, {"progress": 1.0}), keep=9
+        )
     return folder
 
 

@@ -74,6 +74,25 @@ def test_what_folds_is_exported_as_it_was_trained_too(entry, make_run, opened, t
 
 
 @torch.no_grad()
+def test_how_far_its_run_was_and_what_ends_a_document_go_along(make_run, opened, tmp_path):
+    source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
+    field, method = "    vocab_size: int\n", "\n    def hidden("
+    at = "\n    def at(self, progress):\n        self.scale = 1 + progress\n"
+    source = source.replace(field, f"{field}    end: int\n").replace(method, at + method)
+    (tmp_path / "mine.py").write_text(source)
+    folder = make_run(str(tmp_path / "mine.py"))
+    export(folder, None, "hf", True, tmp_path / "out")
+    export(folder, None, "safetensors", True, tmp_path / "plain")
+    ours, native = trained(folder), opened(tmp_path / "out")
+
+    assert ours.scale == native.model.scale == 2.0
+    assert native.config.values["end"] == ours.config.end == 60
+    for name in ("out", "plain"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["progress"] == 1.0
+
+
+@torch.no_grad()
 def test_a_fold_to_gpt2_is_gpt2_without_code(make_run, opened, tmp_path):
     folder = make_run("foc1_1+gpt2")
     made = export(folder, None, "hf", True, tmp_path / "out")

@@ -33,7 +33,9 @@ def make_run(make_facts):
                 model.head.weight.mul_(8)  # else every byte is nearly as likely
                 model.head.bias[128:] = -50  # ASCII, and no end marker
                 model.head.bias[:32] = -50
-            save_checkpoint(folder, Checkpoint(step, model.state_dict(), {}, {}, {}), keep=9)
+            save_checkpoint(
+                folder, Checkpoint(step, model.state_dict(), {}, {}, {"progress": 1.0}), keep=9
+            )
         return folder
 
     return make

@@ -17,6 +17,7 @@ from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.plan import read_plan
 from lmplay.run.request import Request
+from lmplay.train.clock import Clock
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 
@@ -147,6 +148,20 @@ def test_equal_budgets_divide_the_baselines_compute(place, display):
     spent = [facts.num_tokens * facts.flops_per_token for facts in (ours, theirs)]
     assert abs(spent[0] - spent[1]) <= ours.tokens_per_step * ours.flops_per_token / 2
     assert ours.num_steps < theirs.num_steps
+
+
+def test_equal_budgets_are_equal_to_half_a_step_where_batch_and_rows_grow_too(place, display):
+    ramps = {
+        "batch_size": [[0, 1], [0.25, 2], [0.5, 5]],
+        "sequence_length": [[0, 8], [0.6, 32]],
+    }
+    for tokens in (160 * 9, 160 * 9 + 70, 160 * 60):
+        pair = [request(exp, tokens=tokens, **ramps) for exp in ("ue", "gpt2ish")]
+        made = sized(*pair, "flops", display)
+        clocks = [Clock(one.plan) for one in (made, pair[1])]
+
+        wanted = clocks[1].num_tokens / made.budget.cost
+        assert abs(clocks[0].num_tokens - wanted) <= 5 * 32 / 2
 
 
 def test_equal_seconds_are_measured_once_and_kept_for_every_seed(place, display, monkeypatch):

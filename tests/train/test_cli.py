@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmplay.catalog.entries import resolve
 from lmplay.run.records import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,6 +39,10 @@ def place(tmp_path, cache, monkeypatch):
     (tmp_path / "words.json").write_text(json.dumps(PLAN))
     wide = {"extends": "words.json", "model": {"width": "wide"}}
     (tmp_path / "wide.json").write_text(json.dumps(wide))
+    source = resolve("gpt2ish").source.replace(
+        "vocab_size: int\n", "vocab_size: int\n    end: int\n"
+    )
+    (tmp_path / "ends.py").write_text(source)
     return tmp_path
 
 
@@ -65,6 +70,10 @@ def lmp_trainer(*args, **options):
         (["--plan", "quick", "--set", "width=1.5"], ["--set width should be int, not 1.5"]),
         (["--plan", "quick", "--set", "width=true"], ["--set width should be int, not true"]),
         (["--plan", "quick", "--set", "vocab_size=9"], ["--set vocab_size", "the tokenizer's own"]),
+        (
+            ["--exp", "ends.py", "--plan", "quick", "--set", "end=9"],
+            ["--set end", "the tokenizer's"],
+        ),
         (["--plan", "quick", "--set", "max_len=9"], ["--set max_len=9", "256 tokens"]),
         (["--plan", "wide.json"], ['plan wide: model.width should be int, not "wide"']),
         (["--plan", "quick", "--data", "nowhere.txt"], ["'nowhere.txt'", "is relative to"]),

@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -68,6 +69,21 @@ def test_mfu_is_the_speed_over_that_of_matrix_products(shown, monkeypatch, termi
 
     assert "MFU 40.0%" in "\n".join(lines)
     assert max(map(len, lines)) <= 80 or not terminal
+
+
+def test_time_left_is_that_of_the_tokens_left_where_steps_grow(shown, monkeypatch):
+    monkeypatch.setattr(display_module, "LINE_SECONDS", 0)
+    sizes = {"batch_sizes": [(0.0, 1), (0.5, 10)], "sequence_lengths": [(0.0, 1)], "max_len": 1}
+    clock = Clock(SimpleNamespace(tokens=200, **sizes))
+
+    def act(display):
+        display.start(clock, 0, fastest=2.0)
+        for step, seconds in ((20, 0.0), (100, 80.0)):  # a second a token; 100 tokens are left
+            display.row("train", TRAIN | {"step": step, "tokens": step, "seconds": seconds})
+
+    last = shown(act, terminal=False)[-1]
+
+    assert "step 100/110" in last and "1:40 left" in last and "MFU 50.0%" in last
 
 
 def test_no_panel_is_drawn_before_there_is_something_to_show(shown):

@@ -71,7 +71,7 @@ def test_a_run_equals_a_loop_in_plain_torch(tmp_path, cache, monkeypatch, name):
 
     experiment = load_experiment(entry)
     tokenizer, data = open_data(plan, 3, print)
-    config = scale(experiment, plan, tokenizer.vocab_size, {}).config
+    config = scale(experiment, plan, tokenizer.vocab_size, tokenizer.end, {}).config
     model = experiment.model(config, stream_seed(3, "weights"))
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
