@@ -202,6 +202,9 @@ class Plan(_Strict):
     )
     validation: Validation
     checkpoints: Checkpoints
+    margin: float | None = Field(
+        None, gt=0, description="Nats per token within which two final losses count as equal."
+    )
 
     @model_validator(mode="after")
     def _rows_can_be_cut(self):

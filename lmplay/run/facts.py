@@ -7,6 +7,8 @@ from functools import cache
 from types import UnionType
 from typing import Literal, Self, get_args, get_origin, get_type_hints
 
+from lmplay.run.design import Design, Rate
+
 Status = Literal["running", "stopped", "failed", "finished"]
 
 
@@ -84,6 +86,8 @@ class Facts:
     changes: dict[str, object]  # what differs from the plan and the experiment
     label: str
     budget: League | None = None
+    design: Design | None = None  # of the comparison that the run was trained for
+    rate: Rate | None = None  # its place among runs at several learning rates
     plan: dict[str, object]  # as resolved
     config: dict[str, object]
     scale_differs: dict[str, list]  # key of the plan's model to the plan's value and the own one

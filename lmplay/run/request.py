@@ -7,6 +7,7 @@ from lmplay.catalog.entries import canonical_name
 from lmplay.catalog.entry import Entry
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.plan import Plan
+from lmplay.run.design import Design, Rate
 from lmplay.run.facts import League
 from lmplay.run.folder import RUNS, RunFolder, run_path
 from lmplay.run.labels import label_of
@@ -39,6 +40,8 @@ class Request:
     budget: League | None = None  # that the plan's tokens were sized for
     initial: InitialModel | None = None  # the weights that it begins with
     fsdp: bool = False  # over the processes
+    design: Design | None = None  # of the comparison that the run is for
+    rate: Rate | None = None  # its place among runs at several learning rates
 
     @property
     def all_changes(self) -> dict[str, object]:

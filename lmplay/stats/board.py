@@ -12,7 +12,8 @@ from lmplay.stats.table import by_plan, markdown, plain
 START, END = "<!-- lmplay board -->", "<!-- /lmplay board -->"
 
 _COLUMNS = (
-    "experiment", "verdict", "difference", "95 % interval", "p (Holm)", "seeds", "loss",
+    "experiment", "verdict", "next", "difference", "95 % interval", "p (Holm)", "seeds", "loss",
+    "sd of diff", "pairs r", "sensitivity",
     "bits/byte", "tokens x", "seconds x", "tokens/s", "trained", "matmul", "look-up", "folded",
     "notes",
 )  # fmt: skip

@@ -248,8 +248,11 @@ def _flat(row: dict) -> dict:
             low, high = (value and value["interval"]) or (None, None)
             flat[key], flat[f"{key}_bound"] = value and value["value"], value and value["bound"]
             flat[f"{key}_low"], flat[f"{key}_high"] = low, high
+        elif key == "look":
+            for part in ("number", "of", "level"):
+                flat[f"look_{part}"] = value and value[part]
         else:
-            flat[key] = "; ".join(value) if isinstance(value, list) else value
+            flat[key] = "; ".join(map(str, value)) if isinstance(value, list) else value
     return flat
 
 

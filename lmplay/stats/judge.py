@@ -1,84 +1,82 @@
 """Turns pairs of runs into verdicts: one row for each experiment of each plan."""
 
-from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from math import ceil
+from statistics import fmean, median
 
 import numpy as np
 
 from lmplay.run.folder import RunFolder
+from lmplay.stats.arms import (
+    BETTER,
+    CANNOT_TELL,
+    WORSE,
+    Arm,
+    Companions,
+    Look,
+    is_companion,
+    judged_arms,
+    unproven,
+    with_seeds,
+)
 from lmplay.stats.compare import (
     Pair,
     RecordedRun,
     nature_marks,
+    pair_runs,
+    read_run,
     tokens_per_second,
-    why_not_comparable,
 )
-from lmplay.stats.verdict import (
-    ALPHA,
-    crossing,
-    holm,
-    holm_levels,
-    mean_interval,
-    paired,
-    seeds_needed,
-)
+from lmplay.stats.looks import level_of
+from lmplay.stats.verdict import ALPHA, crossing, mean_interval, seeds_needed
 
+UNDECLARED = "its looks were not declared: right only if nobody looked before"
+
+_FEW, _MANY = 5, 1000  # seeds that are proposed where nothing is known, and at most
 _MACHINE = ("device_name", "threads", "world_size", "compiled")
 _UNEQUAL = 0.05  # a league of seconds in which the seconds differ by a larger share is marked
-_NO_SETTINGS = ("name", "description", "datasets", "tokens", "checkpoints")  # keys of a plan
+_NO_SETTINGS = ("name", "description", "datasets", "tokens", "checkpoints", "margin")  # of a plan
 
 
-@dataclass
-class _Standing:
-    """The row of one label, and what the verdict needs besides."""
+def verdicts_of(
+    folders: list[RunFolder], baseline: str | None = None, margin: float | None = None
+) -> list[dict]:
+    """The verdict rows of the runs in these folders; `judge` says what a row holds.
 
-    row: dict
-    differences: np.ndarray  # of the final loss to the baseline's, seed by seed
-    unproven: set[str]  # verdicts that only hold for the seeds that survived
+    Args:
+        baseline: a label; without it, as `pair_runs` chooses.
+        margin: as in `judge`.
+    """
+    return judge(pair_runs([read_run(folder) for folder in folders], baseline), margin)
 
 
-def judge(pairs: list[Pair]) -> list[dict]:
+def judge(pairs: list[Pair], margin: float | None = None) -> list[dict]:
     """The verdict rows of these runs: one for each plan and label.
 
     `mean`, `sd`, `bits_per_byte` and `accuracy` are of the last validation of the runs that count:
-    finished ones, with a finished baseline of the same seed (of the baseline: all finished ones).
-    `difference`, `interval` and `p` are of the paired differences of that loss; `p_holm` is
-    corrected for all labels of the plan. `marks` are the sentences that a reader of the numbers
-    has to know. A number that is not there is None.
+    finished ones, with a finished baseline of the same seed, that the last complete look of their
+    design is at (of the baseline: all finished ones). `difference`, `difference_sd`, `correlation`,
+    `interval` and `p` are of the paired differences of that loss, the last two at the level of the
+    look; `p_holm` is corrected for all labels of the plan. What a look has told stays told. Where
+    a design has several rates, losses are the lowest over them, and `sensitivity` is what a wrong
+    rate costs. `next` is what makes a valid further look, as options of lmp-trainer. `marks` are
+    the sentences that a reader of the numbers has to know. A number that is not there is None.
 
+    Args:
+        margin: nats per token within which a difference counts as none; without it, the plan's.
     Returns:
         For each plan the baseline, then the others, the best difference first, then what cannot be
         compared. Where a plan has several baselines, each stands above its own.
     """
+    companions = Companions([pair.run for pair in pairs])
     plans: dict[str, dict[str, list[Pair]]] = {}
     for pair in pairs:
-        plans.setdefault(pair.run.plan, {}).setdefault(pair.run.label, []).append(pair)
-    return [row for members in plans.values() for row in _judge_plan(members)]
-
-
-def _judge_plan(members: dict[str, list[Pair]]) -> list[dict]:
-    standings = [_standing(pairs) for pairs in members.values()]
-    p = np.array([np.nan if s.row["p"] is None else s.row["p"] for s in standings])
-    for standing, p_holm, level in zip(standings, holm(p), holm_levels(p), strict=True):
-        if not np.isnan(p_holm):
-            _decide(standing, float(p_holm), float(level))
-    return sorted((standing.row for standing in standings), key=_rank)
-
-
-def _decide(standing: _Standing, p_holm: float, level: float) -> None:
-    row = standing.row
-    row["p_holm"] = p_holm
-    if p_holm >= ALPHA:
-        if row["difference"]:
-            effect = abs(row["difference"]) / float(np.std(standing.differences, ddof=1))
-            needed = seeds_needed(effect, level)
-            row["further_seeds"] = None if needed is None else needed - row["seeds"]
-        return
-    word = "better" if row["difference"] < 0 else "worse"
-    if word in standing.unproven:
-        row["marks"].append(f"{word} only where both survived: no verdict")
-    else:
-        row["verdict"] = word
+        if not is_companion(pair.run):
+            plans.setdefault(pair.run.plan, {}).setdefault(pair.run.label, []).append(pair)
+    rows = []
+    for members in plans.values():
+        arms = judged_arms(list(members.values()), companions, margin)
+        rows += sorted((_row(arm) for arm in arms), key=_rank)
+    return rows
 
 
 def _rank(row: dict) -> tuple:
@@ -88,33 +86,36 @@ def _rank(row: dict) -> tuple:
     return (False, row["baseline"], not is_baseline, row["difference"] or 0.0, row["experiment"])
 
 
-def _standing(pairs: list[Pair]) -> _Standing:
-    runs = [pair.run for pair in pairs]
-    is_baseline = any(pair.is_baseline for pair in pairs)
-    counted, left_out = _counted(pairs, is_baseline)
-    finals = [pair.run.final for pair in counted]
-    losses = [final["loss"] for final in finals]
-    theirs = [] if is_baseline else [pair.baseline.final["loss"] for pair in counted]
-    differences = np.array(losses[: len(theirs)]) - np.array(theirs)
-    test = paired(differences) if len(differences) > 1 else None
-    ratios, ratio_marks = ({}, []) if is_baseline else _ratios(counted)
+def _row(arm: Arm) -> dict:
+    look, test = arm.look, arm.look.test
+    runs, counted = [pair.run for pair in arm.pairs], look.pairs
+    finals = [pair.run.final for pair in counted if len(arm.rates) == 1]
+    differences, has_rates = look.differences, len(arm.rates) > 1
+    ratios, ratio_marks = ({}, []) if arm.is_baseline or has_rates else _ratios(counted)
     parameters = runs[0].facts.parameters
-    failures = sum(run.failed for run in runs)
+    failures = sum(pair.run.failed for pair in arm.current)
     row = {
         "plan": runs[0].plan,
         "experiment": runs[0].label,
-        "baseline": _name_of_baseline(pairs),
+        "baseline": _name_of_baseline(arm.pairs),
         "seeds": len(counted),
-        "mean": fmean(losses) if losses else None,
-        "sd": stdev(losses) if len(losses) > 1 else None,
+        "mean": fmean(look.ours) if len(counted) else None,
+        "sd": _sd(look.ours),
         "bits_per_byte": _mean(finals, "bits_per_byte"),
         "accuracy": _mean(finals, "accuracy"),
         "difference": float(differences.mean()) if len(differences) else None,
+        "difference_sd": _sd(differences),
+        "correlation": _correlation(look),
         "interval": None if test is None else [test.low, test.high],
-        "p": None if test is None else test.p,
-        "p_holm": None,
-        "verdict": "cannot tell" if len(differences) else None,
-        "further_seeds": None,
+        "p": None if test is None else look.p,
+        "p_holm": None if np.isnan(arm.p_holm) else arm.p_holm,
+        "verdict": arm.word or (CANNOT_TELL if len(differences) else None),
+        "margin": arm.margin,
+        "look": _place(arm),
+        "next": _next(arm),
+        "is_pending": arm.is_pending and bool(len(differences)),
+        "rates": arm.rates if has_rates else None,
+        "sensitivity": fmean(one.sensitivity for one in look.lowest) if look.lowest else None,
         "tokens_ratio": ratios.get("tokens"),
         "seconds_ratio": ratios.get("seconds"),
         "tokens_per_second": _median([tokens_per_second(run) for run in runs]),
@@ -124,16 +125,19 @@ def _standing(pairs: list[Pair]) -> _Standing:
         "unfinished": sum(not run.finished and not run.failed for run in runs),
         "runs": [str(run.path) for run in runs],
         "marks": [
-            *_failed(failures, len(runs)),
-            *left_out,
+            *_failed(failures, len(arm.current)),
+            *look.left_out,
             *(["one seed: no evidence"] if len(differences) == 1 else []),
+            *_word_marks(arm),
+            *_design_marks(arm),
+            *_rate_marks(arm),
             *_edits(counted),
             *ratio_marks,
             *_unequal_seconds(counted),
             *_nature(runs),
         ],
     }
-    return _Standing(row, differences, _unproven(pairs))
+    return row
 
 
 def _name_of_baseline(pairs: list[Pair]) -> str | None:
@@ -147,80 +151,106 @@ def _name_of_baseline(pairs: list[Pair]) -> str | None:
     return None
 
 
-def _counted(pairs: list[Pair], is_baseline: bool) -> tuple[list[Pair], list[str]]:
-    """The pairs whose final losses count, one for each seed, on one ruler; why others do not."""
-    reasons: dict[str, list[Pair]] = {}
-    by_seed: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        if reason := _why_it_does_not_count(pair, is_baseline):
-            reasons.setdefault(reason, []).append(pair)
-        elif not pair.run.failed:
-            by_seed.setdefault(pair.run.seed, []).append(pair)
-    rulers: list[list[Pair]] = []
-    for seed in sorted(by_seed):
-        if len(by_seed[seed]) > 1:
-            reasons.setdefault("several runs of one seed, left out", []).extend(by_seed[seed])
-            continue
-        (pair,) = by_seed[seed]
-        same = [ruler for ruler in rulers if not why_not_comparable(pair.run, ruler[0].run)]
-        if same:
-            same[0].append(pair)
-        else:
-            rulers.append([pair])
-    counted = max(rulers, key=len, default=[])
-    for ruler in rulers:
-        if ruler is not counted:
-            why = why_not_comparable(ruler[0].run, counted[0].run)
-            reasons.setdefault(f"not mixed with the other seeds: {why}", []).extend(ruler)
-    return counted, [_with_seeds(why, those, len(pairs)) for why, those in reasons.items()]
-
-
-def _why_it_does_not_count(pair: Pair, is_baseline: bool) -> str:
-    """Nothing also for a failed run: those are counted."""
-    if pair.obstacle:
-        return f"not compared: {pair.obstacle}"
-    if pair.run.failed:
-        return ""
-    if not pair.run.finished:
-        return "not finished"
-    if pair.run.final is None:
-        return "no final validation loss"
-    if pair.is_baseline:
-        return ""
-    if is_baseline:
-        return "not compared: another run of the baseline"
-    if pair.baseline.failed:
-        return "the baseline failed"
-    if not pair.baseline.finished:
-        return "the baseline is not finished"
-    return "" if pair.baseline.final is not None else "the baseline has no final validation loss"
-
-
-def _with_seeds(reason: str, pairs: list[Pair], num_runs: int) -> str:
-    if len(pairs) == num_runs and reason.startswith("not compared") and "seed" not in reason:
-        return reason
-    seeds = sorted({pair.run.seed for pair in pairs})
-    shown = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    return f"{reason} ({shown})" if ":" in reason else f"{reason}: {shown}"
-
-
 def _failed(failures: int, num_runs: int) -> list[str]:
     if not failures:
         return []
     return [f"{failures} of {num_runs} runs failed" if num_runs > 1 else "its run failed"]
 
 
-def _unproven(pairs: list[Pair]) -> set[str]:
-    """What no verdict may say, since seeds are missing on which one side failed."""
-    words = set()
-    for pair in pairs:
-        baseline_failed = pair.baseline is not None and pair.baseline.failed
-        other_ruler = pair.baseline is not None and pair.obstacle
-        if pair.run.failed and not baseline_failed and not other_ruler:
-            words.add("better")
-        if pair.run.finished and baseline_failed and not other_ruler:
-            words.add("worse")
-    return words
+def _word_marks(arm: Arm) -> list[str]:
+    """What a verdict leaves out, or says besides."""
+    look, margin, marks = arm.look, arm.margin, []
+    if look.test is None:
+        return marks
+    tested = arm.stages[arm.look_number]
+    sign = BETTER if look.test.mean < 0 else WORSE
+    if arm.word is None and arm.p_holm < ALPHA and sign in unproven(tested):
+        marks.append(f"{sign} only where both survived: no verdict")
+    if margin is not None and arm.word in (BETTER, WORSE):
+        ends = mean_interval(look.differences, level_of(arm.looks, 2 * ALPHA))[1:]
+        if min(map(abs, ends)) > margin and ends[0] * ends[1] > 0:
+            marks.append(f"{arm.word} by more than {margin:g}")
+    if margin is not None and arm.word not in (None, BETTER, WORSE) and arm.p_holm < ALPHA:
+        marks.append(f"{sign}, by less than {margin:g}")
+    return marks
+
+
+def _design_marks(arm: Arm) -> list[str]:
+    """What was looked at before, or is yet to be looked at."""
+    if arm.is_baseline:
+        return []
+    if arm.design is None:
+        return [UNDECLARED] if arm.look.test is not None else []
+    marks = []
+    earlier = [pair for pair in arm.pairs if pair not in arm.current]
+    looked = [pair for pair in earlier if pair.run.facts.design is not None]
+    loose = [pair for pair in earlier if pair.run.facts.design is None]
+    if looked:
+        marks.append(with_seeds("looked at before, left out", looked, 0))
+    if loose:
+        marks.append(with_seeds("declared by no design, left out", loose, 0))
+    if not arm.stages:
+        screen, first = arm.design.screen, arm.design.looks[0]
+        marks.append(f"its {'screen' if screen else 'first look'} is at {screen or first} seeds")
+    elif arm.is_screened and arm.word is None:
+        marks.append("kept by the screen")
+    return marks
+
+
+def _rate_marks(arm: Arm) -> list[str]:
+    found = arm.look.lowest
+    if not found:
+        return []
+    marks = [f"lowest loss over rates {', '.join(f'{rate:g}' for rate in arm.rates)}"]
+    for edge, where in ((-1, "lowest"), (1, "highest")):
+        if at := sum(one.edge == edge for one in found):
+            marks.append(f"best at the {where} rate on {at} of {len(found)} seeds: try beyond")
+    if runs := sum(not one.fitted for one in found):
+        marks.append(f"no parabola on {runs} of {len(found)} seeds: the best run counts")
+    return marks
+
+
+def _place(arm: Arm) -> dict | None:
+    """Which of its planned looks the row is of."""
+    if arm.design is None or arm.look.test is None:
+        return None
+    screen = 1 if arm.design.screen else 0
+    number = arm.look_number + 1 - screen  # 0 is the screen
+    return {"number": number, "of": len(arm.design.looks), "level": arm.look.level}
+
+
+def _next(arm: Arm) -> str | None:
+    look, test, margin = arm.look, arm.look.test, arm.margin
+    if arm.word is not None or not len(look.differences):
+        return None
+    if arm.is_pending:
+        return arm.design.words
+    rates = f" --rates {','.join(f'{rate:g}' for rate in arm.rates)}" if look.lowest else ""
+    if test is None and arm.design is None:
+        return f"--seeds {_FEW}{rates}"
+    known = [pair.run.seed for pair in arm.pairs]
+    fresh = max([max(known) + 1, *([arm.design.seeds.stop] if arm.design else [])])
+    if test is None:
+        return f"--seed {fresh} --seeds {_FEW}{rates}"
+    if not test.mean or arm.p_holm < ALPHA:
+        return None
+    needed = [seeds_needed(abs(test.mean) / test.sd, arm.holm_level)]
+    if margin is not None and abs(test.mean) < margin:
+        needed.append(ceil((3 * test.sd / margin) ** 2))
+    told = [max(number, 2) for number in needed if number is not None and number <= _MANY]
+    return f"--seed {fresh} --seeds {min(told)}{rates}" if told else None
+
+
+def _sd(values: np.ndarray) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _correlation(look: Look) -> float | None:
+    """Of the losses of the two arms over seeds: near 1, pairing helps most."""
+    ours, theirs = look.ours, look.theirs
+    if len(theirs) < 3 or not np.ptp(ours) or not np.ptp(theirs):
+        return None
+    return float(np.corrcoef(ours, theirs)[0, 1])
 
 
 def _ratios(pairs: list[Pair]) -> tuple[dict[str, dict | None], list[str]]:
@@ -231,7 +261,7 @@ def _ratios(pairs: list[Pair]) -> tuple[dict[str, dict | None], list[str]]:
     if elsewhere:
         keys = ", ".join(sorted(set().union(*elsewhere.values())))
         left_out = [pair for pair in pairs if pair.run.seed in elsewhere]
-        marks.append(_with_seeds(f"not compared in seconds: other {keys}", left_out, len(pairs)))
+        marks.append(with_seeds(f"not compared in seconds: other {keys}", left_out, len(pairs)))
     reached = sum(_reached(pair, "tokens") is not None for pair in pairs)
     if 0 < reached < len(pairs):
         marks.append(f"came to its baseline's loss on {reached} of {len(pairs)} seeds")

@@ -19,7 +19,7 @@ from matplotlib.ticker import (
 from lmplay.stats.compare import NO_CURVE, Curve, Pair, curve, difference, smooth
 from lmplay.stats.style import (
     BASELINE_COLOUR,
-    Look,
+    LineStyle,
     amount,
     blank,
     common_range,
@@ -100,7 +100,7 @@ _METRICS = (
 class _Group:
     """Finished runs of one label, seed after seed, with one ruler; or one that is not finished."""
 
-    look: Look
+    look: LineStyle
     pairs: list[Pair]
     finished: bool
 
@@ -358,7 +358,7 @@ def _draw_band(axes: Axes, band: Band, axis: _XAxis, colour: str, alpha: float) 
     axes.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0, zorder=2)
 
 
-def _draw_bars(axes: Axes, band: Band, look: Look) -> None:
+def _draw_bars(axes: Axes, band: Band, look: LineStyle) -> None:
     axes.vlines(band.mean.x, band.low, band.high, color=look.colour, linewidth=0.9, zorder=3)
 
 
@@ -462,7 +462,7 @@ def _settled_range(curve: Curve, axis: _XAxis) -> tuple[float, float]:
 
 def _entries(lines: list[_Line]) -> list[tuple]:
     """A label each, in the order in which the curves end."""
-    by_look: dict[Look, list[_Line]] = {}
+    by_look: dict[LineStyle, list[_Line]] = {}
     for line in lines:
         by_look.setdefault(line.series.group.look, []).append(line)
     ordered = sorted(by_look, key=lambda look: -np.mean([_end(line) for line in by_look[look]]))

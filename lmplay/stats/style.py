@@ -27,6 +27,8 @@ BASELINE_COLOUR = "#1A1A1A"
 VERDICTS = {  # shape as well as colour: a copy in black and white says the same
     "better": ("#0072B2", "o"),
     "worse": ("#D55E00", "s"),
+    "equal": ("#009E73", "^"),
+    "not confirmed": ("#6E6E6E", "v"),
     "cannot tell": ("#6E6E6E", "D"),
 }
 
@@ -56,8 +58,14 @@ _SAVED = {
 }
 
 
+def verdict_style(row: dict) -> tuple[str, str]:
+    """The colour and the marker of a verdict row."""
+    word = row["verdict"] or "cannot tell"
+    return VERDICTS["equal" if word.startswith("equal") else word]
+
+
 @dataclass(frozen=True)
-class Look:
+class LineStyle:
     """How one label looks in all figures of one call."""
 
     name: str
@@ -115,7 +123,7 @@ def sole_of_seed(pairs: list[Pair]) -> list[Pair]:
     return sorted((p for p in pairs if count[p.run.seed] == 1), key=lambda p: p.run.seed)
 
 
-def looks(pairs: list[Pair]) -> dict[tuple[str, str], Look]:
+def looks(pairs: list[Pair]) -> dict[tuple[str, str], LineStyle]:
     """A look for each (plan, label).
 
     The runs of one idea at several budgets, or on several plans, share its colour as long as
@@ -144,11 +152,11 @@ def looks(pairs: list[Pair]) -> dict[tuple[str, str], Look]:
             colour, style = COLOURS[index % len(COLOURS)], index // len(COLOURS)
         name = label if one_plan else f"{plan}/{label}"
         style %= len(DASHES)
-        found[plan, label] = Look(name, colour, DASHES[style], MARKERS[style], own == black)
+        found[plan, label] = LineStyle(name, colour, DASHES[style], MARKERS[style], own == black)
     return found
 
 
-def handle(look: Look, marker: bool, line: bool = True) -> Line2D:
+def handle(look: LineStyle, marker: bool, line: bool = True) -> Line2D:
     """What stands for a label in a legend."""
     return Line2D(
         [],
@@ -166,7 +174,7 @@ def lay_out(
     axes: Axes,
     title: str,
     notes: list[str],
-    entries: list[tuple[Look, str, Line2D]],
+    entries: list[tuple[LineStyle, str, Line2D]],
 ) -> None:
     """Give a figure of curves its headline, its legend and its places on the paper.
 
@@ -220,7 +228,7 @@ def from_top_left(figure: Figure) -> Transform:
     return figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
 
 
-def _legend(figure: Figure, entries: list[tuple[Look, str, Line2D]], top: float) -> float:
+def _legend(figure: Figure, entries: list[tuple[LineStyle, str, Line2D]], top: float) -> float:
     """Outside on the right, as large as there is room for.
 
     Returns:

@@ -10,12 +10,18 @@ from lmplay.console import fits, note, show, table
 
 _NOTES = "notes"
 _NAME = 24  # characters of a name on a line, where the terminal is narrow
-_TEXTS = ("experiment", "verdict", _NOTES)  # the columns that are no numbers
-_COLOURS = {"better": "green", "worse": "red"}
+_TEXTS = ("experiment", "verdict", "next", _NOTES)  # the columns that are no numbers
+_COLOURS = {"better": "green", "worse": "red", "equal": "cyan"}
+_NEXT = (
+    "what asks for a valid further look; fresh seeds are judged alone, and would show a difference "
+    "of this size in 80 % of cases"
+)
+_PAIRS = "correlation of the two losses over seeds: the nearer to 1, the fewer seeds it takes"
 # what a narrow terminal has room for is decided from the left
 _BY_IMPORTANCE = (
-    "difference", "95 % interval", "seeds", "loss", "p (Holm)", "tokens x", "seconds x",
-    "bits/byte", "tokens/s", "memory", "trained", "matmul", "look-up", "folded",
+    "difference", "95 % interval", "seeds", "next", "loss", "p (Holm)", "sd of diff", "pairs r",
+    "sensitivity", "tokens x", "seconds x", "bits/byte", "tokens/s", "memory", "trained", "matmul",
+    "look-up", "folded",
 )  # fmt: skip
 
 
@@ -56,9 +62,13 @@ def cells_of(rows: list[dict]) -> dict[str, list[str]]:
         "seeds": lambda row: str(row["seeds"]),
         "loss": _loss,
         "difference": _difference,
+        "sd of diff": lambda row: _form("{:.4f}", row["difference_sd"]),
+        "pairs r": lambda row: _form("{:.2f}", row["correlation"]),
         "95 % interval": _interval,
         "p (Holm)": _p,
-        "verdict": _verdict,
+        "verdict": lambda row: row["verdict"] or "",
+        "next": lambda row: row["next"] or "",
+        "sensitivity": lambda row: _form("{:.4f}", row["sensitivity"]),
         "tokens x": lambda row: _ratio(row["tokens_ratio"]),
         "seconds x": lambda row: _ratio(row["seconds_ratio"]),
         "bits/byte": lambda row: _form("{:.4f}", row["bits_per_byte"]),
@@ -80,8 +90,14 @@ def legend(rows: list[dict], columns: Container[str]) -> list[tuple[str, str]]:
     ratios = [row[key] for row in rows for key in keys if row[key] is not None]
     bounds = {ratio["bound"] for ratio in ratios}
     lines = []
-    if any(row["further_seeds"] for row in rows):
-        lines.append(("more seeds", "they would show a difference of this size in 80 % of cases"))
+    if "next" in columns and any(row["next"] for row in rows):
+        lines.append(("next", _NEXT))
+    if "pairs r" in columns and any(row["correlation"] is not None for row in rows):
+        lines.append(("pairs r", _PAIRS))
+    if "sensitivity" in columns and any(row["sensitivity"] is not None for row in rows):
+        lines.append(
+            ("sensitivity", "what a wrong rate costs: mean loss over the rates, above the lowest")
+        )
     if ratios:
         what = "of the baseline's budget, what it took to come to the baseline's final loss"
         lines.append(
@@ -164,7 +180,8 @@ def _table(title: str, cells: dict[str, list[str]]) -> Table:
 
 
 def _coloured(word: str) -> str:
-    return f"[{_COLOURS[word]}]{word}[/]" if word in _COLOURS else word
+    colour = _COLOURS.get(word.partition(" ")[0])
+    return f"[{colour}]{word}[/]" if colour else word
 
 
 def _loss(row: dict) -> str:
@@ -186,13 +203,6 @@ def _p(row: dict) -> str:
     if row["p_holm"] is not None and row["p_holm"] < 1e-4:
         return "<0.0001"
     return _form("{:.4f}", row["p_holm"])
-
-
-def _verdict(row: dict) -> str:
-    if row["verdict"] == "cannot tell" and row["seeds"] == 1:
-        return "cannot tell, one seed"
-    more = row["further_seeds"]
-    return (row["verdict"] or "") + (f", {more:,} more seed{'s' * (more > 1)}" if more else "")
 
 
 def _ratio(ratio: dict | None) -> str:

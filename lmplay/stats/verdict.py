@@ -12,40 +12,64 @@ _CERTAIN = 1e6  # standard errors: beyond them scipy gives NaN
 
 @dataclass(frozen=True)
 class Paired:
-    """What a two-sided paired t-test says: the mean, its 95 % interval, the p value."""
+    """What a two-sided paired t-test says: the mean, its interval, the p value.
+
+    `sd` is of the differences.
+    """
 
     mean: float
     low: float
     high: float
     p: float
+    sd: float
 
 
-def mean_interval(values: np.ndarray) -> tuple:
-    """The mean over the first axis, and the two ends of its 95 % t interval.
+def mean_interval(values: np.ndarray, level: float = ALPHA) -> tuple:
+    """The mean over the first axis, and the two ends of its t interval.
 
     Args:
         values: at least two along the first axis; NaN makes its column NaN.
+        level: the share of such intervals that miss the true mean.
     """
     count = len(values)
     mean = np.mean(values, axis=0)
-    half = stdtrit(count - 1, 1 - ALPHA / 2) * np.std(values, axis=0, ddof=1) / np.sqrt(count)
+    half = stdtrit(count - 1, 1 - level / 2) * np.std(values, axis=0, ddof=1) / np.sqrt(count)
     return mean, mean - half, mean + half
 
 
-def paired(differences: np.ndarray) -> Paired:
+def paired(differences: np.ndarray, level: float = ALPHA) -> Paired:
     """Test whether the mean of paired differences is 0.
 
     Differences that are all 0 say nothing: p is 1. If they are all the same otherwise, p is 0.
 
     Args:
         differences: at least two, finite; one for each pair.
+        level: of the interval.
     """
     if not np.any(differences):
-        return Paired(0.0, 0.0, 0.0, 1.0)
-    mean, low, high = mean_interval(differences)
-    error = np.std(differences, ddof=1) / np.sqrt(len(differences))
-    t = abs(mean) / error if error > 0 else np.inf
-    return Paired(float(mean), float(low), float(high), float(2 * stdtr(len(differences) - 1, -t)))
+        return Paired(0.0, 0.0, 0.0, 1.0, 0.0)
+    mean, low, high = mean_interval(differences, level)
+    sd = np.std(differences, ddof=1)
+    t = abs(mean) / (sd / np.sqrt(len(differences))) if sd > 0 else np.inf
+    p = 2 * stdtr(len(differences) - 1, -t)
+    return Paired(float(mean), float(low), float(high), float(p), float(sd))
+
+
+def is_equal_within(margin: float, differences: np.ndarray, level: float = 2 * ALPHA) -> bool:
+    """Whether two one-sided tests say that the mean is nearer to 0 than `margin`.
+
+    Args:
+        differences: at least two, finite.
+        level: twice that of each of the tests.
+    Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15.
+    """
+    _, low, high = mean_interval(differences, level)
+    return bool(-margin < low and high < margin)
+
+
+def told_effect(n: int, level: float) -> float:
+    """The smallest mean of n differences that a test tells from 0, in their standard deviations."""
+    return float(stdtrit(n - 1, 1 - level / 2) / np.sqrt(n)) if n > 1 else np.inf
 
 
 def holm(p: np.ndarray) -> np.ndarray:

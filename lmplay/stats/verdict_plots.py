@@ -14,9 +14,8 @@ from lmplay.stats.compare import Pair
 from lmplay.stats.style import (
     BASELINE_COLOUR,
     LEFT,
-    VERDICTS,
     WIDTH,
-    Look,
+    LineStyle,
     amount,
     blank,
     broken,
@@ -27,6 +26,7 @@ from lmplay.stats.style import (
     say_nothing_to_show,
     sole_of_seed,
     some,
+    verdict_style,
     with_one_ruler,
     with_room,
     wrapped,
@@ -54,7 +54,7 @@ _ONLY_BASELINE = "only the baseline is here: nothing to compare"
 class _Point:
     """What the finished runs of one label reached: nats per token after so many FLOP."""
 
-    look: Look
+    look: LineStyle
     line: tuple  # plan, family and data: points that share them are joined
     num_seeds: int
     flops: float
@@ -133,7 +133,7 @@ def _lay_out_forest(figure: Figure, axes: Axes, header: float, rows: list[dict],
 
 
 def _draw_verdict(axes: Axes, row: dict, y: float) -> None:
-    colour, marker = VERDICTS[row["verdict"] or "cannot tell"]
+    colour, marker = verdict_style(row)
     if row["interval"] is not None:
         axes.hlines(y, *row["interval"], color=colour, linewidth=1.6, zorder=4)
     axes.plot(
@@ -154,7 +154,7 @@ def _draw_verdict(axes: Axes, row: dict, y: float) -> None:
 
 
 def _write_numbers(figure: Figure, row: dict, y: float, place: dict) -> None:
-    colour, _ = VERDICTS[row["verdict"] or "cannot tell"]
+    colour, _ = verdict_style(row)
     difference, verdict = f"{row['difference']:+.4f}", row["verdict"] or ""
     if row["interval"] is not None:
         low, high = row["interval"]
@@ -230,7 +230,7 @@ def _seeds(count: int) -> str:
     return f" ({count} seeds)" if count > 1 else ""
 
 
-def compute(pairs: list[Pair], look_of: dict[tuple[str, str], Look]) -> Figure:
+def compute(pairs: list[Pair], look_of: dict[tuple[str, str], LineStyle]) -> Figure:
     """The final validation loss of each label over the FLOP that it took; finished runs only."""
     points = sorted(_points(pairs, look_of), key=lambda point: point.flops)
     figure, axes = blank()
@@ -266,7 +266,7 @@ def compute(pairs: list[Pair], look_of: dict[tuple[str, str], Look]) -> Figure:
     return figure
 
 
-def _points(pairs: list[Pair], look_of: dict[tuple[str, str], Look]) -> Iterator[_Point]:
+def _points(pairs: list[Pair], look_of: dict[tuple[str, str], LineStyle]) -> Iterator[_Point]:
     for group in with_one_ruler([pair for pair in pairs if pair.run.final is not None]):
         runs = [pair.run for pair in sole_of_seed(group)]
         if not runs:

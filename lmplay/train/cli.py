@@ -15,6 +15,7 @@ from lmplay.catalog.entry import Entry
 from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
 from lmplay.disk import write_text
 from lmplay.errors import UserError
+from lmplay.run.design import design_of
 from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
     describe,
@@ -54,6 +55,25 @@ def _whole_tokens(tokens: float | None) -> int | None:
     if tokens is not None and not 1 <= tokens < 2**53:
         raise UserError(f"--tokens {tokens:g}: no budget", hint="1 or more, such as 2e6")
     return None if tokens is None else round(tokens)
+
+
+def _rates(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    hint = "three or more, with the plan's own among them, such as 0.5,1,2"
+    try:
+        rates = sorted(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--rates {text}: no factors of a learning rate", hint=hint) from None
+    if len(set(rates)) < 3 or 1 not in rates or not 0 < rates[0] <= rates[-1] < float("inf"):
+        raise UserError(f"--rates {text}: no parabola goes through these", hint=hint)
+    return sorted(set(rates))
+
+
+def _margin(nats: float | None) -> float | None:
+    if nats is not None and not 0 < nats < float("inf"):
+        raise UserError(f"--margin {nats:g}: no margin", hint="above 0, such as 0.01")
+    return nats
 
 
 @app.command()
@@ -156,12 +176,29 @@ def main(
         int, Option(help="Fixes weights, data order and dropout.", min=0, metavar="N")
     ] = 0,
     seeds: Annotated[
-        int | None,
+        str | None,
         Option(
-            help="Train every experiment with this many seeds, from --seed on, and give the "
-            "verdicts; runs that are finished are not trained again.",
-            min=1,
-            metavar="N",
+            help="Train every experiment with these seeds, from --seed on, and give the verdicts. "
+            "5 is one look; 3..12 looks at 3, 5, 8 and 12 seeds and stops when it can tell; 3+8 "
+            "screens on 3 and confirms on 8 fresh ones.",
+            metavar="N|N..M|N+M",
+        ),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        Option(
+            help="Factors of the plan's learning rate, 1 among them, such as 0.5,1,2: every "
+            "experiment is trained at each, and compared by its lowest loss.",
+            metavar="F,F,F",
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        Option(
+            help="Nats per token within which two final losses count as equal. Without it, the "
+            "plan's, if it has one.",
+            metavar="NATS",
+            callback=_margin,
         ),
     ] = None,
     baseline: Annotated[
@@ -185,7 +222,7 @@ def main(
         str | None,
         Option(
             help="Ideas, with commas, to stack on --exp one by one, as long as the verdict over "
-            "--seeds is better, twice.",
+            "--seeds is better; every round has fresh seeds.",
             metavar="NAMES",
         ),
     ] = None,
@@ -232,7 +269,7 @@ def main(
 ) -> None:
     """Train an experiment on a plan, or many over seeds; the same command goes on where it stopped.
 
-    Example: lmp-trainer --exp gpt2ish,value_norm --seeds 3 --plan quick
+    Example: lmp-trainer --exp gpt2ish,value_norm --seeds 3..12 --plan quick
     """
     if exp == "list":
         return list_experiments(as_json)
@@ -253,7 +290,10 @@ def main(
     changes = read_changes(set_ or [], tokens)
     config = changes.of_config
     resolved = read_plan("default" if plan is None else plan, changes.of_plan, data)
-    is_grid = len(entries) > 1 or seeds is not None or bool(ideas)
+    if margin is not None:
+        resolved = resolved.model_copy(update={"margin": margin})
+    is_grid = len(entries) > 1 or seeds is not None or rates is not None or bool(ideas)
+    design = design_of(seeds or "1", seed, _rates(rates)) if is_grid else None
     rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
     for entry in [*entries, *ideas, *([rival] if rival else [])]:
         refuse_unfit(entry, resolved, config)
@@ -272,7 +312,7 @@ def main(
     for dataset in resolved.datasets.values():
         for path in dataset.files or []:
             existing(path)
-    if ideas and (seeds or 1) < 2:
+    if ideas and design.looks[-1] < 2:
         raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     if is_grid:
         _refuse_for_many(resume == "auto", gpus is not None or shard)
@@ -304,13 +344,14 @@ def main(
         out_dir=out_dir,
         initial=None if initial_model is None else find_initial(initial_model, out_dir),
         fsdp=shard,
+        design=design,
     )
     if ideas:
-        search_greedily(request, ideas, range(seed, seed + (seeds or 1)), budget, as_json)
+        search_greedily(request, ideas, budget, as_json)
     elif is_grid:
         if rival.name not in [entry.name for entry in entries]:
             entries.insert(0, rival)
-        train_all(request, entries, rival, range(seed, seed + (seeds or 1)), budget, as_json)
+        train_all(request, entries, rival, budget, as_json)
     else:
         _train(request, rival, budget, as_json)
 

@@ -15,18 +15,14 @@ from lmplay.train.listing import print_path
 
 if TYPE_CHECKING:
     from lmplay.grid.grid_display import GridDisplay
+    from lmplay.run.design import Design
     from lmplay.run.request import Request
 
 
 def train_all(
-    template: "Request",
-    entries: list[Entry],
-    baseline: Entry,
-    seeds: range,
-    budget: str,
-    as_json: bool,
+    template: "Request", entries: list[Entry], baseline: Entry, budget: str, as_json: bool
 ) -> None:
-    """Train every experiment over the seeds, and print the verdicts.
+    """Train every experiment by the template's design, and print the verdicts.
 
     Args:
         template: of all runs; entry and seed are replaced.
@@ -34,7 +30,7 @@ def train_all(
     """
     failures: dict[str, str] = {}
     with _grid_display(template) as display:
-        rows = _verdicts(template, entries, baseline, seeds, (baseline, budget), failures, display)
+        rows = _verdicts(template, entries, baseline, (baseline, budget), failures, display)
     if as_json:
         print_json({"schema_version": 1, "verdicts": rows, "failures": failures})
     else:
@@ -43,11 +39,11 @@ def train_all(
     _exit_by(failures)
 
 
-def search_greedily(
-    template: "Request", ideas: list[Entry], seeds: range, budget: str, as_json: bool
-) -> None:
+def search_greedily(template: "Request", ideas: list[Entry], budget: str, as_json: bool) -> None:
     """Stack one idea after another on the template's experiment, and print the path."""
-    from lmplay.catalog.merge import Conflict
+    from dataclasses import replace
+
+    from lmplay.catalog.stack import Conflict
     from lmplay.grid.search import search
 
     base, failures = template.entry, {}
@@ -62,13 +58,14 @@ def search_greedily(
 
     with _grid_display(template) as display:
 
-        def verdicts(names: list[str], seeds: range) -> list[dict]:
+        def verdicts(names: list[str], design: "Design") -> list[dict]:
             entries = [catalog.resolve(name) for name in names]
-            league = base, budget
-            return _verdicts(template, entries, entries[0], seeds, league, failures, display)
+            of_round = replace(template, design=design)
+            return _verdicts(of_round, entries, entries[0], (base, budget), failures, display)
 
-        rounds = list(search(base.name, [idea.name for idea in ideas], seeds, join, verdicts))
-    taken = [idea.name for idea in ideas if idea.name in {r["accepted"] for r in rounds}]
+        names = [idea.name for idea in ideas]
+        rounds = list(search(base.name, names, template.design, join, verdicts))
+    taken = [name for name in names if name in {r["accepted"] for r in rounds}]
     if as_json:
         document = {"accepted": taken, "rounds": rounds, "failures": failures}
         print_json({"schema_version": 1, **document})
@@ -95,28 +92,51 @@ def _verdicts(
     template: "Request",
     entries: list[Entry],
     baseline: Entry,
-    seeds: range,
     league: tuple[Entry, str],
     failures: dict[str, str],
     display: "GridDisplay",
 ) -> list[dict]:
-    """Train what is missing, and give the verdict row of each entry, in their order."""
+    """Train what is missing, look by look, and give the verdict row of each entry, in order."""
     from lmplay.grid.grid import run_grid
-    from lmplay.grid.requests import expand
-    from lmplay.stats.compare import pair_runs, read_run
-    from lmplay.stats.judge import judge
+    from lmplay.grid.requests import arm_of, declare, expand
+    from lmplay.stats.judge import verdicts_of
+    from lmplay.stats.looks import foresight
 
-    requests = expand(template, entries, seeds, *league, display)
-    failures |= run_grid(requests, display)
-    begun = [request.folder for request in requests if request.folder.run_json.is_file()]
-    label = next(each.label for each in requests if each.entry.name == baseline.name)
-    rows = judge(pair_runs([read_run(folder) for folder in begun], label))
-    by_label = {row["experiment"]: row for row in rows}
-    for request in requests:
-        if request.label not in by_label:
-            why = failures.get(str(request.folder.path), "")
-            raise UserError(f"no run of {request.label} could begin: {why}")
-    return [by_label[label] for label in dict.fromkeys(each.label for each in requests)]
+    design = template.design
+    requests = expand(template, entries, design, *league, display)
+    base = next(arm_of(each) for each in requests if each.entry.name == baseline.name)
+    labels = list(dict.fromkeys(map(arm_of, requests)))
+    declare(requests, base)
+    if len(labels) > 1:
+        display.note(foresight(design, len(labels) - 1, _known_sd(template)))
+    open_labels = set(labels)
+    for seeds in design.stages:
+        now = [each for each in requests if each.seed in seeds and arm_of(each) in open_labels]
+        failures |= run_grid(now, display)
+        begun = [each.folder for each in requests if each.folder.run_json.is_file()]
+        rows = {row["experiment"]: row for row in verdicts_of(begun, base, template.plan.margin)}
+        if missing := [label for label in labels if label not in rows]:
+            why = "; ".join(dict.fromkeys(failures.values()))
+            raise UserError(f"no run of {missing[0]} could begin: {why}")
+        open_labels = {label for label in labels if rows[label]["is_pending"]}
+        if open_labels or len(labels) == 1:
+            open_labels.add(base)
+    return [rows[label] for label in labels]
+
+
+def _known_sd(template: "Request") -> float | None:
+    """Of the paired differences between runs of this plan so far, the median over ideas."""
+    from statistics import median
+
+    from lmplay.run.folder import find_runs
+    from lmplay.stats.judge import verdicts_of
+
+    try:
+        rows = verdicts_of(find_runs([template.folder.path.parent.parent]))
+    except UserError:  # none yet, or one that cannot be read, which is said where it is needed
+        return None
+    known = [row["difference_sd"] for row in rows if row["difference_sd"]]
+    return median(known) if known else None
 
 
 def _adds_nothing(entry: Entry) -> bool:

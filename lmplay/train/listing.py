@@ -188,8 +188,7 @@ def print_path(rounds: list[dict]) -> None:
         tried = sorted(one["candidates"], key=lambda c: (c["difference"] is None, c["difference"]))
         for candidate in tried:
             rows.append([str(one["round"]), one["stack"], *_candidate_cells(candidate, one)])
-    columns = ["round", "on", "idea", "difference", "95 % interval", "p (Holm)", "verdict"]
-    columns += ["on fresh seeds", ""]
+    columns = ["round", "on", "idea", "difference", "95 % interval", "p (Holm)", "verdict", ""]
     show(table("greedy search: a difference below 0 is better", columns, rows, right=columns[3:6]))
     last = rounds[-1]
     taken = {candidate["name"]: candidate["stack"] for candidate in last["candidates"]}
@@ -197,16 +196,14 @@ def print_path(rounds: list[dict]) -> None:
 
 
 def _candidate_cells(candidate: dict, one: dict) -> list[str]:
-    def cells(row: dict) -> list[str]:
-        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
-        interval = "" if row["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*row["interval"])
-        p = "" if row["p_holm"] is None else f"{row['p_holm']:.4f}"
-        return [difference, interval, p, row["verdict"] or ""]
-
-    again = candidate.get("confirmation")
-    fresh = "" if again is None else f"{again['difference']:+.4f}, {again['verdict']}"
-    taken = "taken" if candidate["name"] == one["accepted"] else ""
-    shown = [*cells(candidate), fresh, taken]
+    difference, ends, p = (candidate[key] for key in ("difference", "interval", "p_holm"))
+    shown = [
+        "" if difference is None else f"{difference:+.4f}",
+        "" if ends is None else "[{:+.4f}, {:+.4f}]".format(*ends),
+        "" if p is None else f"{p:.4f}",
+        candidate["verdict"] or "",
+        "taken" if candidate["name"] == one["accepted"] else "",
+    ]
     return [candidate["name"], *(text.replace("[", r"\[") for text in shown)]
 
 

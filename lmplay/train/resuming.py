@@ -37,7 +37,7 @@ def note_edits(request: Request, earlier: Facts, note: Callable[[str], None]) ->
     edited = []
     if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
         edited.append(str(request.entry.path))
-    if earlier.plan != plan:
+    if earlier.plan | {"margin": None} != plan | {"margin": None}:  # which only a verdict uses
         edited.append(f"plan {request.plan.name}")
     if edited:
         note(
@@ -65,6 +65,8 @@ def continued(now: Facts, earlier: Facts, note: Callable[[str], None]) -> Facts:
     return replace(
         now,
         started=earlier.started,
+        design=earlier.design or now.design,
+        rate=earlier.rate or now.rate,
         failures=earlier.failures,
         initial_model=earlier.initial_model,
         changed_midway=sorted({*earlier.changed_midway, *differs}),

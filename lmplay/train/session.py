@@ -197,6 +197,8 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
         changes=request.all_changes,
         label=request.label,
         budget=request.budget,
+        design=request.design,
+        rate=request.rate,
         plan=plan.model_dump(mode="json"),
         config=asdict(prepared.config),
         scale_differs=prepared.scale.differs,

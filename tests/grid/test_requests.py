@@ -1,5 +1,6 @@
 """A grid is a flat list of requests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.grid.grid_display import GridDisplay
-from lmplay.grid.requests import expand
+from lmplay.grid.requests import arm_of, declare, expand
 from lmplay.plan import read_plan
+from lmplay.run.design import design_of
 from lmplay.run.request import Request
 
 
@@ -18,9 +20,15 @@ def template(place):
     return Request(resolve("gpt2ish"), read_plan("words", changes), changes, {}, device="cpu")
 
 
+def expanded(template, entries, design):
+    return expand(template, entries, design, entries[0], "tokens", GridDisplay("words"))
+
+
 def test_every_experiment_of_one_seed_stands_before_the_next_seed(template):
     entries = [resolve("gpt2ish"), resolve("value_norm")]
-    requests = expand(template, entries, range(3, 5), entries[0], "tokens", GridDisplay("words"))
+    requests = expand(
+        template, entries, design_of("2", 3), entries[0], "tokens", GridDisplay("words")
+    )
 
     assert [(each.label, each.seed) for each in requests] == [
         ("gpt2ish,lr=0.02", 3),
@@ -41,4 +49,65 @@ def test_an_experiment_that_fails_the_check_is_refused_before_any_run(template, 
     )
 
     with pytest.raises(UserError, match="leaky fails the check"):
-        expand(template, [resolve("leaky")], range(2), template.entry, "tokens", GridDisplay(""))
+        expand(
+            template, [resolve("leaky")], design_of("2"), template.entry, "tokens", GridDisplay("")
+        )
+
+
+def test_rates_are_runs_of_one_arm_whose_plan_and_label_say_the_rate(template):
+    requests = expanded(template, [template.entry], design_of("1", 0, [0.5, 1, 2]))
+
+    assert [each.label for each in requests] == [
+        "gpt2ish,lr=0.01",
+        "gpt2ish,lr=0.02",
+        "gpt2ish,lr=0.04",
+    ]
+    assert [each.plan.optimizer.lr for each in requests] == [0.01, 0.02, 0.04]
+    assert {arm_of(each) for each in requests} == {"gpt2ish,lr=0.02"}
+
+
+@pytest.fixture
+def trained(template, make_facts):
+    """Writes a finished run.json of this request."""
+
+    def write(request, **values):
+        facts = make_facts(label=request.label, seed=request.seed, **values)
+        request.folder.write(replace(facts, status="finished"))
+        return request.folder
+
+    return write
+
+
+def test_runs_that_declare_nothing_take_up_the_design(template, trained):
+    requests = expanded(template, [template.entry], design_of("2"))
+    folder = trained(requests[0])
+    declare(requests, "another")
+
+    assert folder.read().design == requests[0].design
+
+
+def test_spent_seeds_are_never_spent_again(template, trained):
+    design = design_of("3..8")
+    requests = expanded(template, [template.entry], design)
+    for request in requests[:5]:
+        trained(request, design=design)
+    declare(requests, "another")  # which is how it goes on
+    again = expanded(template, [template.entry], design_of("5"))
+
+    with pytest.raises(UserError) as raised:
+        declare(again, "another")
+    assert raised.value.code == 2
+    assert "declared as --seeds 3..8, seeds 0 to 7" in raised.value.problem
+    assert raised.value.problem.endswith("of its looks 8 are left")
+    assert raised.value.hint == (
+        "--seeds 3..8 goes on with it; --seed 8 --seeds 5 takes fresh seeds"
+    )
+    declare(again, again[0].label)  # a baseline serves every design
+
+
+def test_one_rate_for_one_idea_and_three_for_another_contradict(template, trained):
+    requests = expanded(template, [template.entry], design_of("2"))
+    trained(requests[0], design=requests[0].design)
+
+    with pytest.raises(UserError, match="not as --seeds 2 --rates"):
+        declare(expanded(template, [template.entry], design_of("2", 0, [0.5, 1, 2])), "another")

@@ -187,7 +187,7 @@ def test_a_board_is_written_beside_the_table(make_run, plotstats, tmp_path):
 
     done = plotstats("--board", "BOARD.md")
 
-    assert "| ue | cannot tell, one seed |" in (tmp_path / "BOARD.md").read_text()
+    assert "| ue | cannot tell | --seeds 5 |" in (tmp_path / "BOARD.md").read_text()
     assert "ue " in done.stdout and "wrote BOARD.md" in done.stderr
 
 

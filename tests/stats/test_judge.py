@@ -7,15 +7,22 @@ from scipy import stats
 from lmplay.run.facts import League
 from lmplay.run.records import TRAIN_COLUMNS, Record
 from lmplay.stats.compare import pair_runs, read_run
-from lmplay.stats.judge import judge
+from lmplay.stats.judge import UNDECLARED, judge
 from lmplay.stats.verdict import power
 
 MACHINE = {"device_name": "a CPU", "threads": 2, "world_size": 1, "compiled": False}
 
 
 def judged(*folders, baseline=None, like_for_like=False):
+    """The verdict rows; that these runs declare no looks is left out of the marks."""
     runs = [read_run(folder) for folder in folders]
-    return judge(pair_runs(runs, baseline, like_for_like))
+    rows = judge(pair_runs(runs, baseline, like_for_like))
+    return [row | {"marks": [m for m in row["marks"] if m != UNDECLARED]} for row in rows]
+
+
+def proposed(row):
+    """The number of fresh seeds that it says would tell."""
+    return row["next"] and int(row["next"].split()[-1])
 
 
 def row_of(rows, label):
@@ -48,7 +55,7 @@ def test_a_verdict_has_the_numbers_that_scipy_gives(seeds):
     assert row["difference"] == pytest.approx(np.mean(idea) - np.mean(base))
     assert row["interval"] == pytest.approx([interval.low, interval.high])
     assert row["p"] == row["p_holm"] == pytest.approx(test.pvalue)
-    assert row["verdict"] == "better" and row["further_seeds"] is None and row["marks"] == []
+    assert row["verdict"] == "better" and row["next"] is None and row["marks"] == []
     assert row["bits_per_byte"] == pytest.approx(np.mean(idea) / 2)
     assert row["accuracy"] == pytest.approx(np.mean(1 / np.array(idea)))
     assert ours["mean"] == pytest.approx(np.mean(base)) and ours["seeds"] == 4
@@ -98,23 +105,23 @@ def test_one_seed_is_no_evidence(seeds):
 
     assert row["difference"] == -3 and row["verdict"] == "cannot tell"
     assert (row["interval"], row["p"], row["p_holm"], row["sd"]) == (None,) * 4
-    assert row["further_seeds"] is None and row["marks"] == ["one seed: no evidence"]
+    assert row["next"] == "--seeds 5" and row["marks"] == ["one seed: no evidence"]
 
 
 def test_differences_that_are_all_zero_cannot_tell(seeds):
     row = judged(*seeds("gpt2ish", [4.0, 4.1]), *seeds("twin", [4.0, 4.1]))[1]
 
     assert (row["p"], row["p_holm"], row["interval"]) == (1, 1, [0, 0])
-    assert row["verdict"] == "cannot tell" and row["further_seeds"] is None
+    assert row["verdict"] == "cannot tell" and row["next"] is None
 
 
-def test_cannot_tell_says_how_many_more_seeds_would_tell(seeds):
+def test_cannot_tell_says_how_many_fresh_seeds_would_tell(seeds):
     differences = np.array([-0.2, 0.1, -0.15, 0.05])
     base = np.array([4.0, 4.1, 4.2, 4.3])
 
     row = judged(*seeds("gpt2ish", base), *seeds("ue", base + differences))[1]
 
-    effect, needed = abs(differences.mean()) / differences.std(ddof=1), 4 + row["further_seeds"]
+    effect, needed = abs(differences.mean()) / differences.std(ddof=1), proposed(row)
     assert row["verdict"] == "cannot tell"
     assert power(effect, needed, 0.05) >= 0.8 > power(effect, needed - 1, 0.05)
 
@@ -125,15 +132,15 @@ def test_among_several_ideas_more_seeds_are_needed(seeds):
     folders = [*seeds("gpt2ish", base), *seeds("ue", idea)]
     rivals = [*seeds("a", base[::-1]), *seeds("b", base[[1, 0, 3, 2]])]
 
-    alone = row_of(judged(*folders), "ue")["further_seeds"]
-    among = row_of(judged(*folders, *rivals), "ue")["further_seeds"]
+    alone = proposed(row_of(judged(*folders), "ue"))
+    among = proposed(row_of(judged(*folders, *rivals), "ue"))
     assert among > alone
 
 
 def test_a_difference_next_to_nothing_would_take_too_many_seeds_to_say(seeds):
     rows = judged(*seeds("gpt2ish", [4.0, 4.0]), *seeds("ue", [4.1, 4.0 - 0.0999]))
 
-    assert rows[1]["verdict"] == "cannot tell" and rows[1]["further_seeds"] is None
+    assert rows[1]["verdict"] == "cannot tell" and rows[1]["next"] is None
 
 
 def test_only_seeds_that_both_have_are_paired(seeds, make_run):
@@ -197,7 +204,7 @@ def test_an_idea_of_which_a_run_failed_is_never_better(seeds, make_run):
     row = judged(*base, *idea, *more)[1]
 
     assert row["p_holm"] < 0.05 and row["difference"] < 0
-    assert row["verdict"] == "cannot tell" and row["further_seeds"] is None
+    assert row["verdict"] == "cannot tell" and row["next"] is None
     assert (row["seeds"], row["failures"], row["unfinished"]) == (3, 1, 0)
     assert row["marks"] == [
         "1 of 4 runs failed",
@@ -288,7 +295,7 @@ def test_two_finished_runs_of_one_label_and_seed_are_not_chosen_between(seeds, m
     row = judge(pair_runs(runs, None))[1]
 
     assert row["seeds"] == 2
-    assert row["marks"] == ["several runs of one seed, left out: seed 2"]
+    assert row["marks"] == ["several runs of one seed, left out: seed 2", UNDECLARED]
 
 
 def test_a_plan_without_the_baseline_is_said(seeds):

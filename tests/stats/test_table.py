@@ -9,12 +9,13 @@ from lmplay.stats.table import cells_of, legend, markdown, plain, print_verdicts
 ROW = {
     "plan": "quick", "experiment": "ue", "baseline": "gpt2ish", "seeds": 5, "mean": 3.9, "sd": 0.01,
     "bits_per_byte": 1.8, "accuracy": 0.3, "difference": -0.1, "interval": [-0.2, 0.0],
-    "p": 0.02, "p_holm": 0.04, "verdict": "better", "further_seeds": None,
+    "p": 0.02, "p_holm": 0.04, "verdict": "better", "next": None, "margin": None,
+    "difference_sd": 0.05, "correlation": 0.9, "look": None, "rates": None, "sensitivity": None,
     "tokens_ratio": {"value": 0.8, "interval": [0.7, 0.9], "bound": ""}, "seconds_ratio": None,
     "tokens_per_second": 1234.5, "memory": 2**30, "trained": 3_405_952, "matmul": 2_000_000,
     "lookup": 999_999, "folded": None, "failures": 0, "unfinished": 0, "runs": [], "marks": [],
 }  # fmt: skip
-UNSURE = ROW | {"verdict": "cannot tell", "further_seeds": 12}
+UNSURE = ROW | {"verdict": "cannot tell", "next": "--seed 5 --seeds 12"}
 
 
 def test_a_row_has_what_a_reader_needs():
@@ -25,6 +26,8 @@ def test_a_row_has_what_a_reader_needs():
         "seeds": "5",
         "loss": "3.9000 ± 0.0100",
         "difference": "-0.1000",
+        "sd of diff": "0.0500",
+        "pairs r": "0.90",
         "95 % interval": "[-0.2000, +0.0000]",
         "p (Holm)": "0.0400",
         "verdict": "better",
@@ -43,10 +46,9 @@ def test_a_row_has_what_a_reader_needs():
     [
         ({"p_holm": 1e-9}, "p (Holm)", "<0.0001"),
         ({"experiment": "gpt2ish", "difference": None}, "difference", "baseline"),
-        ({"seeds": 1, "verdict": "cannot tell"}, "verdict", "cannot tell, one seed"),
-        ({"verdict": "cannot tell", "further_seeds": 1200}, "verdict",
-         "cannot tell, 1,200 more seeds"),
-        ({"verdict": "cannot tell", "further_seeds": 1}, "verdict", "cannot tell, 1 more seed"),
+        ({"verdict": "equal within 0.01"}, "verdict", "equal within 0.01"),
+        ({"next": "--seed 5 --seeds 12"}, "next", "--seed 5 --seeds 12"),
+        ({"sensitivity": 0.12}, "sensitivity", "0.1200"),
         ({"seconds_ratio": {"value": 1.0, "interval": None, "bound": ">="}}, "seconds x", ">=1"),
         ({"marks": ["not finished: seed 1", "2 of 5 runs failed"]}, "notes",
          "not finished: seed 1; 2 of 5 runs failed"),
@@ -61,7 +63,7 @@ def test_the_legend_explains_only_the_signs_that_are_there():
 
     assert [sign for sign, _ in legend([ROW], ["tokens x"])] == ["x"]
     assert [sign for sign, _ in legend([ROW, bound], ["tokens x"])] == ["x", "<="]
-    assert [sign for sign, _ in legend([bound, UNSURE], ["verdict"])] == ["more seeds"]
+    assert [sign for sign, _ in legend([bound, UNSURE], ["next"])] == ["next"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 300])
@@ -74,7 +76,7 @@ def test_no_line_is_longer_than_the_terminal_and_the_verdict_never_goes(width, m
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert max(map(len, lines)) <= width
-    for word in ("better", "worse", "cannot tell, 12 more seeds", "difference"):
+    for word in ("better", "worse", "cannot tell", "--seed 5 --seeds 12", "difference"):
         assert word in out
     assert out.count("said once") == (2 if width == 300 else 1)
     assert ("no room for" in err) == (width < 300)
@@ -107,7 +109,7 @@ def test_markdown_has_every_column_and_the_legend():
     lines = markdown([ROW, UNSURE]).splitlines()
 
     assert len({line.count("|") for line in lines[:4]}) == 1
-    assert lines[4] == "" and lines[5].startswith("- more seeds: ")
+    assert lines[4] == "" and lines[5].startswith("- next: ")
 
 
 @pytest.mark.parametrize("text", ["`a`", "<!-- b -->", "a\nb", "*a*", "\\|", "~~a~~"])
