@@ -16,6 +16,7 @@ from torch import nn
 from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import Entry, read_source
 from lmplay.errors import UserError, nearest
+from lmplay.model.initialization import with_own_streams
 from lmplay.plan import Plan
 
 
@@ -78,15 +79,16 @@ class Experiment:
 
         Args:
             config: what `config` made.
-            seed: fixes the weights, the same on every device; None leaves torch's generators be.
+            seed: fixes the weights, each by its name, on every device alike; None leaves them to
+                torch's generators.
             device: where it ends up. "meta" makes shapes without numbers.
         """
         if torch.device(device).type == "meta":
             with torch.device("meta"):
                 return self.module.Model(config)
-        if seed is not None:
-            torch.manual_seed(seed)
-        return self.module.Model(config).to(device)
+        if seed is None:
+            return self.module.Model(config).to(device)
+        return with_own_streams(self.module.Model, config, seed).to(device)
 
 
 def load_experiment(entry: Entry) -> Experiment:

@@ -53,6 +53,7 @@ class Specimen:
 
     def model(self, seed: int = 0, dropout: float = 0.0) -> nn.Module:
         model = self.experiment.model(self.config_with_dropout(dropout), seed=seed)
+        torch.manual_seed(seed)  # so that noise drawn for it is the same each time too
         if self.follows_progress:
             model.at(self.progress)
         return model

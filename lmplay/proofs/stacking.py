@@ -32,10 +32,9 @@ def holds_every_idea(specimen: Specimen) -> str:
 
 
 def _tells_apart(stack: Specimen, without: Specimen, weights: dict, tokens_BT: Tensor) -> bool:
-    """Whether the two differ with the same weights or, where their weights are alike, at start.
+    """Whether the two differ with the same weights, or in how a weight starts or is trained.
 
-    New parameters alone shift the random numbers of all others, so that models that do the same
-    start apart: only where no parameter is new does the start tell anything.
+    New parameters move the start of no other.
     """
     acts = [_acts(specimen, weights, tokens_BT) for specimen in (stack, without)]
     if any(not torch.equal(a, b) for a, b in zip(*acts, strict=True)):
@@ -46,10 +45,7 @@ def _tells_apart(stack: Specimen, without: Specimen, weights: dict, tokens_BT: T
     shared = starts[0].keys() & starts[1].keys()
     if any(mine.get(name) != theirs.get(name) for name in shared):
         return True
-    alike = [{name: tensor.shape for name, tensor in start.items()} for start in starts]
-    return alike[0] == alike[1] and any(
-        not torch.equal(starts[0][name], starts[1][name]) for name in shared
-    )
+    return any(not torch.equal(starts[0][name], starts[1][name]) for name in shared)
 
 
 def _settings(model: nn.Module) -> dict[str, dict]:
