@@ -124,12 +124,27 @@ class Stage(_Strict):
         return self
 
 
+Options = dict[str, bool | int | float | str | list[float]]
+
+
+class RoleRule(_Strict):
+    """What differs from the plan's optimizer for the parameters of one role."""
+
+    name: str | None = Field(None, description="Another optimizer; it has options of its own.")
+    lr: float | None = Field(None, gt=0, description="Learning rate at the top of the schedule.")
+    weight_decay: float | None = Field(None, ge=0, description="On every parameter of the role.")
+    options: Options = Field({}, description="Over those of the plan's optimizer, by name.")
+
+
 class Optimizer(_Strict):
-    name: str = Field(description="A class of torch.optim, such as AdamW.")
+    name: str = Field(description="An optimizer, such as AdamW.")
     lr: float = Field(gt=0, description="Learning rate at the top of the schedule.")
     weight_decay: float = Field(0.0, ge=0, description="On matrices only, never on vectors.")
-    options: dict[str, bool | int | float | str | list[float]] = Field(
-        {}, description="Further arguments of the class, such as betas."
+    options: Options = Field({}, description="Further arguments of the optimizer, such as betas.")
+    roles: dict[str, RoleRule] = Field(
+        {},
+        description="What differs for matrix, table, head, conv, vector, or a role that an "
+        "experiment names.",
     )
 
 
@@ -308,6 +323,10 @@ def has_key(dotted: str) -> bool:
     start, _, rest = dotted.partition(".")
     if start == "datasets" and rest:
         return rest.rpartition(".")[2] in Dataset.model_fields and rest.count(".") == 1
+    if dotted.startswith("optimizer.roles."):
+        _, _, role, *key = dotted.split(".")
+        is_option = key[:1] == ["options"] and len(key) == 2
+        return bool(role) and (is_option or (len(key) == 1 and key[0] in RoleRule.model_fields))
     model: type[BaseModel] | None = Plan
     for part in dotted.split("."):
         if model is None or part not in model.model_fields:

@@ -19,7 +19,7 @@ from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.counts import flops_per_token
 from lmplay.model.experiment import load_experiment, scale
-from lmplay.optim.registry import make_optimizer
+from lmplay.optim.joint import optimizer_of
 from lmplay.plan import Plan
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League
@@ -150,7 +150,7 @@ def _session(request: Request, data: _FirstRows, tokenizer: Tokenizer) -> Sessio
     rows = request.mini_batch_size or rows_at_once(plan, device)
     run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
     run.may_shrink = request.mini_batch_size is None
-    update = Update(run, make_optimizer(plan.optimizer, run.model), plan.clip)
+    update = Update(run, optimizer_of(run), plan.clip)
     clock, curves = Clock(plan), Curves(run, None)
     return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
 

@@ -107,6 +107,7 @@ class Trace(TorchDispatchMode):
         self.makes_logits: set[int] = set()
         self._facts = WeakTensorKeyDictionary()
         self._spoilt: dict[int, Tensor] = {}  # values that were written to with unknown numbers
+        self._masks: dict[tuple, tuple] = {}  # what constants leave of sums and of products
         self._fused = _FusedAttention(self)
         for parameter in model.parameters():
             self._facts[parameter] = _Fact(is_read=False, weights=frozenset([id(parameter)]))
@@ -285,16 +286,22 @@ class Trace(TorchDispatchMode):
             own = fact.kept
             if own is None and fact.value is not None and len(given) > 1:
                 if is_sum:
-                    own = (fact.value if packet is not aten.sub else -fact.value) > LOW
+                    own = self._mask(fact, packet.__name__)
                 elif is_multiple:
-                    own = fact.value != 0
-                if own is not None and own.all():
-                    own = None
+                    own = self._mask(fact, "product")
             elif own is not None:
                 own = _viewed(packet, args, kwargs, tensor, own)
             if own is not None:
                 kept = own if kept is None else _both(kept, own)
         return kept
+
+    def _mask(self, fact: _Fact, of: str) -> Tensor | None:
+        """What a constant leaves of what it is added to, or multiplied with; None for all."""
+        if (id(fact), of) not in self._masks:
+            value = fact.value
+            left = value != 0 if of == "product" else (-value if of == "sub" else value) > LOW
+            self._masks[id(fact), of] = fact, None if left.all() else left
+        return self._masks[id(fact), of][1]
 
     def _chosen(self, args) -> Tensor | None:
         """What `where` leaves: of each side, unless that side is a very low number or zero."""
@@ -353,8 +360,10 @@ class Trace(TorchDispatchMode):
                 kept = torch.ones(T, S, dtype=torch.bool).tril(S - T)
             product.keep(kept.expand(*kept.shape[:-2], T, S))
         elif is_causal:
-            product.keep(torch.ones(T, S, dtype=torch.bool).tril())
-        return q_BHTD.new_empty(*q_BHTD.shape[:-1], v_BHSD.shape[-1])
+            product.kept, product.pairs = sum(min(t + 1, S) for t in range(T)), T * S
+        made = q_BHTD.new_empty(*q_BHTD.shape[:-1], v_BHSD.shape[-1])
+        self._facts[made] = _READ
+        return made
 
     def attend_flex(
         self, q_BHTD, k_BHSD, v_BHSD, score_mod=None, block_mask=None, *_, **__

@@ -11,6 +11,7 @@ from lmplay.console import note, out, print_json, show, table
 from lmplay.errors import UserError
 
 if TYPE_CHECKING:
+    from lmplay.optim.rules import Group
     from lmplay.plan import Plan
 
 
@@ -68,12 +69,16 @@ def describe(
     from lmplay.model.counts import count
     from lmplay.model.decoding import uses_cache
     from lmplay.model.experiment import freeze, load_experiment, scale
+    from lmplay.model.roles import roles_of
+    from lmplay.optim.rules import groups_of
 
     experiment = load_experiment(entry)
     made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
     counts = asdict(count(experiment, made.config, plan.freeze))
     flops_per_token = counts.pop("flops_per_token")
-    frozen = freeze(experiment.model(made.config, device="meta"), plan.freeze)
+    model = experiment.model(made.config, device="meta")
+    frozen = freeze(model, plan.freeze)
+    groups = groups_of(plan.optimizer, model, roles_of(experiment, made.config))
     is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
     if as_json:
         return print_json(
@@ -90,6 +95,7 @@ def describe(
                 "scale_differs": made.differs,
                 "parameters": counts,
                 "frozen": frozen,
+                "trained_by": [_trainer(group) for group in groups],
                 "flops_per_token": flops_per_token,
                 "uses_cache": is_cached,
             }
@@ -99,6 +105,13 @@ def describe(
     rows = [[name, f"{value:,}"] for name, value in counts.items()]
     rows.append(["FLOPs per token", f"{flops_per_token:,.0f}"])
     show(table("\nParameters", ["", " "], rows, right={" "}))
+    columns = ["role", "parameters", "optimizer", "rate", "decay"]
+    rows = [
+        [row["role"], f"{row['parameters']:,}", row["optimizer"], f"{row['lr']:g}",
+         f"{row['weight_decay']:g}"]
+        for row in map(_trainer, groups)
+    ]  # fmt: skip
+    show(table("\nTrained by", columns, rows, right={"parameters", "rate", "decay"}))
     if frozen:
         out.print(f"Frozen: {', '.join(frozen)}", markup=False)
     if not is_cached:
@@ -118,6 +131,18 @@ def _note_ramp(plan: "Plan") -> None:
         rows = phase.num_rows * (plan.max_len // phase.row_length)
         note(f"from step {phase.step + 1:,} on: {rows:,} rows of {phase.row_length:,} tokens")
     note(f"{clock.num_steps:,} steps, {clock.num_tokens:,} tokens")
+
+
+def _trainer(group: "Group") -> dict:
+    """Who trains some parameters, at which rate and decay."""
+    return {
+        "role": group.rule.role,
+        "parameters": sum(p.numel() for p in group.params),
+        "optimizer": group.rule.entry.name,
+        "lr": group.lr,
+        "weight_decay": group.weight_decay,
+        "options": group.rule.options,
+    }
 
 
 def list_experiments(as_json: bool) -> None:

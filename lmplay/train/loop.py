@@ -90,8 +90,8 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
             raise
         return drop_step(session, rng)
     before, after = (clock.at(step).tokens_before for step in (run.step, run.step + 1))
-    lr = plan.optimizer.lr * factor(plan.schedule, before, after, clock.num_tokens)
-    return lr, session.update(session.curves.objective, lr)
+    of_full = factor(plan.schedule, before, after, clock.num_tokens)
+    return plan.optimizer.lr * of_full, session.update(session.curves.objective, of_full)
 
 
 def drop_step(session: Session, rng: dict) -> None:

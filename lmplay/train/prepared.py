@@ -21,7 +21,7 @@ from lmplay.model.experiment import (
     load_source,
     scale,
 )
-from lmplay.optim.registry import refuse_wrong_updates
+from lmplay.optim.refusals import refuse_wrong_updates
 from lmplay.plan import Plan
 from lmplay.proofs.device import refuse_wrong
 from lmplay.proofs.tiny import checked

@@ -15,7 +15,8 @@ from lmplay.errors import UserError
 from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
 from lmplay.model.counts import count, flops_per_token
-from lmplay.optim.registry import make_optimizer, refuse_fsdp
+from lmplay.optim.joint import optimizer_of
+from lmplay.optim.refusals import refuse_fsdp
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.facts import DataFacts, Facts
@@ -229,7 +230,7 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
 
 def _open_session(run: Run, prepared: Prepared, reporter: Reporter, stack: ExitStack) -> Session:
     """Take up the newest checkpoint, if there is one, and cut the curves back to it."""
-    update = Update(run, make_optimizer(run.plan.optimizer, run.model), run.plan.clip)
+    update = Update(run, optimizer_of(run), run.plan.clip)
     note, folder, clock = reporter.display.note, run.folder, prepared.clock
     with run.accelerator.main_process_first():  # which holds the lock, and moves damaged ones
         checkpoint = newest_checkpoint(folder, note)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lmplay.model.abilities import has_after_step
-from lmplay.optim.registry import is_maskable, set_learning_rate
+from lmplay.optim.joint import JointOptimizer
 from lmplay.run.fsdp import gather_state
 from lmplay.run.run import Run
 
@@ -26,27 +26,26 @@ class Update:
         clip: largest norm of the whole gradient; None for no limit.
     """
 
-    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, clip: float | None):
+    def __init__(self, run: Run, optimizer: JointOptimizer, clip: float | None):
         self.run = run
         self.optimizer = optimizer
-        self.is_maskable = is_maskable(optimizer)
         self.scaler = run.accelerator.scaler
         self.clip = float("inf") if clip is None else clip
         self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
         self.overflows = torch.zeros((), dtype=torch.int32, device=run.device)  # in a row
 
-    def __call__(self, objective: Tensor, lr: float) -> Tensor:
+    def __call__(self, objective: Tensor, factor: float) -> Tensor:
         """Take one step and clear the gradients.
 
         Args:
             objective: this process's sum over the step, for its finiteness.
-            lr: the learning rate of this step.
+            factor: the schedule's, of every rate.
         Returns:
             The gradient's norm before clipping, a scalar on the device.
         """
         if self.run.world_size > 1:
             objective = self.run.accelerator.reduce(objective)
-        set_learning_rate(self.optimizer, lr)
+        self.optimizer.set_factor(factor)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.run.model.parameters() if p.grad is not None]
@@ -54,22 +53,13 @@ class Update:
         most = 1 if self.scaler is None else MOST_OVERFLOWS
         self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
         self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)
-        self._step(self.healthy & (self.overflows == 0))
+        self.optimizer.step_if(self.healthy & (self.overflows == 0))
         if self.scaler is not None:
             self.scaler.update()
         if has_after_step(self.run.model):
             self._after_step()
         self.run.model.zero_grad(set_to_none=True)
         return norm
-
-    def _step(self, wanted: Tensor) -> None:
-        # fused SGD leaves its momentum unset where the first step is masked, as fp16 may have it
-        is_unset = self.scaler is not None and self.optimizer.defaults.get("momentum")
-        if self.is_maskable and not is_unset:
-            self.optimizer.found_inf = (~wanted).float()  # read by the fused kernels
-            self.optimizer.step()
-        elif wanted:
-            self.optimizer.step()
 
     @torch.no_grad()
     def _after_step(self) -> None:

@@ -13,7 +13,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import BAD_INPUT, UserError
 from lmplay.grid.grid import Bench
 from lmplay.model.experiment import load_experiment
-from lmplay.optim.registry import make_optimizer
+from lmplay.optim.joint import make_optimizer
 from lmplay.plan import Optimizer, read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
@@ -180,9 +180,10 @@ def test_no_method_of_a_model_moves_what_is_frozen():
         model=model, accelerator=SimpleNamespace(scaler=None), world_size=1,
         device=torch.device("cpu"),
     )  # fmt: skip
-    optimizer = make_optimizer(Optimizer(name="AdamW", lr=0.1, weight_decay=0.5), model)
+    wanted = Optimizer(name="AdamW", lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(wanted, model, {n: "matrix" for n, _ in model.named_parameters()})
     model.trained(model.kept(torch.ones(1, 2))).sum().backward()
-    Update(run, optimizer, None)(torch.tensor(1.0), lr=0.1)
+    Update(run, optimizer, None)(torch.tensor(1.0), factor=1.0)
 
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert given == {id(p) for p in model.trained.parameters()}

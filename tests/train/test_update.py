@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lmplay.optim.registry import make_optimizer
+from lmplay.optim.joint import make_optimizer
 from lmplay.plan import Optimizer
 from lmplay.train.update import MOST_OVERFLOWS, Update
 
@@ -32,7 +32,7 @@ def update(kind=KINDS[0], fp16=False, clip=None):
         world_size=1,
         device=torch.device("cpu"),
     )
-    return Update(run, make_optimizer(kind, model), clip)
+    return Update(run, make_optimizer(kind, model, {"weight": "matrix"}), clip)
 
 
 def step(taken, gradient, objective=1.0):
@@ -42,7 +42,7 @@ def step(taken, gradient, objective=1.0):
         scaler.scale(torch.ones(()))  # as the backward pass does
     weight = taken.run.model.weight
     weight.grad = torch.full_like(weight, gradient * (scaler.get_scale() if scaler else 1.0))
-    return taken(torch.tensor(objective), lr=0.1)
+    return taken(torch.tensor(objective), factor=1.0)
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -74,7 +74,7 @@ def test_nothing_changes_where_the_fused_kernel_does_not_heed_the_flag(monkeypat
     before = taken.run.model.weight.clone()
     step(taken, float("nan"))
 
-    assert taken.optimizer.defaults["fused"]
+    assert taken.optimizer.members[0].defaults["fused"]
     assert_close(taken.run.model.weight, before, rtol=0, atol=0)
 
 

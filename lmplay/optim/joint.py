@@ -1,0 +1,144 @@
+"""Several optimizers behind one object with the interface of one of torch's."""
+
+import torch
+from torch import Tensor, nn
+
+from lmplay.model.roles import roles_of
+from lmplay.optim.registry import build, is_maskable
+from lmplay.optim.rules import Group, groups_of
+from lmplay.plan import Optimizer
+from lmplay.run.run import Run
+
+
+class JointOptimizer:
+    """Optimizers that take their steps together, each over some of the parameters.
+
+    Each of its groups has `full_lr`, its rate at the top of the schedule but for `lr_scale`; the
+    rate of a step is set by `set_factor`. What unscales gradients, as a GradScaler, sees one
+    optimizer, so that there is one decision whether a step is taken.
+
+    Args:
+        members: of torch's kind; no parameter is in two of them.
+    """
+
+    def __init__(self, members: list[torch.optim.Optimizer]):
+        self.members = members
+        self._maskable = [is_maskable(member) for member in members]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of all members, one behind the other."""
+        return [group for member in self.members for group in member.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict]:
+        """What each parameter's optimizer remembers of it."""
+        return {p: state for member in self.members for p, state in member.state.items()}
+
+    def set_factor(self, factor: float) -> None:
+        """Give every group its own rate times the schedule's factor."""
+        for group in self.param_groups:
+            group["lr"] = group["full_lr"] * factor * group["lr_scale"]
+
+    def step(self) -> None:
+        """Take one step of all members."""
+        for member in self.members:
+            member.step()
+
+    def step_if(self, wanted: Tensor) -> None:
+        """Take a step where `wanted`, a flag on the device, is true; else nothing changes.
+
+        Members with fused kernels read the flag on the device; for the others the host waits.
+        """
+        for member, heeds in zip(self.members, self._maskable, strict=True):
+            # fused SGD leaves its momentum unset where the very first step is masked
+            is_unset = member.defaults.get("momentum") and not member.state
+            if heeds and not is_unset:
+                member.found_inf = (~wanted).float()  # read by the fused kernels
+                member.step()
+            elif wanted:
+                member.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters."""
+        for member in self.members:
+            member.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        """The state in the shape of torch's: parameters are numbered through all members."""
+        state, groups, first = {}, [], 0
+        for member in self.members:
+            own = member.state_dict()
+            state |= {first + index: values for index, values in own["state"].items()}
+            for group in own["param_groups"]:
+                groups.append({**group, "params": [first + index for index in group["params"]]})
+            first += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take up a state that `state_dict` made of the same groups.
+
+        Raises:
+            ValueError: the groups are others.
+        """
+        mine, theirs = self.param_groups, state_dict["param_groups"]
+        if list(map(_signature, mine)) != list(map(_signature, theirs)):
+            raise ValueError("the state belongs to other groups of parameters")
+        groups, first = iter(state_dict["param_groups"]), 0
+        for member in self.members:
+            own = [next(groups) for _ in member.param_groups]
+            last = first + sum(len(group["params"]) for group in own)
+            member.load_state_dict(
+                {
+                    "state": {
+                        index - first: values
+                        for index, values in state_dict["state"].items()
+                        if first <= index < last
+                    },
+                    "param_groups": [
+                        {**group, "params": [index - first for index in group["params"]]}
+                        for group in own
+                    ],
+                }
+            )
+            first = last
+
+
+def _signature(group: dict) -> tuple:
+    return len(group["params"]), sorted(group)
+
+
+def make_optimizer(wanted: Optimizer, model: nn.Module, roles: dict[str, str]) -> JointOptimizer:
+    """The optimizer of a plan over the trained parameters of a model.
+
+    Args:
+        roles: of every parameter, by its name.
+    Raises:
+        UserError: as `groups_of` and `registry.build` do.
+    """
+    alike: dict[tuple, list[Group]] = {}
+    for group in groups_of(wanted, model, roles):
+        rule = group.rule
+        alike.setdefault((rule.entry.name, repr(sorted(rule.options.items()))), []).append(group)
+    return JointOptimizer([_member(groups) for groups in alike.values()])
+
+
+def optimizer_of(run: Run) -> JointOptimizer:
+    """The optimizer of a run's plan over its model."""
+    return make_optimizer(run.plan.optimizer, run.model, roles_of(run.experiment, run.config))
+
+
+def _member(groups: list[Group]) -> torch.optim.Optimizer:
+    rule = groups[0].rule
+    given = [
+        {
+            "params": group.params,
+            "lr": group.lr,
+            "full_lr": group.rule.lr,
+            "lr_scale": group.lr_scale,
+            "weight_decay": group.weight_decay,
+            "role": group.rule.role,
+        }
+        for group in groups
+    ]
+    return build(rule.entry, rule.options, given, rule.key)

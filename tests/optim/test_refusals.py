@@ -1,0 +1,105 @@
+"""Optimizers that a device or slices of weights would make wrong are refused."""
+
+import pytest
+import torch
+
+from lmplay.errors import UserError
+from lmplay.optim import refusals
+from lmplay.optim.refusals import refuse_fsdp, refuse_wrong_updates, wrong_update
+from lmplay.optim.rules import rule_of
+from lmplay.plan import Optimizer, RoleRule
+
+CPU = torch.device("cpu")
+
+
+def wrong(wanted, role="matrix"):
+    return wrong_update(rule_of(wanted, role), CPU)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad", "Muon", "Adafactor", "Rprop"])
+def test_updates_that_are_the_cpu_s_are_not_wrong(name):
+    assert wrong(Optimizer(name=name, lr=0.01)) is None
+
+
+@pytest.mark.parametrize(
+    "values", [{"lr": 1e-30}, {"lr": 1e38}, {"lr": 1, "weight_decay": 1e38}], ids=str
+)
+def test_values_that_no_device_can_do_with_are_no_wrong_device(values):
+    assert wrong(Optimizer(name="AdamW", **values)) is None
+
+
+class Other(torch.optim.AdamW):
+    """Right for the first one that steps, which is on the CPU."""
+
+    stepped = ()
+    fault = ""
+
+    def step(self, closure=None):
+        if self not in self.stepped:
+            self.stepped.append(self)
+        is_other = self is not self.stepped[0]
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        before = [weight.detach().clone() for weight in weights]
+        if self.fault == "draws":
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+        if self.fault == "nothing is decayed" and is_other:
+            for group in self.param_groups:
+                group["weight_decay"] = 0.0
+        super().step(closure)
+        for weight, old in zip(weights, before, strict=True):
+            is_transposed = not weight.is_contiguous()
+            stays = {"transposed weights stay": is_transposed, "vectors stay": weight.dim() == 1}
+            if is_other and stays.get(self.fault):
+                weight.data = old
+
+
+def replaced(monkeypatch, fault):
+    kind = type("AdamW", (Other,), {"fault": fault, "stepped": []})
+    monkeypatch.setattr(torch.optim, "AdamW", kind)
+
+
+@pytest.mark.parametrize("fault", ["transposed weights stay", "vectors stay", "nothing is decayed"])
+def test_a_device_that_updates_otherwise_is_found_out(monkeypatch, fault):
+    replaced(monkeypatch, fault)
+
+    told = wrong(Optimizer(name="AdamW", lr=0.01, weight_decay=1.0))
+    assert told.startswith("they are off by")
+
+
+def test_an_optimizer_that_draws_random_numbers_is_left_out(monkeypatch):
+    replaced(monkeypatch, "draws")
+    before = torch.random.get_rng_state()
+
+    assert wrong(Optimizer(name="AdamW", lr=0.01)) is None
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_cpu_is_not_compared_with_itself_and_every_rule_is_asked_elsewhere(monkeypatch):
+    asked = []
+    monkeypatch.setattr(refusals, "wrong_update", lambda rule, device: asked.append(rule) or "off")
+    wanted = Optimizer(name="AdamW", lr=0.1, roles={"head": RoleRule(name="SGD")})
+    refuse_wrong_updates(wanted, CPU)
+    assert not asked
+    with pytest.raises(UserError, match="mps updates weights wrongly by AdamW: off"):
+        refuse_wrong_updates(wanted, torch.device("mps"))
+    monkeypatch.setattr(
+        refusals, "wrong_update", lambda rule, device: asked.append(rule.entry.name)
+    )
+    asked.clear()
+    refuse_wrong_updates(wanted, torch.device("mps"))
+
+    assert sorted(asked) == ["AdamW", "SGD"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Optimizer(name="Muon", lr=0.1),
+        Optimizer(name="AdamW", lr=0.1, roles={"matrix": RoleRule(name="Adafactor")}),
+    ],
+)
+def test_slices_are_refused_whoever_needs_whole_matrices(wanted):
+    with pytest.raises(UserError, match="--shard"):
+        refuse_fsdp(wanted)
+    refuse_fsdp(Optimizer(name="AdamW", lr=0.1, roles={"head": RoleRule(name="SGD")}))
