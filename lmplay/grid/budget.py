@@ -18,7 +18,8 @@ from lmplay.errors import UserError
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.counts import flops_per_token
-from lmplay.model.experiment import load_experiment, scale
+from lmplay.model.experiment import load_experiment
+from lmplay.model.scale import scale
 from lmplay.optim.joint import optimizer_of
 from lmplay.plan import Plan
 from lmplay.run.accelerator import make_accelerator

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lmplay.model.abilities import follows_progress, has_terms, trains_by_itself
-from lmplay.model.experiment import Experiment, freeze
+from lmplay.model.experiment import Experiment
 from lmplay.model.folding import folded
+from lmplay.model.freezing import freeze
 from lmplay.model.trace import Trace
 
 PROGRESS = (0.0, 0.5, 1.0)  # where a model that changes over a run is looked at

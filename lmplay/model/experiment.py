@@ -1,23 +1,19 @@
-"""The contract of an experiment file: what it must hold, how it is loaded, how it is scaled."""
+"""The contract of an experiment file: what it must hold and how it is loaded."""
 
 import dataclasses
 import hashlib
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import Entry, read_source
 from lmplay.errors import UserError, nearest
 from lmplay.model.initialization import with_own_streams
-from lmplay.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -124,82 +120,6 @@ def load_source(source: str, path: Path, variant: dict[str, object]) -> Experime
     """The experiment of a run's own copy, under the name `path` gives it."""
     entry = read_source(source, path)[0]
     return load_experiment(dataclasses.replace(entry, variant=variant))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A Config for one run, and how it stands to its plan."""
-
-    config: object
-    differs: dict[str, list]  # key: [the plan's value, this run's]; None where Config lacks the key
-
-
-def scale(
-    experiment: Experiment, plan: Plan, vocab_size: int, end: int, changes: dict[str, object]
-) -> Scale:
-    """The Config of a run: the file's values, then the plan's, the variant's, those of `--set`.
-
-    Args:
-        vocab_size, end: of the tokenizer: its size, and the token that ends a document.
-    Raises:
-        UserError: the plan scales what the baseline does not have, or Config refuses a value.
-    """
-    known = resolve("gpt2ish").fields
-    for key in plan.model:
-        if key not in known:
-            hint = nearest(key, known) + "a plan scales every experiment alike"
-            raise UserError(f"plan {plan.name}: gpt2ish has no Config value {key!r}", hint=hint)
-    shared = {key: value for key, value in plan.model.items() if key in experiment.fields}
-    given = {"vocab_size": vocab_size, "max_len": plan.max_len}
-    given |= {"end": end} if "end" in experiment.fields else {}
-    config = experiment.config(**shared | experiment.variant | given | changes)
-    made = dataclasses.asdict(config)
-    differs = {
-        key: [value, made.get(key)] for key, value in plan.model.items() if made.get(key) != value
-    }
-    return Scale(config, differs)
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Keep the parameters of these names from being trained; a tied one is frozen by either name.
-
-    Args:
-        patterns: names in which * stands for any characters and ? for one, such as "blocks.0.*".
-    Returns:
-        The names of all frozen parameters, in the model's order.
-    Raises:
-        UserError: a pattern matches no name (with those that exist), or nothing is left to train.
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for pattern in patterns:
-        matched = [name for name in named if fnmatchcase(name, pattern)]
-        if not matched:
-            hint = nearest(pattern, [*named, *_prefixes(named)]) + f"there are {_summed_up(named)}"
-            raise UserError(f"freeze: no parameter is called {pattern!r}", hint=hint)
-        for name in matched:
-            named[name].requires_grad_(False)
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    if patterns and all(not weight.requires_grad for weight in named.values()):
-        raise UserError("freeze leaves no parameter to train", hint="freeze fewer of them")
-    return frozen
-
-
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """What freezes a whole module: blocks.*, blocks.0.*, blocks.0.mlp.* and so on."""
-    parts = [name.split(".") for name in names]
-    found = {".".join([*some[:end], "*"]): None for some in parts for end in range(1, len(some))}
-    return list(found)
-
-
-def _summed_up(names: Iterable[str]) -> str:
-    """Names in few words, layers that differ in a number only as one: blocks.*.norm.weight (12)."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        parts = ["*" if part.isdecimal() else part for part in name.split(".")]
-        alike.setdefault(".".join(parts), []).append(name)
-    return ", ".join(
-        some[0] if len(some) == 1 else f"{form} ({len(some)})" for form, some in alike.items()
-    )
 
 
 def _run(entry: Entry) -> ModuleType:

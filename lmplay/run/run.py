@@ -10,7 +10,8 @@ from torch import nn
 
 from lmplay.errors import BAD_CHECKPOINT, UserError
 from lmplay.model.abilities import set_progress
-from lmplay.model.experiment import Experiment, freeze
+from lmplay.model.experiment import Experiment
+from lmplay.model.freezing import freeze
 from lmplay.model.objective import Objective
 from lmplay.plan import Plan
 from lmplay.run.folder import RunFolder

@@ -21,7 +21,8 @@ def print_check(
     note(f"checking {entry.name}: loading torch")
     from lmplay.data.tokenizers import vocabulary_of
     from lmplay.machine import resolve_device, resolve_precision
-    from lmplay.model.experiment import load_experiment, scale
+    from lmplay.model.experiment import load_experiment
+    from lmplay.model.scale import scale
     from lmplay.proofs.device import check_on
     from lmplay.proofs.tiny import check
 
@@ -68,8 +69,10 @@ def describe(
     from lmplay.data.tokenizers import vocabulary_of
     from lmplay.model.counts import count
     from lmplay.model.decoding import uses_cache
-    from lmplay.model.experiment import freeze, load_experiment, scale
+    from lmplay.model.experiment import load_experiment
+    from lmplay.model.freezing import freeze
     from lmplay.model.roles import roles_of
+    from lmplay.model.scale import scale
     from lmplay.optim.rules import groups_of
 
     experiment = load_experiment(entry)

@@ -13,14 +13,9 @@ from lmplay.data.tokenizers import Tokenizer, vocabulary_of
 from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
 from lmplay.memory import keep_memory
-from lmplay.model.experiment import (
-    Experiment,
-    Scale,
-    freeze,
-    load_experiment,
-    load_source,
-    scale,
-)
+from lmplay.model.experiment import Experiment, load_experiment, load_source
+from lmplay.model.freezing import freeze
+from lmplay.model.scale import Scale, scale
 from lmplay.optim.refusals import refuse_wrong_updates
 from lmplay.plan import Plan
 from lmplay.proofs.device import refuse_wrong

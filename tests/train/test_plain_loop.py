@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from lmplay.catalog.entries import resolve
 from lmplay.data.batches import open_data
-from lmplay.model.experiment import load_experiment, scale
+from lmplay.model.experiment import load_experiment
+from lmplay.model.scale import scale
 from lmplay.plan import read_plan
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
