@@ -5,7 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
 from lmplay.errors import UserError
 
@@ -28,7 +28,10 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(**wanted):
         accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision
+            cpu=device.type == "cpu",
+            mixed_precision="no" if precision == "fp32" else precision,
+            # the first process's would take the place of the others' in each forward pass
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     started = os.environ.get("WORLD_SIZE", "1")
     if str(accelerator.num_processes) != started:

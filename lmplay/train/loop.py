@@ -11,6 +11,7 @@ from lmplay.optim.schedules import factor
 from lmplay.run.checkpoint import restore_rng, rng_state
 from lmplay.run.records import Record
 from lmplay.run.run import Run
+from lmplay.train.buffers import Buffers
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
 from lmplay.train.saving import save
@@ -73,14 +74,14 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
         The learning rate and the gradient's norm; None if the step was dropped.
     """
     run, plan, clock = session.run, session.run.plan, session.clock
-    rng = rng_state()
+    rng, buffers = rng_state(), Buffers(run)
     share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
     size = run.mini_batch_size * (plan.max_len // batch.tokens_BT.shape[1])  # more short rows
     parts = batch.of_rank(run.accelerator.process_index, run.world_size, size)
     try:
         for part in parts:
             if session.signals.code is not None and run.world_size == 1:
-                return drop_step(session, rng)
+                return drop_step(session, rng, buffers)
             with nullcontext() if part is parts[-1] else run.no_sync():
                 scored = score(run, part)
                 run.accelerator.backward(scored.objective * share)
@@ -88,17 +89,21 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
     except Exception as error:
         if not run.can_go_on(error):
             raise
-        return drop_step(session, rng)
+        return drop_step(session, rng, buffers)
+    buffers.add_up()
     before, after = (clock.at(step).tokens_before for step in (run.step, run.step + 1))
     of_full = factor(plan.schedule, before, after, clock.num_tokens)
-    return plan.optimizer.lr * of_full, session.update(session.curves.objective, of_full)
+    norm = session.update(session.curves.objective, of_full)
+    buffers.keep_where(session.update.taken)
+    return plan.optimizer.lr * of_full, norm
 
 
-def drop_step(session: Session, rng: dict) -> None:
+def drop_step(session: Session, rng: dict, buffers: Buffers) -> None:
     """Forget the step under way: the state is that of the step before, and it is taken again."""
     session.curves.drop_step()
     session.run.model.zero_grad(set_to_none=True)
     restore_rng(rng)
+    buffers.restore()
 
 
 def finish_step(session: Session) -> None:

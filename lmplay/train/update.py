@@ -33,6 +33,7 @@ class Update:
         self.clip = float("inf") if clip is None else clip
         self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
         self.overflows = torch.zeros((), dtype=torch.int32, device=run.device)  # in a row
+        self.taken = self.healthy  # whether the latest step changed anything
 
     def __call__(self, objective: Tensor, factor: float) -> Tensor:
         """Take one step and clear the gradients.
@@ -53,10 +54,11 @@ class Update:
         most = 1 if self.scaler is None else MOST_OVERFLOWS
         self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
         self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)
-        self.optimizer.step_if(self.healthy & (self.overflows == 0))
+        self.taken = self.healthy & (self.overflows == 0)
+        self.optimizer.step_if(self.taken)
         if self.scaler is not None:
             self.scaler.update()
-        if has_after_step(self.run.model):
+        if has_after_step(self.run.model) and self.taken:  # for these models alone the host waits
             self._after_step()
         self.run.model.zero_grad(set_to_none=True)
         return norm

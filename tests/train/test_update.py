@@ -119,6 +119,21 @@ def test_the_scaler_goes_on_from_a_checkpoint():
     assert other.state() == one.state() and other.scaler.get_scale() == 2**15
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_nothing_follows_a_step_that_was_not_taken(kind):
+    for fp16, bad in ((False, float("nan")), (True, float("inf"))):
+        taken, calls = update(kind, fp16), []
+        taken.run.model.after_step = lambda calls=calls: calls.append(1)
+        step(taken, 1.0)
+        step(taken, bad)
+        before = taken.run.model.weight.clone()
+
+        assert calls == [1] and not taken.taken
+        step(taken, 1.0)  # without fp16 the run has failed by now
+        assert calls == [1, 1] if fp16 else calls == [1]
+        assert fp16 or torch.equal(taken.run.model.weight, before)
+
+
 def test_projections_follow_the_step():
     taken = update()
     taken.run.model.after_step = lambda: taken.run.model.weight.clamp_(max=0.95)
