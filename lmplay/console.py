@@ -48,6 +48,13 @@ def precision_option(without: str) -> object:
     )
 
 
+def known_margin(nats: float | None) -> float | None:
+    """The callback of --margin."""
+    if nats is not None and not 0 < nats < float("inf"):
+        raise UserError(f"--margin {nats:g}: no margin", hint="above 0, such as 0.01")
+    return nats
+
+
 def note(text: str) -> None:
     """One line on stderr."""
     err.print(text, markup=False)

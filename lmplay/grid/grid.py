@@ -1,5 +1,6 @@
 """Many runs, shared with whoever else works on the same folder."""
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from lmplay.errors import BAD_INPUT, LOCKED, NO_DATA, UserError
@@ -12,12 +13,16 @@ from lmplay.train.session import finished, run_experiment
 WAIT_SECONDS = 2.0  # between two looks at runs that others hold
 
 
-def run_grid(requests: list[Request], display: GridDisplay) -> dict[str, str]:
+def run_grid(
+    requests: list[Request], display: GridDisplay, ended: Callable[[], None] = lambda: None
+) -> dict[str, str]:
     """Train every request that is not finished yet, in order; a failed one is noted and left.
 
     Runs that another process holds are passed over and waited for at the end, so that several
     grids on one folder, on one machine or many, share the work.
 
+    Args:
+        ended: called after each run that ended here.
     Returns:
         Why runs failed, by their folders.
     Raises:
@@ -46,6 +51,7 @@ def run_grid(requests: list[Request], display: GridDisplay) -> dict[str, str]:
                 try:
                     result = run_in_subprocess(run_experiment, request, display, forwarder)
                     display.end("done", result)
+                    ended()
                 except UserError as error:
                     if error.code in (BAD_INPUT, NO_DATA) and not request.folder.run_json.exists():
                         raise  # what was asked for cannot be had

@@ -11,7 +11,7 @@ from lmplay.stats.table import by_plan, markdown, plain
 
 START, END = "<!-- lmplay board -->", "<!-- /lmplay board -->"
 
-_COLUMNS = (
+COLUMNS = (
     "experiment", "verdict", "next", "difference", "95 % interval", "p (Holm)", "seeds", "loss",
     "sd of diff", "pairs r", "sensitivity",
     "bits/byte", "tokens x", "seconds x", "tokens/s", "trained", "matmul", "look-up", "folded",
@@ -74,7 +74,7 @@ def _of_plan(plan: str, rows: list[dict], facts: dict[str, Facts]) -> str:
         [
             f"## Plan {plain(plan)}\n",
             f"{what}\n",
-            markdown(rows, _COLUMNS),
+            markdown(rows, COLUMNS),
             "### How to repeat\n",
             *repeats,
         ]
@@ -83,19 +83,25 @@ def _of_plan(plan: str, rows: list[dict], facts: dict[str, Facts]) -> str:
 
 def _repeat(row: dict, facts: list[Facts]) -> str:
     """A list item: the exact commands, and what else decides the numbers."""
-    shared = {
+    told, commands = how_to_repeat(facts)
+    lines = [f"**{plain(row['experiment'])}**", ""]
+    lines += [f"- {name}: {plain(value)}" for name, value in told.items()]
+    longest = max([len(ticks) for line in commands for ticks in re.findall("`+", line)], default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([*lines, "", f"{fence}sh", *commands, fence, ""])
+
+
+def how_to_repeat(facts: list[Facts]) -> tuple[dict[str, str], list[str]]:
+    """What decides the numbers of these runs of one experiment, and the commands that made them."""
+    told = {
         "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in facts})),
+        "declared": _each([run.design.words if run.design else "nothing" for run in facts]),
         "commit": _each([run.git_commit for run in facts]),
         "versions": _each([_versions(run.versions) for run in facts]),
         "data": _each([_data(run.data) for run in facts]),
         "machine": _each([_machine(run) for run in facts]),
     }
-    lines = [f"**{plain(row['experiment'])}**", ""]
-    lines += [f"- {name}: {plain(value)}" for name, value in shared.items()]
-    commands = dict.fromkeys(_command(run.command) for run in facts if run.command)
-    longest = max([len(ticks) for line in commands for ticks in re.findall("`+", line)], default=0)
-    fence = "`" * max(3, longest + 1)
-    return "\n".join([*lines, "", f"{fence}sh", *commands, fence, ""])
+    return told, list(dict.fromkeys(_command(run.command) for run in facts if run.command))
 
 
 def _command(argv: list[str]) -> str:

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lmplay.console import Version, note, print_json, run_app
+from lmplay.console import Version, known_margin, note, print_json, run_app
 from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, RunFolder, find_runs, resolve_run
 from lmplay.stats.board import split_board, write_board
-from lmplay.stats.table import by_plan, markdown, plain, print_verdicts
+from lmplay.stats.table import by_plan, flat, markdown, plain, print_verdicts
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -127,6 +127,23 @@ def main(
             metavar="FILE.md",
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        Option(
+            help="One self-contained page to write: the verdicts to sort, figures, and for each "
+            "experiment its diff and what repeats it.",
+            metavar="FILE.html",
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        Option(
+            help="Nats per token within which two final losses count as equal. Without it, the "
+            "plan's, if it has one.",
+            metavar="NATS",
+            callback=known_margin,
+        ),
+    ] = None,
     version: Version = None,
 ) -> None:
     """Say which experiments are better than a baseline, and draw their curves.
@@ -153,12 +170,17 @@ def main(
     gc.freeze()  # as in run_app: a tenth of the time
     found = [read_run(folder) for folder in folders]
     pairs = pair_runs(found, _baseline(baseline, found, runs), like_for_like)
-    rows = judge(pairs)
+    rows = judge(pairs, margin)
     view = View(str(x), str(split), half_life, share, log, str(format))
     files = draw(pairs, rows, view, _made(out_dir))
     if board is not None:
         write_board(board, rows, {str(run.path): run.facts for run in found})
         note(f"wrote {board}")
+    if html is not None:
+        from lmplay.stats.page import write_page
+
+        write_page(html, rows, pairs)
+        note(f"wrote {html}")
     if as_json:
         labels = {pair.baseline.label for pair in pairs if pair.baseline is not None}
         print_json(
@@ -173,7 +195,7 @@ def main(
             }
         )
     elif as_csv:
-        _print_csv(rows)
+        print_csv(rows)
     elif as_markdown:
         _print_markdown(rows)
     else:
@@ -231,29 +253,12 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _print_csv(rows: list[dict]) -> None:
-    flat = [_flat(row) for row in rows]
-    writer = csv.DictWriter(sys.stdout, flat[0], lineterminator="\n")
+def print_csv(rows: list[dict]) -> None:
+    """The verdict rows on stdout."""
+    cells = [flat(row) for row in rows]
+    writer = csv.DictWriter(sys.stdout, cells[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
-
-
-def _flat(row: dict) -> dict:
-    """A verdict row with a column for each number."""
-    flat = {}
-    for key, value in row.items():
-        if key == "interval":
-            flat["interval_low"], flat["interval_high"] = value or (None, None)
-        elif key.endswith("_ratio"):
-            low, high = (value and value["interval"]) or (None, None)
-            flat[key], flat[f"{key}_bound"] = value and value["value"], value and value["bound"]
-            flat[f"{key}_low"], flat[f"{key}_high"] = low, high
-        elif key == "look":
-            for part in ("number", "of", "level"):
-                flat[f"look_{part}"] = value and value[part]
-        else:
-            flat[key] = "; ".join(map(str, value)) if isinstance(value, list) else value
-    return flat
+    writer.writerows(cells)
 
 
 def _print_markdown(rows: list[dict]) -> None:

@@ -10,7 +10,7 @@ from lmplay.console import fits, note, show, table
 
 _NOTES = "notes"
 _NAME = 24  # characters of a name on a line, where the terminal is narrow
-_TEXTS = ("experiment", "verdict", "next", _NOTES)  # the columns that are no numbers
+TEXTS = ("experiment", "verdict", "next", _NOTES)  # the columns that are no numbers
 _COLOURS = {"better": "green", "worse": "red", "equal": "cyan"}
 _NEXT = (
     "what asks for a valid further look; fresh seeds are judged alone, and would show a difference "
@@ -84,6 +84,24 @@ def cells_of(rows: list[dict]) -> dict[str, list[str]]:
     return {title: column for title, column in cells.items() if any(column)}
 
 
+def flat(row: dict) -> dict:
+    """A verdict row with a column for each number."""
+    flat = {}
+    for key, value in row.items():
+        if key == "interval":
+            flat["interval_low"], flat["interval_high"] = value or (None, None)
+        elif key.endswith("_ratio"):
+            low, high = (value and value["interval"]) or (None, None)
+            flat[key], flat[f"{key}_bound"] = value and value["value"], value and value["bound"]
+            flat[f"{key}_low"], flat[f"{key}_high"] = low, high
+        elif key == "look":
+            for part in ("number", "of", "level"):
+                flat[f"look_{part}"] = value and value[part]
+        else:
+            flat[key] = "; ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
 def legend(rows: list[dict], columns: Container[str]) -> list[tuple[str, str]]:
     """What the signs in these columns of the rows mean, those that are there."""
     keys = [f"{name}_ratio" for name in ("tokens", "seconds") if f"{name} x" in columns]
@@ -118,7 +136,7 @@ def markdown(rows: list[dict], columns: Iterable[str] | None = None) -> str:
     """
     cells = cells_of(rows)
     titles = [title for title in columns or cells if title in cells]
-    lines = [titles, ["---" if title in _TEXTS else "---:" for title in titles]]
+    lines = [titles, ["---" if title in TEXTS else "---:" for title in titles]]
     lines += zip(*([plain(cell) for cell in cells[title]] for title in titles), strict=True)
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     signs = "".join(
@@ -149,7 +167,7 @@ def _fitting(
         numbers.setdefault(mark, len(numbers) + 1)
     short = [" ".join(str(numbers[mark]) for mark in row["marks"]) for row in rows]
     narrow = {"experiment": [_broken(name) for name in cells["experiment"]], _NOTES: short}
-    kept = {name: narrow.get(name, cells[name]) for name in _TEXTS if name in cells}
+    kept = {name: narrow.get(name, cells[name]) for name in TEXTS if name in cells}
     for name in (name for name in _BY_IMPORTANCE if name in cells):
         more = kept | {name: cells[name]}
         if fits(_table(title, more)):
@@ -175,7 +193,7 @@ def _table(title: str, cells: dict[str, list[str]]) -> Table:
         escape(title),
         ["" if name == _NOTES else name for name in shown],
         [list(row) for row in zip(*shown.values(), strict=True)],
-        right=shown.keys() - set(_TEXTS),
+        right=shown.keys() - set(TEXTS),
     )
 
 

@@ -12,7 +12,17 @@ from typer import Option
 
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import Entry
-from lmplay.console import Device, Version, err, note, out, precision_option, print_json, run_app
+from lmplay.console import (
+    Device,
+    Version,
+    err,
+    known_margin,
+    note,
+    out,
+    precision_option,
+    print_json,
+    run_app,
+)
 from lmplay.disk import write_text
 from lmplay.errors import UserError
 from lmplay.run.design import design_of
@@ -68,12 +78,6 @@ def _rates(text: str | None) -> list[float] | None:
     if len(set(rates)) < 3 or 1 not in rates or not 0 < rates[0] <= rates[-1] < float("inf"):
         raise UserError(f"--rates {text}: no parabola goes through these", hint=hint)
     return sorted(set(rates))
-
-
-def _margin(nats: float | None) -> float | None:
-    if nats is not None and not 0 < nats < float("inf"):
-        raise UserError(f"--margin {nats:g}: no margin", hint="above 0, such as 0.01")
-    return nats
 
 
 @app.command()
@@ -198,7 +202,7 @@ def main(
             help="Nats per token within which two final losses count as equal. Without it, the "
             "plan's, if it has one.",
             metavar="NATS",
-            callback=_margin,
+            callback=known_margin,
         ),
     ] = None,
     baseline: Annotated[

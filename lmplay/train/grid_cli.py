@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -35,7 +36,9 @@ def train_all(
         print_json({"schema_version": 1, "verdicts": rows, "failures": failures})
     else:
         print_verdicts(rows)
-        note(f"plot it: lmp-plotstats {template.folder.path.parent.parent}")
+        note(
+            f"look at it: {page_of(template)}    plot it: lmp-plotstats {page_of(template).parent}"
+        )
     _exit_by(failures)
 
 
@@ -99,8 +102,10 @@ def _verdicts(
     """Train what is missing, look by look, and give the verdict row of each entry, in order."""
     from lmplay.grid.grid import run_grid
     from lmplay.grid.requests import arm_of, declare, expand
-    from lmplay.stats.judge import verdicts_of
+    from lmplay.stats.compare import pair_runs, read_run
+    from lmplay.stats.judge import judge
     from lmplay.stats.looks import foresight
+    from lmplay.stats.page import write_page
 
     design = template.design
     requests = expand(template, entries, design, *league, display)
@@ -109,12 +114,19 @@ def _verdicts(
     declare(requests, base)
     if len(labels) > 1:
         display.note(foresight(design, len(labels) - 1, _known_sd(template)))
+
+    def judged(is_running: bool = True) -> dict[str, dict]:
+        begun = [each.folder for each in requests if each.folder.run_json.is_file()]
+        pairs = pair_runs([read_run(folder) for folder in begun], base)
+        rows = judge(pairs, template.plan.margin)
+        write_page(page_of(template), rows, pairs, is_running)
+        return {row["experiment"]: row for row in rows}
+
     open_labels = set(labels)
     for seeds in design.stages:
         now = [each for each in requests if each.seed in seeds and arm_of(each) in open_labels]
-        failures |= run_grid(now, display)
-        begun = [each.folder for each in requests if each.folder.run_json.is_file()]
-        rows = {row["experiment"]: row for row in verdicts_of(begun, base, template.plan.margin)}
+        failures |= run_grid(now, display, judged)
+        rows = judged(is_running=False)
         if missing := [label for label in labels if label not in rows]:
             why = "; ".join(dict.fromkeys(failures.values()))
             raise UserError(f"no run of {missing[0]} could begin: {why}")
@@ -122,6 +134,11 @@ def _verdicts(
         if open_labels or len(labels) == 1:
             open_labels.add(base)
     return [rows[label] for label in labels]
+
+
+def page_of(template: "Request") -> Path:
+    """The page that shows how a grid stands, written anew after each of its runs."""
+    return template.folder.path.parent.parent / "board.html"
 
 
 def _known_sd(template: "Request") -> float | None:
@@ -132,7 +149,7 @@ def _known_sd(template: "Request") -> float | None:
     from lmplay.stats.judge import verdicts_of
 
     try:
-        rows = verdicts_of(find_runs([template.folder.path.parent.parent]))
+        rows = verdicts_of(find_runs([page_of(template).parent]))
     except UserError:  # none yet, or one that cannot be read, which is said where it is needed
         return None
     known = [row["difference_sd"] for row in rows if row["difference_sd"]]
