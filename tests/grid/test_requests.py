@@ -111,3 +111,13 @@ def test_one_rate_for_one_idea_and_three_for_another_contradict(template, traine
 
     with pytest.raises(UserError, match="not as --seeds 2 --rates"):
         declare(expanded(template, [template.entry], design_of("2", 0, [0.5, 1, 2])), "another")
+
+
+def test_a_frozen_name_that_an_experiment_lacks_is_refused_before_any_run(place):
+    freeze = {"freeze": ["token_table.integration.*"]}
+    template = Request(resolve("ue"), read_plan("words", freeze), freeze, {}, device="cpu")
+    with pytest.raises(UserError) as raised:
+        expanded(template, [resolve("ue"), resolve("gpt2ish")], design_of("1", 0))
+
+    assert "token_table.integration" in raised.value.problem
+    assert not Path("runs").exists()

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import BAD_INPUT, UserError
-from lmplay.grid.grid import Bench
 from lmplay.model.experiment import load_experiment
 from lmplay.optim.joint import make_optimizer
 from lmplay.plan import Optimizer, read_plan
@@ -146,15 +145,6 @@ def test_what_cannot_be_frozen_is_told_before_any_text_is_prepared(place, freeze
     said = f"{raised.value.problem} {raised.value.hint}"
     assert raised.value.code == BAD_INPUT and told in said
     assert not list((place / "cache").glob("words*"))
-
-
-def test_a_grid_is_refused_before_it_trains_what_lacks_a_frozen_name(place):
-    wanted = request(freeze=["token_table.integration.*"])
-    with Bench(wanted, resolve("ue"), "tokens") as bench, pytest.raises(UserError) as raised:
-        bench.verdicts([resolve("ue"), resolve("gpt2ish")], range(1), resolve("ue"))
-
-    assert "token_table.integration" in raised.value.problem
-    assert not list(Path("runs").rglob("run.json"))
 
 
 class Projecting(nn.Module):
