@@ -17,9 +17,10 @@ from typer import Option
 
 from lmplay.errors import UserError
 from lmplay.machine import DEVICES, PRECISIONS, known_device, known_precision
+from lmplay.streams import UNWRITABLE, Stderr, flush_streams, open_streams
 
 out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+err = Console(file=Stderr(), stderr=True, soft_wrap=True, highlight=False)
 
 _TEXT_COLUMN = 8  # characters, where the terminal is narrow
 # a terminal obeys control characters, and a model may write any
@@ -120,21 +121,44 @@ Version = Annotated[
 def run_app(app: typer.Typer) -> None:
     """Run a command as a console script does: the exit code of a UserError is its own.
 
-    Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. Long
-    options may be written with underscores, as in the original lmplay.
+    Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. A
+    disk that is full or fails is told in words (code 1). Long options may be written with
+    underscores, as in the original lmplay.
     """
     gc.freeze()  # what is loaded stays: it is not searched for garbage again
+    open_streams()
     try:
-        app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
+        try:
+            app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
+        except SystemExit as end:
+            if not end.code:  # else that says more
+                _flush()
+            raise
     except UserError as error:
-        err.quiet = False  # also where another process of the group does the talking
-        err.print(Text.assemble(("error:", "red"), f" {error.problem}"))
-        if error.hint:
-            err.print(Text(error.hint, style="dim"))
+        _tell(error)
         sys.exit(error.code)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        problem = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        _tell(UserError(problem, hint="make room; nothing that was saved is lost"))
+        sys.exit(1)
     finally:
+        flush_streams()
         # what is left to do is no work: a Ctrl-C ends it, without a traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+def _flush() -> None:
+    if error := flush_streams():
+        raise error
+
+
+def _tell(error: UserError) -> None:
+    err.quiet = False  # also where another process of the group does the talking
+    err.print(Text.assemble(("error:", "red"), f" {error.problem}"))
+    if error.hint:
+        err.print(Text(error.hint, style="dim"))
 
 
 def _plain_lines(made: Table) -> list[str]:

@@ -23,18 +23,21 @@ def roots() -> list[Path]:
 
 
 def files(kind: str, suffix: str) -> dict[str, Path]:
-    """Name to file of every `kind` ("experiments" or "plans"), but for names that start with _."""
+    """Name to file of every `kind` ("experiments" or "plans").
+
+    Names that start with _ are no experiments; those with a dot are an editor's, or hidden.
+    """
     found: dict[str, Path] = {}
     for root in roots():
         for path in sorted((root / kind).glob(f"*{suffix}")):
-            if not path.name.startswith("_"):
+            if not path.name.startswith(("_", ".")):
                 found.setdefault(path.stem, path.resolve())
     return found
 
 
 def file_called(name: str, kind: str, suffix: str) -> Path | None:
     """The file that `files` has under this name, without reading whole folders."""
-    if name.startswith("_"):
+    if name.startswith(("_", ".")):
         return None
     found = (root / kind / f"{name}{suffix}" for root in roots())
     return next((path.resolve() for path in found if os.path.isfile(path)), None)

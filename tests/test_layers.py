@@ -15,7 +15,19 @@ HEAVY = ("torch", "accelerate", "datasets", "pandas", "numpy", "matplotlib")
 ORDER = ["", "catalog", "model", "proofs", "data", "run", "optim", "train", "grid", "generate"]
 ORDER += ["export", "stats"]
 LIGHT = [
-    *("errors", "roots", "disk", "network", "machine", "memory", "seeds", "console", "plan", "cli"),
+    *(
+        "errors",
+        "roots",
+        "disk",
+        "streams",
+        "network",
+        "machine",
+        "memory",
+        "seeds",
+        "console",
+        "plan",
+        "cli",
+    ),
     *("catalog.entry", "catalog.entries", "catalog.stack"),
     *("data.gaps", "data.tokenizers", "data.local_files"),
     *(

@@ -57,9 +57,12 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
         UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
     """
     try:
-        return read_source(path.read_text(encoding="utf-8"), path, head_only)
+        source = path.read_text(encoding="utf-8-sig")  # some editors write a mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:  # a folder, a link that leads nowhere
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return read_source(source, path, head_only)
 
 
 def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]:

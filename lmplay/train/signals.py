@@ -18,7 +18,8 @@ class Stopped(Exception):
 class Signals:
     """While entered, SIGINT, SIGTERM and SIGHUP set `code`, SIGUSR1 asks for a checkpoint.
 
-    A second one leaves at once. A SIGHUP that is ignored, as under nohup, stays so.
+    A second one leaves at once, but for SIGHUP, of which a terminal that closes may send several:
+    nobody is there to hurry. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self):
@@ -47,7 +48,7 @@ class Signals:
             self._num_saves += 1
         elif self.code is None:
             self.code = 128 + number
-        else:
+        elif number != signal.SIGHUP:
             raise SystemExit(128 + number)
 
 

@@ -166,3 +166,24 @@ def test_the_diff_against_the_parent_names_what_differs(root):
 
     assert "--- gpt2ish.py" in diff and "+++ value_norm.py" in diff
     assert catalog.diff(catalog.resolve("gpt2ish")) == ""
+
+
+def test_odd_neighbours_are_named_once_and_passed_over(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "mine.py").write_bytes(b"\xef\xbb\xbf" + IDEA.encode())  # a mark, as editors write
+    (folder / ".#mine.py").symlink_to("user@host.12345:1700000000")  # the lock of one
+    (folder / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    (folder / "folder.py").mkdir()
+    (folder / "latin.py").write_bytes(b'"""caf\xe9."""')
+    monkeypatch.chdir(tmp_path)
+    refused = []
+
+    found = catalog.entries(refused.append)
+
+    assert found["mine"].source == IDEA and catalog.resolve("mine").path == folder / "mine.py"
+    assert len(refused) == 3 and all(
+        "cannot be read" in e.problem or "UTF-8" in e.problem for e in refused
+    )
+    with pytest.raises(UserError, match="cannot be read"):
+        catalog.resolve("folder")

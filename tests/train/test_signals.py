@@ -44,3 +44,11 @@ def test_between_two_looks_at_the_device_a_signal_waits():
         answers = [agreed(a_run(step), signals, 10) for step in (9, 10)]
 
     assert answers == [(0, False), (0, True)]
+
+
+def test_a_terminal_that_closes_sends_more_than_one_hangup_and_the_run_is_saved():
+    with Signals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+        assert signals.code == 128 + signal.SIGHUP
