@@ -8,7 +8,7 @@ from collections import Counter
 from functools import cache
 from urllib.parse import quote
 
-_READABLE = "".join(chr(code) for code in range(32, 127) if chr(code) not in "%,+")
+_READABLE = "".join(chr(code) for code in range(32, 127) if chr(code) not in "%,+@")
 
 
 def label_of(experiment: str, changes: dict[str, object]) -> str:
@@ -40,19 +40,30 @@ def short_key(key: str) -> str:
 def value_name(value: object, safe: str = "") -> str:
     """A value as text: equal ones alike (1e-3 and 0.001, 512 and 512.0), a string never a number.
 
-    A list is its items, each followed by a plus but for the last of several.
+    A list is its items, each followed by a plus but for the last of several; a ramp of a plan,
+    [[0, 16], [0.5, 32]], is 16@0+32@0.5.
 
     Args:
         safe: what is not escaped as in a URL, besides letters, digits and "_.-~".
     """
     value = _normal(value)
-    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
-        return "+".join(value_name(item, safe) for item in value) + "+" * (len(value) == 1)
+    is_ramp = isinstance(value, list) and value and all(map(_is_point, value))
+    if isinstance(value, list) and (is_ramp or not any(isinstance(item, list) for item in value)):
+        names = [_point_name(item) if is_ramp else value_name(item, safe) for item in value]
+        return "+".join(names) + "+" * (len(value) == 1)
     if isinstance(value, float):
         return json.dumps(value).replace("e+", "e")
     if isinstance(value, str) and value and not _is_json(value):
         return quote(value, safe=safe)
     return quote(json.dumps(value, sort_keys=True), safe=safe)
+
+
+def _is_point(value: object) -> bool:
+    return isinstance(value, list) and [type(item) in (int, float) for item in value] == [True] * 2
+
+
+def _point_name(point: list[float]) -> str:
+    return f"{value_name(point[1])}@{value_name(point[0])}"
 
 
 @cache

@@ -18,7 +18,9 @@ OPEN = [
 ]
 KEYS = st.sampled_from([*fixed_keys(), *OPEN, *CONFIG]) | st.from_regex("[a-z_.]+", fullmatch=True)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-VALUES = SCALARS | st.lists(SCALARS) | st.dictionaries(st.text(), SCALARS)
+NUMBERS = st.integers() | st.floats(allow_nan=False)
+RAMPS = st.lists(st.lists(NUMBERS, min_size=2, max_size=2))
+VALUES = SCALARS | st.lists(SCALARS) | RAMPS | st.dictionaries(st.text(), SCALARS)
 CHANGES = st.dictionaries(KEYS, VALUES, max_size=3)
 
 
@@ -40,6 +42,9 @@ def identity(value):
 @example(one={"a": 1}, other={"a": "1"})
 @example(one={"a": float("inf")}, other={"a": "inf"})
 @example(one={"a": []}, other={"a": [""]})
+@example(one={"a": [[0, 8], [0.5, 16]]}, other={"a": ["8@0", "16@0.5"]})
+@example(one={"a": [[0, 8]]}, other={"a": [[0, 8.0]]})
+@example(one={"a": [[0, 8]]}, other={"a": [0, 8]})
 @example(one={"tokens": 2**53}, other={"tokens": 2.0**53})
 def test_two_sets_of_changes_share_a_label_just_where_they_are_equal(one, other):
     assert (label_of("ue", one) == label_of("ue", other)) == (identity(one) == identity(other))
@@ -79,3 +84,7 @@ def test_every_key_of_every_plan_and_config_is_called_otherwise():
 )
 def test_a_label_stays_readable(value, shown):
     assert label_of("ue", {"k": value}) == f"ue,k={shown}"
+
+
+def test_a_ramp_says_what_is_when():
+    assert label_of("ue", {"batch_size": [[0, 16], [0.5, 32]]}) == "ue,batch_size=16@0+32@0.5"
