@@ -1,23 +1,20 @@
-"""How often a verdict errs: false alarms between equal arms, and power against planted differences.
+"""How often a verdict errs, and what it finds, through the whole path from run.json to the word.
 
-    python benchmarks/calibration.py
+    python benchmarks/calibration.py             # losses drawn from a normal distribution
+    python benchmarks/calibration.py --runs 60   # losses drawn from as many runs trained here
 
-trains gpt2ish at tiny size on the text that comes with Python: 60 seeds as they are, and 60 each
-with the learning rate times 0.9 and times 0.7. Then it compares, without training any more:
-
-* A/A: the arms are disjoint draws from the first 60 runs, paired at random, as if one experiment
-  had two names. Every "better" or "worse" is false.
-* Power: the arms are the same seeds with and without the planted change, as in every real
-  comparison. It counts how often the verdict has the sign of the mean over all 60 seeds.
-
-The intervals come from drawing the runs anew with replacement, not the comparisons: 60 runs are all
-that is known, however many comparisons are made of them.
+Tables of runs are made up as a grid would leave them: every run declares its design, has a loss of
+its own, and pairs with the baseline's run of its seed. They are judged as those of a folder are:
+looks, screen, Holm, rates, margins. Where no idea differs every "better" and "worse" is false; of
+ideas that differ it is counted how many are found. The runs to draw from are gpt2ish at tiny size
+on the text that comes with Python, one seed each, at the plan's rate times 0.5, 1 and 2.
 """
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -26,154 +23,194 @@ import typer
 from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
-from lmplay.run.folder import RunFolder, run_path
-from lmplay.stats.compare import read_run
-from lmplay.stats.verdict import paired
+from lmplay.run.design import Design, Rate, design_of
+from lmplay.run.facts import DataFacts, Facts
+from lmplay.run.folder import find_runs
+from lmplay.stats.compare import RecordedRun, pair_runs, read_run
+from lmplay.stats.judge import judge
 
 PLAN = Path(__file__).with_suffix(".json")
-LR = 4e-3  # quick's
-FACTORS = (0.9, 0.7)  # of the learning rate
-SEEDS_IN_AN_ARM = (2, 3, 5, 8, 12)
-LEVEL = 0.05
-RESAMPLES = 200
+RATES = (0.5, 1.0, 2.0)
+WRONG = ("better", "worse")
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Runs to draw from; a resampled one has some of them several times and others not at all."""
+class Case:
+    """A kind of table.
 
-    copies_N: np.ndarray
-    draw: np.random.Generator
+    `real` ideas of `ideas` differ from the baseline by `effect` standard deviations of the paired
+    differences, for the better; with a margin the ideas differ by just that.
+    """
 
-    def distinct(self, number: int) -> np.ndarray:
-        """Indices of runs, none of them twice, each as likely first as it has copies."""
-        least_N = 1 - (1 - self.draw.random(len(self.copies_N))) ** (
-            1 / np.maximum(self.copies_N, 1)
-        )
-        least_N[self.copies_N == 0] = np.inf  # the smallest key among a run's copies
-        return np.argsort(least_N)[:number]
+    name: str
+    seeds: str
+    ideas: int = 1
+    real: int = 0
+    effect: float = 0.0
+    rates: tuple[float, ...] = (1.0,)
+    margin: float | None = None
 
-    def again(self) -> "Sample":
-        """As many runs, drawn from these with replacement."""
-        size = len(self.copies_N)
-        drawn_N = self.draw.integers(0, size, size)
-        return Sample(np.bincount(drawn_N, minlength=size), self.draw)
-
-
-def false_alarms(losses_N: np.ndarray, sample: Sample, num_seeds: int, comparisons: int) -> float:
-    """The share of A/A comparisons that find a difference; the arms never share a run."""
-    found = 0
-    for _ in range(comparisons):
-        picks = sample.distinct(2 * num_seeds)
-        differences = losses_N[picks[:num_seeds]] - losses_N[picks[num_seeds:]]
-        found += paired(differences).p < LEVEL
-    return found / comparisons
+    @property
+    def design(self) -> Design:
+        return design_of(self.seeds, 0, list(self.rates))
 
 
-def power(differences_N: np.ndarray, sample: Sample, num_seeds: int, comparisons: int) -> float:
-    """The share of comparisons that find the difference, with the sign that all runs have."""
-    sign, found = np.sign(differences_N.mean()), 0
-    for _ in range(comparisons):
-        result = paired(differences_N[sample.distinct(num_seeds)])
-        found += result.p < LEVEL and np.sign(result.mean) == sign
-    return found / comparisons
+CASES = (
+    Case("one look at 5 seeds", "5"),
+    Case("looks at 3, 5, 8, 12", "3..12"),
+    Case("5 seeds, 16 ideas", "5", 16),
+    Case("3..12, 16 ideas", "3..12", 16),
+    Case("screen on 3, confirm on 8, 16 ideas", "3+8", 16),
+    Case("5 seeds at three rates", "5", rates=RATES),
+    Case("equal at the edge of the margin, 8 seeds", "8", margin=1.5),
+    Case("equal at the edge, 3..12", "3..12", margin=1.5),
+    Case("5 seeds, 4 of 16 differ by 2 sd", "5", 16, 4, 2.0),
+    Case("3..12, one differs by 1 sd", "3..12", 1, 1, 1.0),
+    Case("3..12, one differs by 2 sd", "3..12", 1, 1, 2.0),
+    Case("3+8, 4 of 16 differ by 1 sd", "3+8", 16, 4, 1.0),
+    Case("3+8, 4 of 16 differ by 2 sd", "3+8", 16, 4, 2.0),
+)
 
 
-def rates(measure, values_N: np.ndarray, comparisons: int) -> list[dict]:
-    """A measure for every number of seeds, with the 95 % interval over resampled runs."""
-    whole = Sample(np.ones(len(values_N), dtype=int), np.random.default_rng(0))
-    rows = []
-    for num_seeds in SEEDS_IN_AN_ARM:
-        again = [
-            measure(values_N, whole.again(), num_seeds, max(200, comparisons // 10))
-            for _ in range(RESAMPLES)
-        ]
-        rows.append(
-            {
-                "seeds": num_seeds,
-                "comparisons": comparisons,
-                "rate": measure(values_N, whole, num_seeds, comparisons),
-                "interval": np.percentile(again, [2.5, 97.5]).tolist(),
-            }
-        )
-    return rows
+@dataclass(frozen=True)
+class DrawnRun(RecordedRun):
+    """A run that nobody trained: all it has is a loss at its end."""
+
+    loss: float = 0.0
+
+    @cached_property
+    def final(self):
+        return {"loss": self.loss, "bits_per_byte": 1.0, "accuracy": 0.5, "tokens": 1.0,
+                "seconds": 1.0, "step": 1.0}  # fmt: skip
+
+    @cached_property
+    def train(self):
+        return {name: np.empty(0) for name in ("step", "tokens", "loss", "memory", "seconds")}
+
+    @cached_property
+    def validation(self):
+        at = np.array([0.0, 1.0])
+        return {"step": at, "tokens": at, "seconds": at, "loss": np.array([20.0, self.loss])}
 
 
-def train(out_dir: Path, runs: int, factor: float) -> np.ndarray:
-    """The final validation losses of `runs` seeds, training those that are missing.
+def made_up(case: Case, pool_NR: np.ndarray, draw: np.random.Generator) -> list[DrawnRun]:
+    """The runs of one table; its ideas are drawn as the baseline is, and then moved.
 
     Args:
-        factor: of the plan's learning rate.
+        pool_NR: losses to draw from, a row for each seed, a column for each of RATES.
     """
-    changes = {} if factor == 1 else {"optimizer.lr": round(LR * factor, 6)}
+    design, runs = case.design, []
+    columns = [RATES.index(rate) for rate in design.rates]
+    unit = np.sqrt(2) * pool_NR[:, RATES.index(1.0)].std(ddof=1)  # pairs that share nothing
+    for idea in range(case.ideas + 1):
+        label = "gpt2ish" if idea == 0 else f"idea{idea}"
+        moved = -case.effect * unit if 0 < idea <= case.real else 0.0
+        moved += unit * case.margin if idea and case.margin else 0.0
+        for seed in design.seeds:
+            losses = pool_NR[draw.integers(len(pool_NR)), columns] + moved
+            for rate, loss in zip(design.rates, losses, strict=True):
+                name = label if rate == 1 else f"{label},lr={rate:g}"
+                facts = _facts(name, seed, design, Rate(factor=rate, of=label))
+                runs.append(DrawnRun(Path(f"{name}/{seed}"), facts, float(loss)))
+    return runs
+
+
+def measured(case: Case, pool_NR: np.ndarray, tables: int) -> dict:
+    """How many of the tables hold a false word, and how many of the ideas that differ are found."""
+    draw = np.random.default_rng(0)
+    margin = case.margin and case.margin * np.sqrt(2) * pool_NR[:, RATES.index(1.0)].std(ddof=1)
+    wrong = found = seeds = 0
+    for _ in range(tables):
+        rows = judge(pair_runs(made_up(case, pool_NR, draw), "gpt2ish"), margin)
+        words = {row["experiment"]: row["verdict"] for row in rows if row["baseline"]}
+        real = {f"idea{number}" for number in range(1, case.real + 1)}
+        found += sum(words[name] == "better" for name in real)
+        if case.margin:
+            wrong += any(word and word.startswith("equal") for word in words.values())
+        else:
+            wrong += any(words[n] in WRONG for n in words.keys() - real - {"gpt2ish"})
+            wrong += any(words[name] == "worse" for name in real)
+        seeds += sum(row["seeds"] for row in rows if row["experiment"] != "gpt2ish") / case.ideas
+    return {
+        "case": case.name,
+        "tables": tables,
+        "false": wrong / tables,
+        "error": float(np.sqrt(max(wrong, 1)) / tables),
+        "found": found / (tables * case.real) if case.real else None,
+        "seeds": seeds / tables,
+    }
+
+
+def trained(out_dir: Path, runs: int) -> np.ndarray:
+    """The final validation losses of `runs` seeds at the three rates, training what is missing."""
     command = [sys.executable, "-m", "lmplay.train", "--exp", "gpt2ish", "--plan", str(PLAN)]
-    command += [word for key, value in changes.items() for word in ("--set", f"{key}={value!r}")]
-    command += ["--seeds", str(runs), "--out-dir", str(out_dir), "--device", "cpu", "--json"]
+    command += ["--seeds", str(runs), "--rates", ",".join(f"{rate:g}" for rate in RATES)]
+    command += ["--out-dir", str(out_dir), "--device", "cpu", "--json"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a model this small is slower on two
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread)
-    found = []
-    for seed in range(runs):
-        folder = RunFolder(run_path(out_dir, PLAN.stem, "gpt2ish", changes, seed))
-        found.append(read_run(folder).validation["loss"].iloc[-1])
-    return np.array(found)
+    losses = np.full((runs, len(RATES)), np.nan)
+    for run in map(read_run, find_runs([out_dir / PLAN.stem])):
+        if run.facts.rate and run.seed < runs and run.final:
+            losses[run.seed, RATES.index(run.facts.rate.factor)] = run.final["loss"]
+    return losses[np.isfinite(losses).all(axis=1)]
+
+
+def normal(runs: int = 100_000) -> np.ndarray:
+    """Losses of seeds whose best rate is near the plan's."""
+    level_N1 = np.random.default_rng(1).normal(4, 0.05, (runs, 1))
+    return level_N1 + np.array([[0.06, 0.0, 0.05]])
 
 
 @app.command()
 def main(
-    runs: Annotated[int, Option(help="Seeds of each kind.", min=30, metavar="N")] = 60,
-    comparisons: Annotated[
-        int, Option(help="Comparisons for each number of seeds.", min=200, metavar="N")
-    ] = 10_000,
+    runs: Annotated[int, Option(help="Seeds to train and draw from; 0 trains none.")] = 0,
+    tables: Annotated[int, Option(help="Tables of each kind.", min=100, metavar="N")] = 2000,
     out_dir: Annotated[Path, Option(help="Folder of the runs.", metavar="PATH")] = Path("runs"),
     as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure how often verdicts are wrong, and how often they find what is there.
 
-    Example: python benchmarks/calibration.py --out-dir runs
+    Example: python benchmarks/calibration.py --runs 60 --out-dir runs
     """
-    base_N = train(out_dir, runs, 1)
-    report = {
-        "schema_version": 1,
-        "runs": runs,
-        "loss": {"mean": base_N.mean(), "sd": base_N.std(ddof=1)},
-        "false_alarms": rates(false_alarms, base_N, comparisons),
-        "power": [],
-    }
-    for factor in FACTORS:
-        differences_N = train(out_dir, runs, factor) - base_N
-        note(f"comparing: learning rate times {factor}")
-        report["power"].append(
-            {
-                "factor": factor,
-                "difference": {"mean": differences_N.mean(), "sd": differences_N.std(ddof=1)},
-                "rates": rates(power, differences_N, comparisons),
-            }
-        )
-    print_json(report) if as_json else print_report(report)
+    pool_NR = trained(out_dir, runs) if runs else normal()
+    rows = []
+    for case in CASES:
+        rows.append(measured(case, pool_NR, tables))
+        note(f"{case.name}: {rows[-1]['false']:.1%}")
+    if as_json:
+        return print_json({"schema_version": 1, "runs": runs, "cases": rows})
+    shown = [
+        [
+            row["case"],
+            f"{row['false']:.1%} ± {1.96 * row['error']:.1%}",
+            "" if row["found"] is None else f"{row['found']:.0%}",
+            f"{row['seeds']:.1f}",
+        ]
+        for row in rows
+    ]
+    columns = ["tables of", "with a false word", "found", "seeds"]
+    show(table(f"{tables:,} tables of each kind", columns, shown, right=columns[1:]))
 
 
-def print_report(report: dict) -> None:
-    """One row for each number of seeds."""
-    columns = ["seeds", "false alarms (A/A)"]
-    columns += [f"found: learning rate x {kind['factor']}" for kind in report["power"]]
-    parts = [report["false_alarms"], *(kind["rates"] for kind in report["power"])]
-    rows = [[str(row[0]["seeds"]), *map(_shown, row)] for row in zip(*parts, strict=True)]
-    loss = report["loss"]
-    title = f"{report['runs']} runs of each kind: loss {loss['mean']:.4f}, sd {loss['sd']:.4f}"
-    show(table(title, columns, rows, right=columns))
-    for kind in report["power"]:
-        difference = kind["difference"]
-        note(
-            f"learning rate x {kind['factor']}: {difference['mean']:+.4f} nats in the mean, "
-            f"sd of the paired differences {difference['sd']:.4f}"
-        )
+def _facts(label: str, seed: int, design: Design, rate: Rate) -> Facts:
+    return replace(_TEMPLATE, label=label, seed=seed, design=design, rate=rate)
 
 
-def _shown(row: dict) -> str:
-    low, high = row["interval"]
-    return f"{row['rate']:.1%} ({low:.1%} to {high:.1%})"
+_TEMPLATE = Facts(
+    experiment="gpt2ish", file="gpt2ish", stack=[], docstring_summary="", plan_name="calibration",
+    seed=0, changes={}, label="", plan={"schedule": {"name": "linear"}}, config={},
+    scale_differs={}, bound=False, flops_per_token=1.0, parameters={"trained": 1}, num_steps=1,
+    num_tokens=1,
+    tokens_per_step=1, device="cpu", device_name="", threads=1, platform="", versions={},
+    git_commit=None, precision="fp32", world_size=1, mini_batch_size=1, compiled=False, fsdp=False,
+    command=[], started="", status="finished",
+    data=DataFacts(
+        fingerprint="", validation_fingerprint="", tokenizer="byte", vocab_size=257,
+        validation_tokens=1, validation_bytes=1,
+    ),
+)  # fmt: skip
 
 
 if __name__ == "__main__":
