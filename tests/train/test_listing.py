@@ -1,4 +1,4 @@
-"""What --check prints of a GPU."""
+"""What --check prints of a GPU, and --describe of a plan that ramps."""
 
 import json
 
@@ -11,7 +11,7 @@ from lmplay.errors import UserError
 from lmplay.plan import read_plan
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof
-from lmplay.train.listing import print_check
+from lmplay.train.listing import describe, print_check
 
 
 def test_check_tells_what_a_gpu_computes_wrongly_at_the_plan_s_size(place, monkeypatch, capsys):
@@ -37,3 +37,19 @@ def test_check_on_the_cpu_proves_at_tiny_size_alone(place, monkeypatch, capsys):
     print_check(resolve("gpt2ish"), read_plan("words"), {}, "cpu", "bf16", True)
 
     assert all(p["passed"] is not False for p in json.loads(capsys.readouterr().out)["proofs"])
+
+
+def test_a_described_plan_says_from_which_step_on_its_batch_and_rows_are_others(place, capsys):
+    ramps = {"batch_size": [[0, 2], [0.5, 5]], "sequence_length": [[0, 8], [0.25, 32]]}
+    describe(None, read_plan("words", ramps), {}, True, as_json=False)
+    shown = capsys.readouterr()
+
+    assert json.loads(shown.out)["batch_size"] == ramps["batch_size"]
+    assert shown.err.splitlines() == [
+        "from step 1 on: 8 rows of 8 tokens",
+        "from step 7 on: 2 rows of 32 tokens",
+        "from step 13 on: 5 rows of 32 tokens",
+        "17 steps, 1,568 tokens",
+    ]
+    describe(None, read_plan("words"), {}, True, as_json=False)
+    assert capsys.readouterr().err == ""
