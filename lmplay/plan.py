@@ -282,7 +282,7 @@ def read_plan(
         raw["datasets"] = {"data": {"files": data}}
         raw["stages"] = [{"datasets": ["data"]}]
     of_datasets = [key for key in changes if key.startswith("datasets.")]
-    for key in changes.keys() - set(of_datasets):
+    for key in sorted(changes.keys() - set(of_datasets)):  # an object before what is in it
         _set(raw, key, changes[key])
     stem = path.stem if looks_like_path(name, ".json") else name
     raw["name"] = "+".join([stem, *map(_stem, data or [])])

@@ -508,3 +508,11 @@ def test_reading_a_plan_loads_nothing_heavy():
 
     assert "lmplay.plan" in done.stdout, done.stderr
     assert not heavy & set(done.stdout.split())
+
+
+def test_an_object_is_set_before_what_is_in_it(plans):
+    whole = {"name": "SGD", "lr": 1.0, "weight_decay": 0.5}
+    plan = read_plan("quick", {"optimizer.lr": 0.25, "optimizer": whole})
+
+    assert (plan.optimizer.name, plan.optimizer.lr) == ("SGD", 0.25)
+    assert plan.optimizer.weight_decay == 0.5 and plan.optimizer.options == {}

@@ -151,7 +151,7 @@ def _session(request: Request, data: _FirstRows, tokenizer: Tokenizer) -> Sessio
     rows = request.mini_batch_size or rows_at_once(plan, device)
     run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
     run.may_shrink = request.mini_batch_size is None
-    update = Update(run, optimizer_of(run), plan.clip)
+    update = Update(run, optimizer_of(run, Clock(plan).num_steps), plan.clip)
     clock, curves = Clock(plan), Curves(run, None)
     return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
 

@@ -105,30 +105,36 @@ class JointOptimizer:
 
 
 def _signature(group: dict) -> tuple:
-    return len(group["params"]), sorted(group)
+    return len(group["params"]), group["role"], group["optimizer"]
 
 
-def make_optimizer(wanted: Optimizer, model: nn.Module, roles: dict[str, str]) -> JointOptimizer:
+def make_optimizer(
+    wanted: Optimizer, model: nn.Module, roles: dict[str, str], num_steps: int | None = None
+) -> JointOptimizer:
     """The optimizer of a plan over the trained parameters of a model.
 
     Args:
         roles: of every parameter, by its name.
+        num_steps: of the run, for an optimizer that changes over it.
     Raises:
         UserError: as `groups_of` and `registry.build` do.
     """
     alike: dict[tuple, list[Group]] = {}
     for group in groups_of(wanted, model, roles):
         rule = group.rule
-        alike.setdefault((rule.entry.name, repr(sorted(rule.options.items()))), []).append(group)
-    return JointOptimizer([_member(groups) for groups in alike.values()])
+        own_role = rule.role if rule.known.by_role else None
+        key = (rule.known.name, own_role, repr(sorted(rule.options.items())))
+        alike.setdefault(key, []).append(group)
+    return JointOptimizer([_member(groups, num_steps) for groups in alike.values()])
 
 
-def optimizer_of(run: Run) -> JointOptimizer:
-    """The optimizer of a run's plan over its model."""
-    return make_optimizer(run.plan.optimizer, run.model, roles_of(run.experiment, run.config))
+def optimizer_of(run: Run, num_steps: int) -> JointOptimizer:
+    """The optimizer of a run's plan over its model, for a run of this many steps."""
+    roles = roles_of(run.experiment, run.config)
+    return make_optimizer(run.plan.optimizer, run.model, roles, num_steps)
 
 
-def _member(groups: list[Group]) -> torch.optim.Optimizer:
+def _member(groups: list[Group], num_steps: int | None) -> torch.optim.Optimizer:
     rule = groups[0].rule
     given = [
         {
@@ -138,7 +144,11 @@ def _member(groups: list[Group]) -> torch.optim.Optimizer:
             "lr_scale": group.lr_scale,
             "weight_decay": group.weight_decay,
             "role": group.rule.role,
+            "optimizer": rule.known.name,
         }
         for group in groups
     ]
-    return build(rule.entry, rule.options, given, rule.key)
+    options = rule.options
+    if rule.known.steps_option and num_steps is not None:
+        options = {rule.known.steps_option: num_steps} | options
+    return build(rule.known, options, given, rule.key)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from lmplay.errors import UserError
 from lmplay.model.roles import ROLES
-from lmplay.optim.registry import build, entries
+from lmplay.optim.known import KNOWN
+from lmplay.optim.registry import build
 from lmplay.optim.rules import Rule, rule_of
 from lmplay.plan import Optimizer
 
@@ -15,10 +16,10 @@ CLOSE = 0.1  # of an update; Muon computes its own in bf16
 def refuse_fsdp(wanted: Optimizer) -> None:
     """Raise a UserError unless every optimizer updates a slice of a weight as in the whole."""
     for rule in _rules(wanted):
-        if not rule.entry.is_elementwise:
-            fit = [entry.name for entry in entries().values() if entry.is_elementwise]
+        if not rule.known.is_elementwise:
+            fit = [known.name for known in KNOWN.values() if known.is_elementwise]
             raise UserError(
-                f"--shard: {rule.entry.name} needs whole matrices, and each process has a slice "
+                f"--shard: {rule.known.name} needs whole matrices, and each process has a slice "
                 "of them",
                 hint=f"these do not: {', '.join(fit)}",
             )
@@ -35,7 +36,7 @@ def refuse_wrong_updates(wanted: Optimizer, device: torch.device) -> None:
     for rule in _rules(wanted):
         if told := wrong_update(rule, device):
             raise UserError(
-                f"{device.type} updates weights wrongly by {rule.entry.name}: {told}",
+                f"{device.type} updates weights wrongly by {rule.known.name}: {told}",
                 hint="--set optimizer.options.foreach=true, --device cpu, or another torch",
             )
 
@@ -50,7 +51,7 @@ def wrong_update(rule: Rule, device: torch.device) -> str | None:
     draw = torch.Generator().manual_seed(0)
     weights = [torch.randn(300, 300, generator=draw), torch.randn(64, 48, generator=draw).T]
     weights += [torch.randn(4, 4, generator=draw) for _ in range(32)]
-    if rule.entry.takes is None or "vector" in rule.entry.takes:
+    if rule.known.takes_role("vector") and not rule.known.by_role:
         weights.append(torch.randn(7, generator=draw))
     gradients = [
         [torch.randn(weight.shape, generator=draw) for weight in weights] for _ in range(3)
@@ -74,8 +75,8 @@ def _updated(
 ) -> list[Tensor]:
     """Weights after some steps on a device, on the CPU."""
     mine = [nn.Parameter(weight.clone().to(device)) for weight in weights]
-    group = {"params": mine, "lr": 0.01, "weight_decay": rule.weight_decay}
-    optimizer = build(rule.entry, rule.options, [group], rule.key)
+    group = {"params": mine, "lr": 0.01, "weight_decay": rule.weight_decay, "role": rule.role}
+    optimizer = build(rule.known, rule.options, [group], rule.key)
     for step in gradients:
         for weight, gradient in zip(mine, step, strict=True):
             weight.grad = torch.empty_like(weight).copy_(gradient)
@@ -86,4 +87,4 @@ def _updated(
 def _rules(wanted: Optimizer) -> list[Rule]:
     """The rules of a plan, each optimizer with its options once."""
     every = [rule_of(wanted, role) for role in [*ROLES, *wanted.roles]]
-    return list({(r.entry.name, repr(r.options)): r for r in every}.values())
+    return list({(r.known.name, repr(r.options)): r for r in every}.values())

@@ -1,77 +1,17 @@
-"""Optimizers by name: what each takes, and how one is built over groups of parameters."""
+"""One optimizer over groups of parameters: its arguments checked, its kernels chosen."""
 
 import inspect
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
 
 from lmplay.errors import UserError, nearest
-
-_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
-# each number of a weight is updated from its own gradient alone, so a slice as in the whole weight;
-# of the others in torch 2.13, Adafactor looks at whole rows and columns, Muon at whole matrices
-_ELEMENTWISE = {
-    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
-    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
-}
-_MATRICES_ONLY = {"Muon"}
-
-
-@dataclass(frozen=True)
-class KnownOptimizer:
-    """An optimizer that a plan can name."""
-
-    name: str
-    kind: type[torch.optim.Optimizer]
-    is_elementwise: bool  # a slice of a weight is updated as in the whole weight
-    takes: frozenset[str] | None = None  # roles that it trains; None for all
-    rest: str = "AdamW"  # trains the other roles, where the plan names nothing else
-
-    @property
-    def accepted(self) -> set[str]:
-        """Names of its options; the rate and the decay are no options."""
-        return set(inspect.signature(self.kind).parameters) - {"params", "lr", "weight_decay"}
-
-    @property
-    def has_decay(self) -> bool:
-        """Whether it takes a weight decay."""
-        return "weight_decay" in inspect.signature(self.kind).parameters
-
-
-def entries() -> dict[str, KnownOptimizer]:
-    """Every optimizer by its name."""
-    known = {
-        name: KnownOptimizer(
-            name,
-            kind,
-            name in _ELEMENTWISE,
-            frozenset({"matrix"}) if name in _MATRICES_ONLY else None,
-        )
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    }
-    return {name: known[name] for name in sorted(known.keys() - _UNFIT)}
-
-
-def find(name: str, key: str) -> KnownOptimizer:
-    """The optimizer called `name`.
-
-    Args:
-        key: of the plan, for the message.
-    Raises:
-        UserError: there is none.
-    """
-    known = entries()
-    if name not in known:
-        hint = nearest(name, known) + f"there are {', '.join(known)}"
-        raise UserError(f"{key}.name: no optimizer called {name!r}", hint=hint)
-    return known[name]
+from lmplay.optim.known import KnownOptimizer
 
 
 def build(
-    entry: KnownOptimizer, options: dict, groups: list[dict], key: str
+    known: KnownOptimizer, options: dict, groups: list[dict], key: str
 ) -> torch.optim.Optimizer:
     """One optimizer over groups that say their own rate and decay.
 
@@ -80,24 +20,33 @@ def build(
     Args:
         key: of the plan, for the message.
     Raises:
-        UserError: it has no such option, has no decay, or refuses a value.
+        UserError: it has no such option, has no decay, refuses a value, or is not installed.
     """
-    if not entry.has_decay:
+    arguments = _arguments(known.kind)
+    if "weight_decay" not in arguments:
         if any(group["weight_decay"] for group in groups):
-            raise UserError(f"{key}.weight_decay: {entry.name} has none", hint="set it to 0")
+            raise UserError(f"{key}.weight_decay: {known.name} has none", hint="set it to 0")
         groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
+    accepted = arguments - {"lr", "weight_decay", *known.fixed}
     for option in options:
-        if option not in entry.accepted:
-            takes = ", ".join(sorted(entry.accepted))
-            hint = nearest(option, entry.accepted) + f"{entry.name} takes {takes}"
-            raise UserError(f"{key}.options: {entry.name} has no {option!r}", hint=hint)
+        if option not in accepted:
+            takes = ", ".join(sorted(accepted))
+            hint = nearest(option, accepted) + f"{known.name} takes {takes}"
+            raise UserError(f"{key}.options: {known.name} has no {option!r}", hint=hint)
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    if not options.get("foreach") and has_fused_kernel(entry.kind, groups[0]["params"][0].device):
+    if not options.get("foreach") and has_fused_kernel(known.kind, groups[0]["params"][0].device):
         options.setdefault("fused", True)
+    by_role = known.by_role.get(groups[0].get("role"), {})
     try:
-        return entry.kind(groups, lr=groups[0]["lr"], **options)
+        return known.kind(groups, lr=groups[0]["lr"], **{**known.fixed, **by_role, **options})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {entry.name} refuses: {error}") from None
+        raise UserError(f"{key}: {known.name} refuses: {error}") from None
+
+
+def _arguments(kind: type) -> set[str]:
+    """Names of what a class takes besides the parameters."""
+    given = inspect.signature(kind).parameters.values()
+    return {one.name for one in given if one.kind is not one.VAR_KEYWORD} - {"params"}
 
 
 def has_fused_kernel(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lmplay.errors import UserError, nearest
 from lmplay.model.roles import ROLES, own_groups
-from lmplay.optim.registry import KnownOptimizer, find
+from lmplay.optim.known import REST, KnownOptimizer, find
 from lmplay.plan import Optimizer
 
 
@@ -16,7 +16,7 @@ class Rule:
 
     role: str
     key: str  # of the plan, for messages
-    entry: KnownOptimizer
+    known: KnownOptimizer
     lr: float
     weight_decay: float
     is_for_vectors: bool  # the decay was given for this very role, so it falls on vectors too
@@ -41,8 +41,7 @@ class Group:
 def rule_of(wanted: Optimizer, role: str) -> Rule:
     """What a plan's optimizer says of one role.
 
-    A role that the optimizer does not take is trained by the one that its entry names for the rest,
-    at the same rate and decay.
+    A role that the optimizer does not take is trained by the one that it names for the rest.
 
     Raises:
         UserError: there is no optimizer of that name.
@@ -50,17 +49,19 @@ def rule_of(wanted: Optimizer, role: str) -> Rule:
     main, own = find(wanted.name, "optimizer"), wanted.roles.get(role)
     key = "optimizer" if own is None else f"optimizer.roles.{role}"
     name = own.name if own is not None else None
+    is_rest = name is None and not main.takes_role(role)
     if name is None:
-        name = main.name if main.takes is None or role in main.takes else main.rest
-    options = dict(wanted.options) if name == main.name else {}
+        name = main.rest if is_rest else main.name
+    options = REST if is_rest else wanted.options if name == main.name else {}
     if own is not None:
-        options |= own.options
+        options = options | own.options
     is_own = own is not None and own.weight_decay is not None
+    lr = wanted.lr * (main.rest_lr if is_rest else 1.0)
     return Rule(
         role,
         key,
         find(name, key),
-        wanted.lr if own is None or own.lr is None else own.lr,
+        lr if own is None or own.lr is None else own.lr,
         own.weight_decay if is_own else wanted.weight_decay,
         is_own,
         options,

@@ -19,6 +19,18 @@ class Changes:
 
     values: dict[str, object]
 
+    def of_optimizer(self, name: str) -> "Changes":
+        """These and another optimizer; in a run's name, its defaults go without saying.
+
+        Raises:
+            UserError: they set its name too.
+        """
+        for key in ("optimizer", "optimizer.name"):
+            if key in self.values:
+                problem = f"--optimizer {name} and --set {key} are two answers"
+                raise UserError(problem, hint="give one")
+        return Changes({"optimizer": name} | self.values)
+
     @property
     def of_plan(self) -> dict[str, object]:
         """Those that a plan has a key for."""

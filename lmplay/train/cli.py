@@ -30,6 +30,7 @@ from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
     describe,
     list_experiments,
+    list_optimizers,
     list_plans,
     print_check,
 )
@@ -141,6 +142,14 @@ def main(
         ),
     ] = False,
     precision: Annotated[str | None, precision_option("what the plan says")] = None,
+    optimizer: Annotated[
+        str | None,
+        Option(
+            help="Train with another optimizer than the plan's, such as muon, at its own defaults; "
+            "'list' shows them all.",
+            metavar="NAME",
+        ),
+    ] = None,
     gpus: Annotated[
         int | None,
         Option(
@@ -279,6 +288,8 @@ def main(
         return list_experiments(as_json)
     if plan == "list":
         return list_plans(as_json)
+    if optimizer == "list":
+        return list_optimizers(as_json)
     from lmplay.data.local_files import existing
     from lmplay.plan import plan_schema, read_plan  # here, not at the top: pydantic
     from lmplay.run.changes import read_changes, refuse_unfit
@@ -291,9 +302,15 @@ def main(
         return _write(_one(names, "--write"), write)
     entries = [catalog.resolve(name) for name in names]
     ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
-    changes = read_changes(set_ or [], tokens)
+    changes, of_plan = read_changes(set_ or [], tokens), {}
+    plan_name = "default" if plan is None else plan
+    if optimizer is not None:
+        from lmplay.optim.known import replaced
+
+        of_plan = {"optimizer": replaced(read_plan(plan_name, {}, data).optimizer, optimizer)}
+        changes = changes.of_optimizer(of_plan["optimizer"]["name"])
     config = changes.of_config
-    resolved = read_plan("default" if plan is None else plan, changes.of_plan, data)
+    resolved = read_plan(plan_name, changes.of_plan | of_plan, data)
     if margin is not None:
         resolved = resolved.model_copy(update={"margin": margin})
     is_grid = len(entries) > 1 or seeds is not None or rates is not None or bool(ideas)

@@ -141,7 +141,7 @@ def _trainer(group: "Group") -> dict:
     return {
         "role": group.rule.role,
         "parameters": sum(p.numel() for p in group.params),
-        "optimizer": group.rule.entry.name,
+        "optimizer": group.rule.known.name,
         "lr": group.lr,
         "weight_decay": group.weight_decay,
         "options": group.rule.options,
@@ -184,6 +184,43 @@ def list_experiments(as_json: bool) -> None:
     show(table("Experiments", ["name", "what it is", "file"], rows))
     note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
     note("join the list")
+
+
+def list_optimizers(as_json: bool) -> None:
+    from lmplay.optim.known import EXTRA, KNOWN  # here: pydantic
+
+    found = [
+        {
+            "name": known.name,
+            "summary": known.summary,
+            "paper": known.paper,
+            "bytes_per_parameter": known.state,
+            "lr": known.lr,
+            "weight_decay": known.weight_decay,
+            "options": known.options,
+            "roles": "all" if known.takes is None else sorted(known.takes),
+            "rest": None if known.takes is None else known.rest,
+            "package": "lmplay" if known.source.startswith("lmplay.optim.muon") else
+            "torch" if known.source == "torch.optim" else "pytorch-optimizer",
+        }
+        for known in KNOWN.values()
+    ]  # fmt: skip
+    if as_json:
+        return print_json({"schema_version": 1, "optimizers": found})
+    rows = []
+    for row in found:
+        roles = row["roles"] if row["rest"] is None else f"{', '.join(row['roles'])}"
+        rest = "" if row["rest"] is None else f"; {row['rest']} the rest"
+        mark = "*" if row["package"] == "pytorch-optimizer" else ""
+        rows.append(
+            [f"[bold]{row['name']}[/bold]{mark}", row["summary"], row["paper"],
+             row["bytes_per_parameter"], f"{row['lr']:.2g}", f"{row['weight_decay']:g}",
+             f"{roles}{rest}"]
+        )  # fmt: skip
+    columns = ["name", "what it is", "paper", "bytes", "rate", "decay", "trains"]
+    show(table("Optimizers", columns, rows, right={"bytes", "rate", "decay"}))
+    note("bytes of state for each parameter in fp32; rate and decay where AdamW has 0.001 and 0.1:")
+    note(f"--optimizer scales them with the plan's own. * needs {EXTRA}")
 
 
 def list_plans(as_json: bool) -> None:

@@ -230,7 +230,7 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
 
 def _open_session(run: Run, prepared: Prepared, reporter: Reporter, stack: ExitStack) -> Session:
     """Take up the newest checkpoint, if there is one, and cut the curves back to it."""
-    update = Update(run, optimizer_of(run), run.plan.clip)
+    update = Update(run, optimizer_of(run, prepared.clock.num_steps), run.plan.clip)
     note, folder, clock = reporter.display.note, run.folder, prepared.clock
     with run.accelerator.main_process_first():  # which holds the lock, and moves damaged ones
         checkpoint = newest_checkpoint(folder, note)

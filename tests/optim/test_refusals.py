@@ -84,7 +84,7 @@ def test_the_cpu_is_not_compared_with_itself_and_every_rule_is_asked_elsewhere(m
     with pytest.raises(UserError, match="mps updates weights wrongly by AdamW: off"):
         refuse_wrong_updates(wanted, torch.device("mps"))
     monkeypatch.setattr(
-        refusals, "wrong_update", lambda rule, device: asked.append(rule.entry.name)
+        refusals, "wrong_update", lambda rule, device: asked.append(rule.known.name)
     )
     asked.clear()
     refuse_wrong_updates(wanted, torch.device("mps"))

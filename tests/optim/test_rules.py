@@ -57,9 +57,9 @@ def test_a_role_differs_in_what_is_said_of_it_and_in_nothing_else():
     wanted = wanted.model_copy(update={"options": {"betas": [0.8, 0.9], "eps": 1e-7}})
     of = {group.rule.role: group for group in groups(wanted)}
 
-    assert of["matrix"].rule.entry.name == "AdamW" and of["matrix"].lr == 0.5
+    assert of["matrix"].rule.known.name == "AdamW" and of["matrix"].lr == 0.5
     assert of["matrix"].rule.options == {"betas": [0.8, 0.9], "eps": 1e-9}
-    assert of["vector"].rule.entry.name == "SGD" and of["vector"].lr == 0.1
+    assert of["vector"].rule.known.name == "SGD" and of["vector"].lr == 0.1
     assert of["vector"].rule.options == {}
 
 
@@ -67,8 +67,10 @@ def test_what_an_optimizer_does_not_take_is_trained_by_another():
     wanted = Optimizer(name="Muon", lr=0.1, weight_decay=0.3, options={"momentum": 0.9})
     of = {group.rule.role: group.rule for group in groups(wanted)}
 
-    assert (of["matrix"].entry.name, of["vector"].entry.name) == ("Muon", "AdamW")
-    assert of["matrix"].options == {"momentum": 0.9} and of["vector"].options == {}
+    assert (of["matrix"].known.name, of["vector"].known.name) == ("Muon", "AdamW")
+    assert of["matrix"].options == {"momentum": 0.9} and of["vector"].options == {
+        "betas": [0.9, 0.95]
+    }
 
 
 def test_a_model_may_ask_for_a_scale_a_decay_and_a_role_of_its_own():

@@ -58,3 +58,13 @@ def test_a_field_of_another_type_than_jsons_takes_any_value():
     refuse_unfit(replace(entry, source=windows), read_plan("quick"), {"num_heads": [2, 4]})
     with pytest.raises(UserError):
         refuse_unfit(entry, read_plan("quick"), {"num_heads": [2, 4]})
+
+
+def test_another_optimizer_is_one_change_and_its_name_is_given_once():
+    changes = read_changes(["optimizer.lr=0.5", "width=8"]).of_optimizer("Lion")
+
+    assert changes.values == {"optimizer": "Lion", "optimizer.lr": 0.5, "width": 8}
+    assert changes.of_config == {"width": 8}
+    for text in ("optimizer.name=SGD", "optimizer=1"):
+        with pytest.raises(UserError, match="two answers"):
+            read_changes([text]).of_optimizer("Lion")

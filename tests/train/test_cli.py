@@ -63,6 +63,8 @@ def lmp_trainer(*args, **options):
         (["--plan", ""], ["no plan called ''"]),
         (["--plan", "quik"], ["no plan called 'quik'", "did you mean 'quick'?"]),
         (["--set", "optimizer.lrr=1"], ["optimizer.lrr", "did you mean"]),
+        (["--plan", "quick", "--optimizer", "muno"], ["--optimizer", "did you mean 'Muon'?"]),
+        (["--optimizer", "sgd", "--set", "optimizer.name=Adam"], ["two answers", "give one"]),
         (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
         (["--set", "width"], ["no key=value"]),
         (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),

@@ -11,7 +11,7 @@ from lmplay.errors import UserError
 from lmplay.plan import read_plan
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof
-from lmplay.train.listing import describe, print_check
+from lmplay.train.listing import describe, list_optimizers, print_check
 
 
 def test_check_tells_what_a_gpu_computes_wrongly_at_the_plan_s_size(place, monkeypatch, capsys):
@@ -53,3 +53,23 @@ def test_a_described_plan_says_from_which_step_on_its_batch_and_rows_are_others(
     ]
     describe(None, read_plan("words"), {}, True, as_json=False)
     assert capsys.readouterr().err == ""
+
+
+def test_every_optimizer_is_listed_with_what_trains_what_it_does_not(capsys):
+    list_optimizers(as_json=True)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["optimizers"]}
+
+    assert rows["AdamW"]["roles"] == "all" and rows["AdamW"]["package"] == "torch"
+    assert rows["Muon"]["roles"] == ["matrix"] and rows["Muon"]["rest"] == "AdamW"
+    assert rows["Lion"]["package"] == "pytorch-optimizer"
+
+
+def test_describe_says_who_trains_what(place, capsys):
+    wanted = {"optimizer.roles.matrix.name": "Muon", "optimizer.roles.matrix.lr": 0.5}
+    describe(resolve("gpt2ish"), read_plan("words", wanted), {}, False, True)
+    told = json.loads(capsys.readouterr().out)
+    rows = {row["role"]: row for row in told["trained_by"]}
+
+    assert rows["matrix"]["optimizer"] == "Muon" and rows["matrix"]["lr"] == 0.5
+    assert rows["vector"]["weight_decay"] == 0.0 and rows["head"]["optimizer"] == "AdamW"
+    assert sum(row["parameters"] for row in rows.values()) == told["parameters"]["trained"]

@@ -1,0 +1,170 @@
+"""Every optimizer that a plan can name, as data: what it is, what it takes, where it comes from."""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from lmplay.errors import UserError, nearest
+from lmplay.plan import Optimizer
+
+EXTRA = 'pip install "lmplay[optimizers]"'
+MATRIX = frozenset({"matrix"})
+WITH_ROWS = frozenset({"matrix", "table", "head"})
+REST = {"betas": [0.9, 0.95]}  # of AdamW, where it trains the roles that another does not take
+
+
+@dataclass(frozen=True)
+class KnownOptimizer:
+    """An optimizer that a plan can name. Rates and decays are for 124 M parameters."""
+
+    name: str
+    summary: str
+    paper: str  # arXiv number, or where else it is described
+    state: str  # bytes for each parameter, in fp32
+    lr: float  # where AdamW has 1e-3
+    weight_decay: float = 0.0
+    options: dict = field(default_factory=dict)  # what `--optimizer` gives it
+    fixed: dict = field(default_factory=dict)  # arguments without which it is another one
+    by_role: dict = field(default_factory=dict)  # further arguments for some roles
+    source: str = "torch.optim"  # module that has it
+    attribute: str = ""  # what it is called there, if not `name`
+    takes: frozenset[str] | None = None  # roles that it trains; None for all
+    rest: str = "AdamW"  # trains the other roles, where the plan names nothing else
+    rest_lr: float = 1.0  # its rate, in rates of this one
+    is_elementwise: bool = False  # a slice of a weight is updated as in the whole weight
+    lr_is_absolute: bool = False  # not to be scaled with the plan's rate
+    steps_option: str = ""  # gets the number of steps of the run
+
+    @property
+    def kind(self) -> type:
+        """The class.
+
+        Raises:
+            UserError: it belongs to the extra `optimizers`, which is not installed.
+        """
+        from importlib import import_module
+
+        try:
+            return getattr(import_module(self.source), self.attribute or self.name)
+        except ModuleNotFoundError as error:
+            problem = f"optimizer {self.name} needs the package {error.name}"
+            raise UserError(problem, hint=EXTRA) from None
+
+    def takes_role(self, role: str) -> bool:
+        """Whether it trains parameters of this role by itself."""
+        return self.takes is None or role in self.takes
+
+
+def _torch(name: str, summary: str, paper: str, state: str, lr: float, **more) -> KnownOptimizer:
+    return KnownOptimizer(name, summary, paper, state, lr, is_elementwise=True, **more)
+
+
+def _library(name: str, summary: str, paper: str, state: str, lr: float, **more) -> KnownOptimizer:
+    more = {"source": "pytorch_optimizer", "is_elementwise": True, **more}
+    return KnownOptimizer(name, summary, paper, state, lr, **more)
+
+
+def _matrix(name: str, summary: str, paper: str, state: str) -> KnownOptimizer:
+    return KnownOptimizer(
+        name, summary, paper, state, 1e-3, 0.1, source="lmplay.optim.muon", takes=MATRIX
+    )
+
+
+_LMO = {"spectral": 2, "sign": 4, "bias": 5, "column": 6}  # numbers, for checkpoints hold no enums
+_ALL = [
+    _torch("SGD", "the gradient, with momentum", "Robbins and Monro 1951", "4", 0.3,
+           options={"momentum": 0.9}),
+    _torch("Adagrad", "divided by the root of all squares so far", "JMLR 12 (2011)", "4", 1e-2),
+    _torch("RMSprop", "divided by the root of recent squares", "Hinton 2012, lecture 6", "4", 3e-4),
+    _torch("Adadelta", "RMSprop that finds its own unit", "1212.5701", "8", 1.0),
+    _torch("Adam", "momentum over the root of recent squares", "1412.6980", "8", 1e-3,
+           options=REST),
+    _torch("AdamW", "Adam whose decay is no gradient", "1711.05101", "8", 1e-3,
+           weight_decay=0.1, options=REST),
+    _torch("Adamax", "Adam by the largest recent gradient", "1412.6980", "8", 2e-3),
+    _torch("NAdam", "Adam with Nesterov's momentum", "Dozat 2016", "8", 1e-3, weight_decay=0.1,
+           options={"betas": [0.9, 0.95], "decoupled_weight_decay": True}),
+    _torch("RAdam", "Adam that waits for its variance", "1908.03265", "8", 1e-3, weight_decay=0.1,
+           options={"betas": [0.9, 0.95], "decoupled_weight_decay": True}),
+    _torch("ASGD", "SGD that keeps an average", "Polyak and Juditsky 1992", "4", 0.1),
+    _torch("Rprop", "by the gradient's sign alone", "Riedmiller and Braun 1993", "8", 1e-4),
+    KnownOptimizer("Adafactor", "Adam's squares as rows times columns", "1804.04235", "0", 1e-2,
+                   options={"eps": [1e-16, 1e-3]}),  # torch's own is not scale-free
+    _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4"),
+    _matrix("NorMuon", "Muon whose rows are of one size", "2510.05491", "4"),
+    _matrix("AdaMuon", "Muon over the root of its recent squares (v1)", "2507.11005", "8"),
+    _library("Lion", "sign of an average of momentum and gradient", "2302.06675", "4", 3e-4,
+             weight_decay=0.3, options={"betas": [0.9, 0.99]}),
+    _library("Signum", "sign of momentum", "1802.04434", "4", 3e-4, weight_decay=0.3,
+             attribute="SignSGD", options={"momentum": 0.9}),
+    _library("AdEMAMix", "AdamW with a second, slow momentum", "2409.03137", "12", 1e-3,
+             weight_decay=0.1, options={"betas": [0.9, 0.999, 0.999], "alpha": 5.0},
+             fixed={"weight_decouple": True}, steps_option="t_alpha_beta3"),
+    _library("ADOPT", "Adam whose divisor has not seen the gradient", "2411.02853", "8", 1e-3,
+             weight_decay=0.1, options={"betas": [0.9, 0.999]},
+             fixed={"weight_decouple": True, "clip_lambda": lambda t: (t - 1) ** 0.25}),
+    _library("MARS", "AdamW on gradients of less variance", "2411.10438", "12", 3e-3,
+             weight_decay=0.1, takes=WITH_ROWS, is_elementwise=False,
+             options={"betas": [0.95, 0.99], "gamma": 0.025}),
+    _library("LAMB", "Adam's direction at the weight's own length", "1904.00962", "8", 3e-3,
+             weight_decay=0.1, attribute="Lamb", takes=WITH_ROWS, is_elementwise=False,
+             rest_lr=1 / 3, fixed={"weight_decouple": False, "adam_debias": True}),
+    _library("Prodigy", "Adam that finds its own rate", "2306.06101", "16", 1.0, weight_decay=0.1,
+             is_elementwise=False, lr_is_absolute=True,
+             options={"bias_correction": True, "safeguard_warmup": True}),
+    _library("SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "24 to 42", 3e-3,
+             weight_decay=0.1, takes=MATRIX, is_elementwise=False, rest_lr=1 / 3,
+             source="lmplay.optim.soap",
+             options={"betas": [0.95, 0.95], "max_precondition_dim": 2048}),
+    _library("Scion", "steps of one norm, weights inside a ball", "2502.07529", "4", 2**-12,
+             attribute="SCION", is_elementwise=False, lr_is_absolute=True,
+             fixed={"constraint": True, "norm_kwargs": {}},
+             by_role={
+                 "matrix": {"norm_type": _LMO["spectral"], "scale": 50.0},
+                 "head": {"norm_type": _LMO["sign"], "scale": 3000.0},
+                 "table": {"norm_type": _LMO["column"], "norm_kwargs": {"transpose": True},
+                           "scale": 50.0},
+                 "vector": {"norm_type": _LMO["bias"], "scale": 50.0},
+             }, takes=frozenset({"matrix", "head", "table", "vector"}), rest_lr=4.0),
+]  # fmt: skip
+KNOWN = MappingProxyType({known.name: known for known in sorted(_ALL, key=lambda k: k.name)})
+
+
+def find(name: str, key: str) -> KnownOptimizer:
+    """The optimizer called `name`.
+
+    Args:
+        key: of the plan, for the message.
+    Raises:
+        UserError: there is none.
+    """
+    if name not in KNOWN:
+        hint = nearest(name, KNOWN) + "--optimizer list shows them all"
+        raise UserError(f"{key}.name: no optimizer called {name!r}", hint=hint)
+    return KNOWN[name]
+
+
+def replaced(plans_own: Optimizer, name: str) -> dict[str, object]:
+    """What a plan's `optimizer` becomes with another one, given in upper or lower case.
+
+    It gets its own defaults, rate and decay as far above or below them as the plan's optimizer is
+    above or below its.
+
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    by_case = {known.lower(): known for known in KNOWN}
+    new = find(by_case.get(name.lower(), name), "--optimizer")
+    if new.name == plans_own.name:
+        return plans_own.model_dump(mode="json")
+    old = find(plans_own.name, "optimizer")
+    lr, decay = new.lr, new.weight_decay
+    if not new.lr_is_absolute and not old.lr_is_absolute:
+        lr *= plans_own.lr / old.lr
+    if old.weight_decay:
+        decay *= plans_own.weight_decay / old.weight_decay
+    return {"name": new.name, "lr": _short(lr), "weight_decay": _short(decay),
+            "options": dict(new.options), "roles": {}}  # fmt: skip
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
