@@ -1,11 +1,15 @@
 """What was asked for as a flat list of requests, each of which is one run."""
 
+import json
 from dataclasses import replace
 
 from lmplay.catalog.entry import Entry
+from lmplay.data.tokenizers import vocabulary_of
 from lmplay.errors import UserError
 from lmplay.grid.budget import sized
+from lmplay.model.counts import count
 from lmplay.model.experiment import load_experiment
+from lmplay.model.scale import scale
 from lmplay.plan import Plan
 from lmplay.run.design import Design, Rate
 from lmplay.run.request import Request
@@ -20,24 +24,29 @@ def expand(
     root: Entry,
     budget: str,
     display: Display,
+    sizes: tuple[float, ...] = (1.0,),
 ) -> list[Request]:
-    """A request for every seed, experiment and rate: all of one seed, then the next seed.
+    """A request for every seed, size, experiment and rate: all of one seed, then the next seed.
 
     Args:
         template: of any of them; entry, seed, design and rate are replaced.
         root: the experiment whose budget the league gives to all.
         budget: the league: "tokens", "seconds" or "flops".
+        sizes: factors of the plan's size; see `at_size`.
     Raises:
-        UserError: an experiment fails the check.
+        UserError: an experiment fails the check, or the plan has no size.
     """
-    of_first = []
     for entry in entries:
         experiment = load_experiment(entry)
         refuse_unproven(experiment)
         refuse_unknown_names(template, experiment)
-        request = replace(template, entry=entry, seed=design.first_seed, design=design)
-        request = sized(request, replace(template, entry=root), budget, display)
-        of_first += [_at_rate(request, factor) for factor in design.rates]
+    of_first = []
+    for size in sizes:
+        of_size = at_size(replace(template, entry=root), size)
+        for entry in entries:
+            request = replace(of_size, entry=entry, seed=design.first_seed, design=design)
+            request = sized(request, of_size, budget, display)
+            of_first += [_at_rate(request, factor) for factor in design.rates]
     return [replace(first, seed=seed) for seed in design.seeds for first in of_first]
 
 
@@ -46,11 +55,40 @@ def arm_of(request: Request) -> str:
     return request.label if request.rate is None else request.rate.of
 
 
-def declare(requests: list[Request], baseline: str) -> None:
+def at_size(request: Request, factor: float) -> Request:
+    """The request on a rung of a ladder of sizes; 1 is the plan's own.
+
+    Heads and blocks are times the factor, rounded, at least one, and as wide as before; tokens stay
+    in proportion to the matrices of this experiment, and the rates to one over the width.
+
+    Raises:
+        UserError: the plan does not say a width, heads, blocks and tokens.
+    """
+    if factor == 1:
+        return request
+    plan = request.plan
+    names = ("width", "num_heads", "num_blocks")
+    if plan.tokens is None or not all(isinstance(plan.model.get(name), int) for name in names):
+        raise UserError(
+            f"--sizes: plan {plan.name} does not say {', '.join(names)} and tokens",
+            hint="add them under model in the plan; quick has them",
+        )
+    heads, blocks = (max(1, round(plan.model[name] * factor)) for name in names[1:])
+    width = plan.model["width"] // plan.model["num_heads"] * heads
+    raw = plan.model_dump(mode="json")
+    raw["model"] |= {"width": width, "num_heads": heads, "num_blocks": blocks}
+    _scale_rates(raw["optimizer"], plan.model["width"] / width)
+    smaller = replace(request, plan=Plan.model_validate_json(json.dumps(raw)))
+    share = _matrices(smaller) / _matrices(request)
+    rung = smaller.plan.model_copy(update={"tokens": round(plan.tokens * share)})
+    return replace(request, plan=rung, changes=request.changes | {"size": factor})
+
+
+def declare(requests: list[Request], baselines: set[str]) -> None:
     """See to it that the runs that are there declare the design for which they are wanted.
 
     Args:
-        baseline: its label; its runs serve any design.
+        baselines: labels whose runs serve any design.
     Raises:
         UserError: a run was trained for another design.
     """
@@ -59,7 +97,7 @@ def declare(requests: list[Request], baseline: str) -> None:
             continue
         facts = request.folder.read()
         design, rate = facts.design or request.design, facts.rate or request.rate
-        if design != request.design and arm_of(request) != baseline:
+        if design != request.design and arm_of(request) not in baselines:
             raise _contradiction(request, design)
         if (facts.design, facts.rate) != (design, rate) and facts.status != "running":
             request.folder.write(replace(facts, design=design, rate=rate))
@@ -97,13 +135,25 @@ def _at_rate(request: Request, factor: float) -> Request:
     rate = Rate(factor=factor, of=request.label)
     if factor == 1:
         return replace(request, rate=rate)
-    raw = request.plan.model_dump()
-    optimizer = raw["optimizer"]
+    raw = request.plan.model_dump(mode="json")
+    changed = _scale_rates(raw["optimizer"], factor)
+    plan = Plan.model_validate_json(json.dumps(raw))
+    return replace(request, plan=plan, rate=rate, changes=request.changes | changed)
+
+
+def _scale_rates(optimizer: dict, factor: float) -> dict[str, float]:
+    """Multiply the rates of a plan's optimizer, in place; gives their keys in the plan."""
     changed = {}
-    rules = {"": optimizer, **{f"roles.{k}.": v for k, v in optimizer.get("roles", {}).items()}}
-    for inside, rule in rules.items():
+    roles = {f"roles.{name}.": rule for name, rule in optimizer["roles"].items()}
+    for inside, rule in {"": optimizer, **roles}.items():
         if rule.get("lr") is not None:
             rule["lr"] = float(f"{rule['lr'] * factor:.10g}")
             changed[f"optimizer.{inside}lr"] = rule["lr"]
-    plan = Plan.model_validate(raw)
-    return replace(request, plan=plan, rate=rate, changes=request.changes | changed)
+    return changed
+
+
+def _matrices(request: Request) -> int:
+    """Parameters that every position is multiplied with."""
+    experiment, plan = load_experiment(request.entry), request.plan
+    config = scale(experiment, plan, *vocabulary_of(plan.tokenizer), request.config).config
+    return count(experiment, config).matmul

@@ -10,7 +10,7 @@ from lmplay.catalog.entry import Entry
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Plan, has_key
 
-_RESERVED = ("budget", "initial_model")  # what is no setting, but part of a run's name
+_RESERVED = ("budget", "initial_model", "size")  # what is no setting, but part of a run's name
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ from lmplay.console import Version, known_margin, note, print_json, run_app
 from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, RunFolder, find_runs, resolve_run
 from lmplay.stats.board import split_board, write_board
-from lmplay.stats.table import by_plan, flat, markdown, plain, print_verdicts
+from lmplay.stats.table import (
+    by_plan,
+    flat,
+    markdown,
+    plain,
+    print_ladder,
+    print_verdicts,
+)
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -165,12 +172,13 @@ def main(
         split_board(board)  # a file without a place for it is told before the work
     from lmplay.stats.compare import final_rows, pair_runs, read_run  # here: matplotlib
     from lmplay.stats.judge import judge
+    from lmplay.stats.ladder import ladder_rows
     from lmplay.stats.plots import View, draw
 
     gc.freeze()  # as in run_app: a tenth of the time
     found = [read_run(folder) for folder in folders]
     pairs = pair_runs(found, _baseline(baseline, found, runs), like_for_like)
-    rows = judge(pairs, margin)
+    rows, ladder = judge(pairs, margin), ladder_rows(pairs)
     view = View(str(x), str(split), half_life, share, log, str(format))
     files = draw(pairs, rows, view, _made(out_dir))
     if board is not None:
@@ -189,6 +197,7 @@ def main(
                 "baseline": labels.pop() if len(labels) == 1 else None,  # null: not one for all
                 "verdicts": rows,
                 "runs": final_rows(pairs),
+                "ladder": ladder,
                 "x": view.x,
                 "split": view.split,
                 "files": [str(file) for file in files],
@@ -200,6 +209,7 @@ def main(
         _print_markdown(rows)
     else:
         print_verdicts(rows)
+        print_ladder(ladder)
     note(f"drew {', '.join(str(file) for file in files)}")
 
 

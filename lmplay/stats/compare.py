@@ -146,7 +146,8 @@ def pair_runs(
     if like_for_like and isinstance(baseline, RecordedRun):
         hint = "--baseline NAME without its changes, such as gpt2ish"
         raise UserError("--like-for-like needs an experiment as baseline, not one run", hint=hint)
-    labels = {run.label for run in runs} | {_experiment(run.label) for run in runs if like_for_like}
+    labels = {run.label for run in runs} | {unsized(run) for run in runs}
+    labels |= {_experiment(run.label) for run in runs if like_for_like}
     if isinstance(baseline, str) and baseline not in labels:
         names = sorted(labels)
         hint = nearest(baseline, names) + f"--baseline takes a run's folder or {_some(names)}"
@@ -371,11 +372,13 @@ def _pair(
     else:
         on_plan = [other for other in runs if other.plan == run.plan]
         label = baseline or default_baseline(on_plan)
-        label = _with_changes_of(run, label) if like_for_like else label
-        candidates = [other for other in on_plan if other.label == label]
+        label = _without_size(_with_changes_of(run, label) if like_for_like else label)
+        size = run.facts.changes.get("size")
+        sized = [other for other in on_plan if other.facts.changes.get("size") == size]
+        candidates = [other for other in sized if unsized(other) == label]
         if not candidates:
             return Pair(run, None, f"no {label} on plan {run.plan}")
-        if run.label == label:
+        if unsized(run) == label:
             return Pair(run, run)
         candidates = [other for other in candidates if other.seed == run.seed]
     if not candidates:
@@ -385,6 +388,15 @@ def _pair(
     if run is candidates[0]:
         return Pair(run, run)
     return Pair(run, candidates[0], why_not_comparable(run, candidates[0]))
+
+
+def unsized(run: RecordedRun) -> str:
+    """The label without the rung of a ladder of sizes: an idea is held against its own size."""
+    return _without_size(run.label) if "size" in run.facts.changes else run.label
+
+
+def _without_size(label: str) -> str:
+    return ",".join(part for part in label.split(",") if not part.startswith("size="))
 
 
 def _experiment(label: str) -> str:

@@ -96,7 +96,7 @@ def blank() -> tuple[Figure, Axes]:
 def family(label: str) -> str:
     """A label without its budget: "ue,lr=0.001" of "ue,budget=flops,lr=0.001,tokens=2000000"."""
     name, *changes = label.split(",")
-    kept = [part for part in changes if not part.startswith(("budget=", "tokens="))]
+    kept = [part for part in changes if not part.startswith(("budget=", "size=", "tokens="))]
     return ",".join([name, *kept])
 
 

@@ -47,6 +47,31 @@ def print_verdicts(rows: list[dict]) -> None:
         note(f"no room for {', '.join(left_out)}; lmp-plotstats --csv has every column")
 
 
+def print_ladder(rows: list[dict]) -> None:
+    """Print the rows of `ladder_rows` on stdout, if there are any."""
+    columns = ["plan", "experiment", "size", "FLOP", "worth", "95 % interval", "in seconds"]
+    cells = []
+    for row in rows:
+        words = set(row["trend"].values())
+        told = words.pop() if len(words) == 1 else _pinned(row["trend"])
+        for rung in row["sizes"]:
+            ends = "[{:.2f}, {:.2f}]".format(*rung["interval"])
+            line = [row["plan"], row["experiment"], f"{rung['size']:g}", f"{rung['flops']:.2e}"]
+            line += [f"{rung['worth']:.2f}", ends, _form("{:.2f}", rung["worth_in_seconds"]), told]
+            cells.append([escape(cell) for cell in line])
+            told = ""
+        if not row["sizes"]:
+            note(f"{row['experiment']}: no law fits the baseline above {row['floor']:.2f}")
+    if cells:
+        title = "worth: the compute that the baseline needs for an idea's loss, over the idea's"
+        show(table(title, [*columns, "with size"], cells, right=columns[2:]))
+
+
+def _pinned(trend: dict[str, str]) -> str:
+    """What is told where the loss that no model saves is taken lower or higher."""
+    return "; ".join(f"floor x {pin}: {word}" for pin, word in trend.items())
+
+
 def by_plan(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows of each plan, in their order."""
     plans: dict[str, list[dict]] = {}

@@ -68,17 +68,18 @@ def _whole_tokens(tokens: float | None) -> int | None:
     return None if tokens is None else round(tokens)
 
 
-def _rates(text: str | None) -> list[float] | None:
+def _factors(option: str, text: str | None) -> list[float]:
+    """What --rates or --sizes lists; 1 alone where it is not given."""
     if text is None:
-        return None
-    hint = "three or more, with the plan's own among them, such as 0.5,1,2"
+        return [1.0]
+    hint = "three factors or more, with the plan's own 1 among them, such as 0.5,1,2"
     try:
-        rates = sorted(float(part) for part in text.split(","))
+        factors = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"--rates {text}: no factors of a learning rate", hint=hint) from None
-    if len(set(rates)) < 3 or 1 not in rates or not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise UserError(f"--rates {text}: no parabola goes through these", hint=hint)
-    return sorted(set(rates))
+        raise UserError(f"{option} {text}: no factors", hint=hint) from None
+    if len(factors) < 3 or 1 not in factors or not 0 < factors[0] <= factors[-1] < float("inf"):
+        raise UserError(f"{option} {text}: no curve goes through these", hint=hint)
+    return factors
 
 
 @app.command()
@@ -205,6 +206,14 @@ def main(
             metavar="F,F,F",
         ),
     ] = None,
+    sizes: Annotated[
+        str | None,
+        Option(
+            help="Factors of the plan's size, 1 among them, such as 0.5,1,2: a ladder on which "
+            "heads, blocks and tokens grow together, and what an idea is worth in compute.",
+            metavar="F,F,F",
+        ),
+    ] = None,
     margin: Annotated[
         float | None,
         Option(
@@ -313,8 +322,11 @@ def main(
     resolved = read_plan(plan_name, changes.of_plan | of_plan, data)
     if margin is not None:
         resolved = resolved.model_copy(update={"margin": margin})
-    is_grid = len(entries) > 1 or seeds is not None or rates is not None or bool(ideas)
-    design = design_of(seeds or "1", seed, _rates(rates)) if is_grid else None
+    rungs = tuple(_factors("--sizes", sizes))
+    is_grid = len(entries) > 1 or any(
+        option is not None for option in (seeds, rates, sizes, greedy)
+    )
+    design = design_of(seeds or "1", seed, _factors("--rates", rates)) if is_grid else None
     rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
     for entry in [*entries, *ideas, *([rival] if rival else [])]:
         refuse_unfit(entry, resolved, config)
@@ -333,6 +345,8 @@ def main(
     for dataset in resolved.datasets.values():
         for path in dataset.files or []:
             existing(path)
+    if ideas and len(rungs) > 1:
+        raise UserError("--greedy and --sizes are two questions", hint="ask one after the other")
     if ideas and design.looks[-1] < 2:
         raise UserError("one seed is never better: the search would end at once", hint="--seeds 5")
     if is_grid:
@@ -372,7 +386,7 @@ def main(
     elif is_grid:
         if rival.name not in [entry.name for entry in entries]:
             entries.insert(0, rival)
-        train_all(request, entries, rival, budget, as_json)
+        train_all(request, entries, rival, budget, rungs, as_json)
     else:
         _train(request, rival, budget, as_json)
 

@@ -11,31 +11,44 @@ from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import Entry
 from lmplay.console import note, print_json
 from lmplay.errors import NUMERIC, UserError
-from lmplay.stats.table import print_verdicts
+from lmplay.stats.table import print_ladder, print_verdicts
 from lmplay.train.listing import print_path
 
 if TYPE_CHECKING:
     from lmplay.grid.grid_display import GridDisplay
     from lmplay.run.design import Design
     from lmplay.run.request import Request
+    from lmplay.stats.compare import Pair
 
 
 def train_all(
-    template: "Request", entries: list[Entry], baseline: Entry, budget: str, as_json: bool
+    template: "Request",
+    entries: list[Entry],
+    baseline: Entry,
+    budget: str,
+    sizes: tuple[float, ...],
+    as_json: bool,
 ) -> None:
     """Train every experiment by the template's design, and print the verdicts.
 
     Args:
         template: of all runs; entry and seed are replaced.
         budget: the league, sized to what the baseline takes.
+        sizes: factors of the plan's size.
     """
+    from lmplay.stats.ladder import ladder_rows
+
     failures: dict[str, str] = {}
     with _grid_display(template) as display:
-        rows = _verdicts(template, entries, baseline, (baseline, budget), failures, display)
+        league = baseline, budget
+        rows, pairs = _verdicts(template, entries, baseline, league, failures, display, sizes)
+    ladder = ladder_rows(pairs)
     if as_json:
-        print_json({"schema_version": 1, "verdicts": rows, "failures": failures})
+        document = {"verdicts": rows, "ladder": ladder, "failures": failures}
+        print_json({"schema_version": 1, **document})
     else:
         print_verdicts(rows)
+        print_ladder(ladder)
         note(
             f"look at it: {page_of(template)}    plot it: lmp-plotstats {page_of(template).parent}"
         )
@@ -64,7 +77,8 @@ def search_greedily(template: "Request", ideas: list[Entry], budget: str, as_jso
         def verdicts(names: list[str], design: "Design") -> list[dict]:
             entries = [catalog.resolve(name) for name in names]
             of_round = replace(template, design=design)
-            return _verdicts(of_round, entries, entries[0], (base, budget), failures, display)
+            league = base, budget
+            return _verdicts(of_round, entries, entries[0], league, failures, display)[0]
 
         names = [idea.name for idea in ideas]
         rounds = list(search(base.name, names, template.design, join, verdicts))
@@ -98,8 +112,13 @@ def _verdicts(
     league: tuple[Entry, str],
     failures: dict[str, str],
     display: "GridDisplay",
-) -> list[dict]:
-    """Train what is missing, look by look, and give the verdict row of each entry, in order."""
+    sizes: tuple[float, ...] = (1.0,),
+) -> tuple[list[dict], list["Pair"]]:
+    """Train what is missing, look by look.
+
+    Returns:
+        The verdict row of each entry at each size, in order, and what they are made from.
+    """
     from lmplay.grid.grid import run_grid
     from lmplay.grid.requests import arm_of, declare, expand
     from lmplay.stats.compare import pair_runs, read_run
@@ -108,32 +127,33 @@ def _verdicts(
     from lmplay.stats.page import write_page
 
     design = template.design
-    requests = expand(template, entries, design, *league, display)
-    base = next(arm_of(each) for each in requests if each.entry.name == baseline.name)
+    requests = expand(template, entries, design, *league, display, sizes)
+    of_baseline = [arm_of(each) for each in requests if each.entry.name == baseline.name]
+    base, baselines = of_baseline[sizes.index(1) * len(design.rates)], set(of_baseline)
     labels = list(dict.fromkeys(map(arm_of, requests)))
-    declare(requests, base)
-    if len(labels) > 1:
-        display.note(foresight(design, len(labels) - 1, _known_sd(template)))
+    declare(requests, baselines)
+    if num_ideas := len(labels) - len(baselines):
+        display.note(foresight(design, num_ideas, _known_sd(template)))
 
-    def judged(is_running: bool = True) -> dict[str, dict]:
+    def judged(is_running: bool = True) -> tuple[dict[str, dict], list["Pair"]]:
         begun = [each.folder for each in requests if each.folder.run_json.is_file()]
         pairs = pair_runs([read_run(folder) for folder in begun], base)
         rows = judge(pairs, template.plan.margin)
         write_page(page_of(template), rows, pairs, is_running)
-        return {row["experiment"]: row for row in rows}
+        return {row["experiment"]: row for row in rows}, pairs
 
     open_labels = set(labels)
     for seeds in design.stages:
         now = [each for each in requests if each.seed in seeds and arm_of(each) in open_labels]
         failures |= run_grid(now, display, judged)
-        rows = judged(is_running=False)
+        rows, pairs = judged(is_running=False)
         if missing := [label for label in labels if label not in rows]:
             why = "; ".join(dict.fromkeys(failures.values()))
             raise UserError(f"no run of {missing[0]} could begin: {why}")
         open_labels = {label for label in labels if rows[label]["is_pending"]}
-        if open_labels or len(labels) == 1:
-            open_labels.add(base)
-    return [rows[label] for label in labels]
+        if open_labels or not num_ideas:
+            open_labels |= baselines
+    return [rows[label] for label in labels], pairs
 
 
 def page_of(template: "Request") -> Path:

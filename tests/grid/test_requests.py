@@ -8,7 +8,7 @@ import pytest
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.grid.grid_display import GridDisplay
-from lmplay.grid.requests import arm_of, declare, expand
+from lmplay.grid.requests import arm_of, at_size, declare, expand
 from lmplay.plan import read_plan
 from lmplay.run.design import design_of
 from lmplay.run.request import Request
@@ -81,7 +81,7 @@ def trained(template, make_facts):
 def test_runs_that_declare_nothing_take_up_the_design(template, trained):
     requests = expanded(template, [template.entry], design_of("2"))
     folder = trained(requests[0])
-    declare(requests, "another")
+    declare(requests, set())
 
     assert folder.read().design == requests[0].design
 
@@ -91,18 +91,18 @@ def test_spent_seeds_are_never_spent_again(template, trained):
     requests = expanded(template, [template.entry], design)
     for request in requests[:5]:
         trained(request, design=design)
-    declare(requests, "another")  # which is how it goes on
+    declare(requests, set())  # which is how it goes on
     again = expanded(template, [template.entry], design_of("5"))
 
     with pytest.raises(UserError) as raised:
-        declare(again, "another")
+        declare(again, set())
     assert raised.value.code == 2
     assert "declared as --seeds 3..8, seeds 0 to 7" in raised.value.problem
     assert raised.value.problem.endswith("of its looks 8 are left")
     assert raised.value.hint == (
         "--seeds 3..8 goes on with it; --seed 8 --seeds 5 takes fresh seeds"
     )
-    declare(again, again[0].label)  # a baseline serves every design
+    declare(again, {again[0].label})  # a baseline serves every design
 
 
 def test_one_rate_for_one_idea_and_three_for_another_contradict(template, trained):
@@ -110,7 +110,7 @@ def test_one_rate_for_one_idea_and_three_for_another_contradict(template, traine
     trained(requests[0], design=requests[0].design)
 
     with pytest.raises(UserError, match="not as --seeds 2 --rates"):
-        declare(expanded(template, [template.entry], design_of("2", 0, [0.5, 1, 2])), "another")
+        declare(expanded(template, [template.entry], design_of("2", 0, [0.5, 1, 2])), set())
 
 
 def test_a_frozen_name_that_an_experiment_lacks_is_refused_before_any_run(place):
@@ -121,3 +121,33 @@ def test_a_frozen_name_that_an_experiment_lacks_is_refused_before_any_run(place)
 
     assert "token_table.integration" in raised.value.problem
     assert not Path("runs").exists()
+
+
+def test_a_rung_has_heads_blocks_tokens_and_rates_by_rule(template):
+    plan = template.plan.model_copy(update={"tokens": 100_000})
+    plan = plan.model_copy(update={"model": {"num_blocks": 2, "width": 16, "num_heads": 2}})
+    own, small, large = (at_size(replace(template, plan=plan), size) for size in (1, 0.5, 2))
+
+    assert own.plan == plan and own.label == "gpt2ish,lr=0.02"
+    assert small.plan.model == {"num_blocks": 1, "width": 8, "num_heads": 1}
+    assert large.plan.model == {"num_blocks": 4, "width": 32, "num_heads": 4}
+    assert small.plan.optimizer.lr == 0.04 and large.plan.optimizer.lr == 0.01
+    assert small.plan.tokens < 100_000 / 2 and large.plan.tokens > 2 * 100_000
+    assert large.label == "gpt2ish,lr=0.02,size=2"
+
+
+def test_all_experiments_of_a_size_have_its_plan(template):
+    entries = [resolve("gpt2ish"), resolve("ue")]
+    display = GridDisplay("words")
+    requests = expand(template, entries, design_of("1"), entries[0], "tokens", display, (0.5, 1, 2))
+
+    assert [each.entry.name for each in requests] == ["gpt2ish", "ue"] * 3
+    assert all(a.plan == b.plan for a, b in zip(requests[::2], requests[1::2], strict=True))
+    assert len({each.plan.tokens for each in requests}) == 3
+
+
+def test_a_plan_without_a_size_has_no_ladder(template):
+    plan = template.plan.model_copy(update={"model": {}})
+
+    with pytest.raises(UserError, match="--sizes"):
+        at_size(replace(template, plan=plan), 2)

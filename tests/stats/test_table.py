@@ -4,7 +4,7 @@ from rich.console import Console
 from lmplay import console
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.judge import judge
-from lmplay.stats.table import cells_of, legend, markdown, plain, print_verdicts
+from lmplay.stats.table import cells_of, legend, markdown, plain, print_ladder, print_verdicts
 
 ROW = {
     "plan": "quick", "experiment": "ue", "baseline": "gpt2ish", "seeds": 5, "mean": 3.9, "sd": 0.01,
@@ -128,3 +128,18 @@ def test_runs_that_are_not_compared_are_rows_too(make_run, capsys):
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("odd") and lines[-1].endswith("not compared: other training data")
+
+
+def test_a_ladder_says_the_worth_at_each_size_and_whether_it_grows(capsys):
+    rung = {"size": 0.5, "flops": 1e12, "worth": 1.234, "interval": [1.1, 1.4]}
+    rungs = [rung | {"worth_in_seconds": 1.5}, rung | {"size": 1, "worth_in_seconds": None}]
+    trend = {"0.5": "grows", "1": "grows", "1.5": "cannot tell"}
+    row = {"plan": "quick", "experiment": "ue", "sizes": rungs, "trend": trend, "floor": 1.3}
+
+    print_ladder([row, row | {"experiment": "odd", "sizes": []}])
+    out, err = capsys.readouterr()
+
+    assert (
+        "[1.10, 1.40]        1.50  floor x 0.5: grows" in out and "floor x 1.5: cannot tell" in out
+    )
+    assert out.count("floor x 1:") == 1 and "odd: no law fits the baseline" in err

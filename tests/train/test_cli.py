@@ -85,6 +85,7 @@ def lmp_trainer(*args, **options):
         (["--exp", "gpt2ish,ue", "--seeds", "0", "--plan", "quick"], ["--seeds 0", "3..12"]),
         (["--exp", "gpt2ish,ue", "--seeds", "9..3", "--plan", "quick"], ["--seeds 9..3"]),
         (["--rates", "1,2", "--plan", "quick"], ["--rates 1,2", "0.5,1,2"]),
+        (["--sizes", "1,2", "--plan", "quick"], ["--sizes 1,2", "0.5,1,2"]),
         (["--margin", "0", "--plan", "quick"], ["--margin 0"]),
         (["--exp", "gpt2ish", "--set", "budget=1", "--plan", "quick"], ["--set budget"]),
         (["--exp", "ue,ue8x", "--plan", "quick"], ["names one experiment twice"]),
