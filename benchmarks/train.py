@@ -48,7 +48,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.data.shard_format import map_shard, token_dtype, write_shard
 from lmplay.machine import dtype_of, matmul_rate, num_cores, resolve_device
-from lmplay.memory import peak_memory
+from lmplay.memory import peak_memory, reset_peak_memory
 from lmplay.model.counts import count
 from lmplay.model.experiment import load_experiment
 from lmplay.plan import Plan
@@ -173,6 +173,7 @@ def trainer(turns: Turns, settings: dict) -> None:
             self.step = 0
 
         def on_train_begin(self, *_, **__):
+            reset_peak_memory(torch.device(settings["device"]))
             turns.wait()
 
         def on_step_end(self, *_, **__):
@@ -237,6 +238,7 @@ def _plain_steps(turns: Turns, settings: dict, model, optimizer, loss_of) -> Non
     device = torch.device(settings["device"])
     rows, B, step = list(_rows(settings)), settings["size"]["rows"], 0
     low = settings["precision"] != "fp32"
+    reset_peak_memory(device)  # as the trainer does when training begins
     turns.wait()
     while True:
         part = [rows[(step * B + row) % len(rows)] for row in range(B)]
@@ -296,7 +298,7 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
     steps = 1 if device.type == "cpu" else CADENCE  # until the trainer looks at the device
     waking = 1 if device.type == "cpu" else 0
     common = common | {"precision": precision, "steps": steps, "waking": waking}
-    peaks = [matmul_rate(device, precision) for _ in range(3)]
+    peak = matmul_rate(device, precision)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), size)
         running = []
@@ -311,8 +313,8 @@ def measure(name: str, precision: str, sides: list[str], seconds: float, common:
         finally:
             for side in running:
                 side.close()
-    peaks += [matmul_rate(device, precision) for _ in range(3)]
-    return _case(name, precision, measured, warm_up, steps * size.tokens, flops, max(peaks))
+    peak = max(peak, matmul_rate(device, precision))
+    return _case(name, precision, measured, warm_up, steps * size.tokens, flops, peak)
 
 
 def _speed(side: dict) -> float:
