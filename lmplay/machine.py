@@ -118,7 +118,8 @@ def slowness(precision: str, device: "torch.device") -> str:
     """One line where a precision is slower than fp32 on this device; else nothing."""
     if device.type != "cpu" or precision != "bf16" or (gain := bf16_gain()) >= 1:
         return ""
-    return f"bf16 takes {1 / gain:.1f} times as long as fp32 on this processor; amp is fp32 here"
+    times = f"{1 / gain:.1f} times as long as in fp32"
+    return f"a matrix product in bf16 takes {times} on this processor; --precision amp is fp32 here"
 
 
 def dtype_of(precision: str) -> "torch.dtype":

@@ -23,6 +23,8 @@ from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, resolve_run
 
 if TYPE_CHECKING:
+    import torch
+
     from lmplay.generate.sampling import Sample
     from lmplay.run.trained import Trained
 
@@ -134,7 +136,7 @@ def main(
     ] = None,
     device: Device = "auto",
     precision: Annotated[
-        str | None, precision_option("fp32 on the CPU, else what the run was trained in")
+        str | None, precision_option("what the run was trained in, or amp where that is slow")
     ] = None,
     compile: Annotated[
         bool,
@@ -181,7 +183,7 @@ def main(
 
     from lmplay.generate.compiled_steps import CompiledSteps, can_compile
     from lmplay.generate.packing import pack
-    from lmplay.machine import resolve_device, resolve_precision
+    from lmplay.machine import resolve_device, resolve_precision, slowness
     from lmplay.memory import keep_memory
     from lmplay.model.abilities import writes_itself
     from lmplay.model.sampler import Sampler
@@ -189,8 +191,10 @@ def main(
     from lmplay.run.trained import open_trained
 
     place = resolve_device(device)
-    wanted = precision or ("fp32" if place.type == "cpu" else facts.precision)
-    settings = replace(settings, device=str(place), precision=resolve_precision(wanted, place))
+    used = resolve_precision(precision or _fast(facts.precision, place), place)
+    settings = replace(settings, device=str(place), precision=used)
+    if slow := slowness(used, place):
+        note(slow)
     if compile and not can_compile(place, settings.precision):
         problem = f"--compile: on the CPU, {settings.precision} is faster without"
         raise UserError(problem, hint="add --precision bf16, or leave out --compile")
@@ -226,6 +230,14 @@ def main(
             }
         )
     return None
+
+
+def _fast(precision: str, device: "torch.device") -> str:
+    """What a run was trained in, or amp where this device is slow at it or lacks it."""
+    from lmplay.machine import slowness
+
+    is_missing = precision == "fp16" and device.type == "cpu"
+    return "amp" if is_missing or slowness(precision, device) else precision
 
 
 def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmplay import machine
 from lmplay.errors import UserError
 from lmplay.generate.cli import app
 from lmplay.model.experiment import load_source
@@ -21,9 +22,16 @@ CONFIG = {"vocab_size": 257, "max_len": 32, "num_blocks": 1, "width": 16, "num_h
 def make_run(make_facts):
     """Writes a run on bytes whose checkpoints differ; a token's vector decides what follows."""
 
-    def make(path, label="gpt2ish", started="2026-01-01T00:00:00+00:00", seed=0, steps=(10,)):
+    def make(
+        path,
+        label="gpt2ish",
+        started="2026-01-01T00:00:00+00:00",
+        seed=0,
+        steps=(10,),
+        precision="fp32",
+    ):
         folder = RunFolder(path)
-        values = {"plan": {"tokenizer": "byte"}, "config": CONFIG, "precision": "bf16"}
+        values = {"plan": {"tokenizer": "byte"}, "config": CONFIG, "precision": precision}
         folder.write(make_facts(label=label, seed=seed, started=started, **values))
         shutil.copy(SOURCE, folder.experiment_py)
         experiment = load_source(SOURCE.read_text(), Path("gpt2ish.py"), {})
@@ -126,6 +134,29 @@ def test_a_device_that_computes_wrongly_writes_nothing(generator, monkeypatch, c
 
     assert asked == [("cpu", "bf16", SOURCE.read_text(), 32, False)]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("trained", "gain", "asked", "used", "says"),
+    [
+        ("bf16", 2.0, (), "bf16", False),
+        ("bf16", 0.1, (), "fp32", False),
+        ("fp32", 2.0, (), "fp32", False),
+        ("fp16", 2.0, (), "bf16", False),
+        ("fp16", 0.1, (), "fp32", False),
+        ("fp32", 0.1, ("--precision", "bf16"), "bf16", True),
+    ],
+)
+def test_a_run_writes_in_what_it_was_trained_in_where_that_is_fast(
+    generator, make_run, tmp_path, monkeypatch, trained, gain, asked, used, says
+):
+    monkeypatch.setattr(machine, "bf16_gain", lambda: gain)
+    folder = make_run(tmp_path / "run", precision=trained)
+
+    written = generator(folder.path, "ab", "--max-tokens", 2, "--json", *asked)
+
+    assert json.loads(written.out)["settings"]["precision"] == used
+    assert ("10.0 times as long" in written.err) == says
 
 
 def test_a_model_that_draws_by_itself_draws_by_the_seed(generator):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lmplay.catalog.entries import resolve
+from lmplay.generate import packing
 from lmplay.generate.packing import is_supported, pack
 from lmplay.model.decoding import generate
 from lmplay.model.experiment import load_experiment
@@ -21,9 +22,15 @@ names = pytest.mark.parametrize("name", ["gpt2ish", "gpt2", "value_norm", "nnm1"
 PROMPT = [3, 1, 4, 1, 5]
 
 
+@pytest.fixture(autouse=True)
+def every_layer_counts_as_large(monkeypatch):
+    monkeypatch.setattr(packing, "LARGE", 0)
+
+
 def tiny(name):
     experiment = load_experiment(resolve(name))
     model = experiment.model(experiment.config(**experiment.tiny), seed=0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():  # biases and the last layer of a branch begin at zero
             weight += 0.1 * torch.randn(weight.shape)
@@ -102,6 +109,17 @@ def test_layers_that_another_class_or_hand_made_are_not_packed():
     assert pack(nn.Sequential(*others, nn.Linear(4, 4)), "fp32", 2)
     assert patched.forward is torch.neg
     assert not any("forward" in vars(layer) for layer in (others[0], others[2]))
+
+
+def test_small_layers_are_left_alone_in_fp32_and_more_of_them_where_one_row_is_written(monkeypatch):
+    monkeypatch.setattr(packing, "LARGE", 800)
+
+    def packed(num_rows):
+        layers = nn.Sequential(*(nn.Linear(10, size) for size in (9, 10, 79, 80)))
+        pack(layers, "fp32", num_rows)
+        return [layer.out_features for layer in layers if "forward" in vars(layer)]
+
+    assert (packed(1), packed(2)) == ([80], [10, 79, 80])
 
 
 def test_fp16_is_not_packed():

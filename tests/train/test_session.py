@@ -525,7 +525,7 @@ def test_slow_bf16_is_obeyed_with_one_line_on_how_slow(place, monkeypatch):
     result = run(changes={"precision": "bf16", "tokens": 160}, display=display)
 
     assert folder_of(result).read().precision == "bf16"
-    assert sum("bf16 takes 20.0 times as long" in text for text in display.notes) == 1
+    assert sum("in bf16 takes 20.0 times as long" in text for text in display.notes) == 1
 
 
 def test_a_device_that_computes_wrongly_is_refused_before_training(place, monkeypatch):
