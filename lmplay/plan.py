@@ -140,7 +140,11 @@ class Optimizer(_Strict):
     name: str = Field(description="An optimizer, such as AdamW.")
     lr: float = Field(gt=0, description="Learning rate at the top of the schedule.")
     weight_decay: float = Field(0.0, ge=0, description="On matrices only, never on vectors.")
-    options: Options = Field({}, description="Further arguments of the optimizer, such as betas.")
+    options: Options = Field(
+        {},
+        description="Further arguments, such as betas; of any optimizer: cautious, hyperball, "
+        "and decay (decoupled, independent, corrected, cautious).",
+    )
     roles: dict[str, RoleRule] = Field(
         {},
         description="What differs for matrix, table, head, conv, vector, or a role that an "
@@ -149,11 +153,15 @@ class Optimizer(_Strict):
 
 
 class Schedule(_Strict):
-    name: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "constant", description="Shape after the warm-up; linear and cosine fall to `final`."
+    name: Literal["constant", "linear", "cosine", "wsd", "one_cycle", "inverse_sqrt"] = Field(
+        "constant",
+        description="Shape after the warm-up; linear, cosine and one_cycle fall to `final`.",
     )
     warmup: float = Field(0.0, ge=0, le=1, description="Share of the steps spent rising from 0.")
     decay: float = Field(0.2, ge=0, le=1, description="wsd: share of the steps spent falling.")
+    cooldown: Literal["linear", "1-sqrt"] = Field(
+        "linear", description="wsd: how it falls; 1-sqrt falls fast at first."
+    )
     final: float = Field(0.0, ge=0, le=1, description="Share of the learning rate at the end.")
 
     @model_validator(mode="after")

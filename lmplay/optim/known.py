@@ -31,6 +31,7 @@ class KnownOptimizer:
     rest: str = "AdamW"  # trains the other roles, where the plan names nothing else
     rest_lr: float = 1.0  # its rate, in rates of this one
     is_elementwise: bool = False  # a slice of a weight is updated as in the whole weight
+    holds_weights: bool = False  # in a ball or an average: nothing else may move them
     lr_is_absolute: bool = False  # not to be scaled with the plan's rate
     steps_option: str = ""  # gets the number of steps of the run
 
@@ -117,6 +118,7 @@ _ALL = [
              options={"betas": [0.95, 0.95], "max_precondition_dim": 2048}),
     _library("Scion", "steps of one norm, weights inside a ball", "2502.07529", "4", 2**-12,
              attribute="SCION", is_elementwise=False, lr_is_absolute=True,
+             holds_weights=True,
              fixed={"constraint": True, "norm_kwargs": {}},
              by_role={
                  "matrix": {"norm_type": _LMO["spectral"], "scale": 50.0},

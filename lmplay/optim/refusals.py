@@ -16,7 +16,8 @@ CLOSE = 0.1  # of an update; Muon computes its own in bf16
 def refuse_fsdp(wanted: Optimizer) -> None:
     """Raise a UserError unless every optimizer updates a slice of a weight as in the whole."""
     for rule in _rules(wanted):
-        if not rule.known.is_elementwise:
+        whole = {"cautious", "hyperball"} & set(rule.options)  # they measure whole tensors
+        if not rule.known.is_elementwise or whole:
             fit = [known.name for known in KNOWN.values() if known.is_elementwise]
             raise UserError(
                 f"--shard: {rule.known.name} needs whole matrices, and each process has a slice "
@@ -76,6 +77,7 @@ def _updated(
     """Weights after some steps on a device, on the CPU."""
     mine = [nn.Parameter(weight.clone().to(device)) for weight in weights]
     group = {"params": mine, "lr": 0.01, "weight_decay": rule.weight_decay, "role": rule.role}
+    group |= {"full_lr": 0.01, "lr_scale": 1.0}
     optimizer = build(rule.known, rule.options, [group], rule.key)
     for step in gradients:
         for weight, gradient in zip(mine, step, strict=True):

@@ -8,6 +8,7 @@ from torch import nn
 
 from lmplay.errors import UserError, nearest
 from lmplay.optim.known import KnownOptimizer
+from lmplay.optim.modifiers import MODIFIERS, Modified
 
 
 def build(
@@ -15,7 +16,8 @@ def build(
 ) -> torch.optim.Optimizer:
     """One optimizer over groups that say their own rate and decay.
 
-    Fused kernels are used where torch has them for the parameters' device.
+    Fused kernels are used where torch has them for the parameters' device. What `Modified` takes is
+    an option of every optimizer, but for those that hold their weights in place by themselves.
 
     Args:
         key: of the plan, for the message.
@@ -23,22 +25,28 @@ def build(
         UserError: it has no such option, has no decay, refuses a value, or is not installed.
     """
     arguments = _arguments(known.kind)
-    if "weight_decay" not in arguments:
+    if "weight_decay" not in arguments and "decay" not in options:
         if any(group["weight_decay"] for group in groups):
             raise UserError(f"{key}.weight_decay: {known.name} has none", hint="set it to 0")
         groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
     accepted = arguments - {"lr", "weight_decay", *known.fixed}
+    if not known.holds_weights:
+        accepted |= set(MODIFIERS)
     for option in options:
         if option not in accepted:
             takes = ", ".join(sorted(accepted))
             hint = nearest(option, accepted) + f"{known.name} takes {takes}"
             raise UserError(f"{key}.options: {known.name} has no {option!r}", hint=hint)
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    changed = {k: options[k] for k in MODIFIERS if k in options and k not in arguments}
+    options = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k not in changed
+    }
     if not options.get("foreach") and has_fused_kernel(known.kind, groups[0]["params"][0].device):
         options.setdefault("fused", True)
     by_role = known.by_role.get(groups[0].get("role"), {})
     try:
-        return known.kind(groups, lr=groups[0]["lr"], **{**known.fixed, **by_role, **options})
+        made = known.kind(groups, lr=groups[0]["lr"], **{**known.fixed, **by_role, **options})
+        return Modified(made, **changed) if changed else made
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{key}: {known.name} refuses: {error}") from None
 

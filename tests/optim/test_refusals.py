@@ -28,6 +28,12 @@ def test_values_that_no_device_can_do_with_are_no_wrong_device(values):
     assert wrong(Optimizer(name="AdamW", **values)) is None
 
 
+def test_changed_steps_are_compared_too():
+    options = {"cautious": True, "decay": "independent"}
+
+    assert wrong(Optimizer(name="AdamW", lr=0.01, weight_decay=0.1, options=options)) is None
+
+
 class Other(torch.optim.AdamW):
     """Right for the first one that steps, which is on the CPU."""
 
@@ -97,6 +103,7 @@ def test_the_cpu_is_not_compared_with_itself_and_every_rule_is_asked_elsewhere(m
     [
         Optimizer(name="Muon", lr=0.1),
         Optimizer(name="AdamW", lr=0.1, roles={"matrix": RoleRule(name="Adafactor")}),
+        Optimizer(name="AdamW", lr=0.1, options={"hyperball": True}),
     ],
 )
 def test_slices_are_refused_whoever_needs_whole_matrices(wanted):

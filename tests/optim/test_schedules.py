@@ -9,7 +9,7 @@ from hypothesis.strategies import floats, integers, lists, sampled_from
 from lmplay.optim.schedules import factor
 from lmplay.plan import Schedule
 
-NAMES = ["constant", "linear", "cosine", "wsd"]
+NAMES = ["constant", "linear", "cosine", "wsd", "one_cycle", "inverse_sqrt"]
 
 
 def factors(schedule, sizes=(1,) * 100):
@@ -19,7 +19,7 @@ def factors(schedule, sizes=(1,) * 100):
     return [factor(schedule, before, after, ends[-1]) for before, after in spans]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "one_cycle"])
 def test_warm_up_rises_evenly_to_the_full_rate(name):
     values = factors(Schedule(name=name, warmup=0.1))
 
@@ -30,7 +30,7 @@ def test_constant_stays():
     assert factors(Schedule()) == [1.0] * 100
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "one_cycle"])
 def test_decay_falls_from_the_full_rate_towards_the_final_one(name):
     values = factors(Schedule(name=name, final=0.1))
 
@@ -44,6 +44,29 @@ def test_wsd_stays_and_falls_over_its_last_share():
 
     assert set(values[5:81]) == {1.0}
     assert values[81:] == pytest.approx([left / 20 for left in range(19, 0, -1)])
+
+
+def test_one_minus_the_root_falls_fast_at_first_and_has_a_third_of_the_area():
+    schedule = Schedule(name="wsd", decay=0.3, cooldown="1-sqrt", final=0.1)
+    values = factors(schedule, (1,) * 10_000)
+
+    assert set(values[:7001]) == {1.0} and values[-1] == pytest.approx(0.1, abs=1e-3)
+    assert values[7750] == pytest.approx(0.1 + 0.9 * (1 - 0.25**0.5), abs=1e-3)
+    assert sum(value - 0.1 for value in values[7000:]) / 3000 == pytest.approx(0.3, abs=1e-3)
+
+
+def test_one_cycle_rises_and_falls_by_half_waves():
+    values = factors(Schedule(name="one_cycle", warmup=0.3), (1,) * 1000)
+
+    assert values[0] == pytest.approx(0.04, abs=1e-3) and values[299] == 1.0
+    assert values[149] == pytest.approx(0.52, abs=1e-6)
+    assert values[649] == pytest.approx(0.5, abs=3e-3) and values[-1] < 1e-4
+
+
+def test_inverse_root_halves_at_four_times_the_warm_up():
+    values = factors(Schedule(name="inverse_sqrt", warmup=0.1), (1,) * 1000)
+
+    assert values[399] == pytest.approx(0.5) and values[899] == pytest.approx(1 / 3)
 
 
 @given(sampled_from(NAMES), floats(0, 0.5), floats(0, 0.5), integers(1, 10**9), integers(1, 500))
