@@ -70,6 +70,9 @@ class Dataset(_Strict):
     files: list[str] | None = Field(
         None, description="Text, JSONL, Parquet or Arrow files, .gz too, or folders of them."
     )
+    validation_files: list[str] | None = Field(
+        None, description="Files or folders to hold out, whatever they are called."
+    )
     shards: list[str] | None = Field(
         None, description="Token shards in the layout of modded-nanogpt; wildcards are expanded."
     )
@@ -91,6 +94,8 @@ class Dataset(_Strict):
         for key in ("config", "revision", "split"):
             if self.hub is None and getattr(self, key) != Dataset.model_fields[key].default:
                 raise ValueError(f"{key} belongs to a hub dataset; this one has {given[0]}")
+        if self.validation_files is not None and self.files is None:
+            raise ValueError(f"validation_files belongs to files; this one has {given[0]}")
         if (self.prompt is None) != (self.truth is None):
             raise ValueError("prompt and truth are given together or not at all")
         kinds = [k for k in ("messages", "prompt", "text") if getattr(self, k) is not None]
@@ -264,7 +269,10 @@ def plan_paths() -> dict[str, Path]:
 
 
 def read_plan(
-    name: str, changes: dict[str, object] | None = None, data: list[str] | None = None
+    name: str,
+    changes: dict[str, object] | None = None,
+    data: list[str] | None = None,
+    validation_data: list[str] | None = None,
 ) -> Plan:
     """The plan called `name`, or in the file `name`, checked.
 
@@ -276,10 +284,17 @@ def read_plan(
         changes: dotted path to value, such as {"optimizer.lr": 1e-3}, applied last.
         data: paths that take the place of the plan's datasets, all in one stage; the plan's name
             then ends in theirs, such as quick+novels.
+        validation_data: paths to hold out from `data`, instead of a share of it.
     Raises:
         UserError: no such plan or file (with the nearest name), text that is not JSON, or a value
             that breaks a rule (with its key's path).
     """
+    if validation_data and not data:
+        hint = "name the text to train on with --data"
+        raise UserError("--validation-data is held out from --data, which is missing", hint)
+    for name_of_file in [*(data or []), *(validation_data or [])]:
+        if _is_no_text(name_of_file):
+            raise UserError(f"the name {name_of_file!a} is no UTF-8", hint="rename it first")
     changes = changes or {}
     path = _path_of(name, Path())
     try:
@@ -287,7 +302,7 @@ def read_plan(
     except RecursionError:
         raise UserError(f"{path} is nested too deeply", hint=_SCHEMA) from None
     if data:
-        raw["datasets"] = {"data": {"files": data}}
+        raw["datasets"] = {"data": {"files": data, "validation_files": validation_data or None}}
         raw["stages"] = [{"datasets": ["data"]}]
     of_datasets = [key for key in changes if key.startswith("datasets.")]
     for key in sorted(changes.keys() - set(of_datasets)):  # an object before what is in it
@@ -437,8 +452,17 @@ def _set(raw: dict, dotted: str, value: object) -> None:
 
 def _stem(text: str) -> str:
     """What a plan's name says of a file or folder of --data: its name up to the first dot."""
-    name = Path(os.path.abspath(Path(text).expanduser())).name
+    name = os.path.basename(os.path.abspath(os.path.expanduser(text)))
     return name.lstrip(".").partition(".")[0] or "data"
+
+
+def _is_no_text(name: str) -> bool:
+    """Whether a name holds bytes that no text has, which run.json could not keep."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _know_dataset(raw: dict, dotted: str) -> None:

@@ -31,6 +31,7 @@ from lmplay.plan import Plan, Stage
 
 # B rows, T positions
 
+_FEW_HELD_OUT = 1000  # tokens
 _EXAMPLE_TOKENS = 64  # of a prompt, and of what follows it
 
 
@@ -86,6 +87,8 @@ class Data:
         num_rows: of all stages; None where a budget of tokens decides.
         validation_tokens: targets scored, in all datasets' held-out text together.
         validation_bytes: of UTF-8 in the text of these targets.
+        is_lossless: whether the tokenizer gives the held-out text back, so that bits per byte say
+            what they seem to.
         fingerprint: of the training text and how its stages mix it.
         validation_fingerprint: of the held-out tokens.
     """
@@ -114,6 +117,13 @@ class Data:
                 )
             self._held_out = {name: self._held_out[name] for name in plan.datasets}
             self._training = {name: self._training[name] for name in plan.datasets}
+            for name, shards in self._training.items():
+                if shards.num_tokens is not None and shards.num_tokens <= plan.max_len:
+                    raise UserError(
+                        f"{name} has {shards.num_tokens - 1:,} tokens to train on, fewer than the "
+                        f"{plan.max_len:,} of a row",
+                        hint="give it more text, or the plan shorter rows: --set sequence_length=N",
+                    )
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
             self.num_rows: int | None = None
             if plan.tokens is None:
@@ -122,10 +132,16 @@ class Data:
             self.close()
             raise
         held_out = self._held_out.values()
+        self.is_lossless = all(shards.is_lossless() for shards in held_out)
         self.validation_bytes = sum(shards.text_bytes() for shards in held_out)
         self.validation_tokens = sum(
             int(shards.window(1, _all(shards))[1].sum()) for shards in held_out
         )
+        if self.validation_tokens < min(_FEW_HELD_OUT, plan.validation.tokens):
+            note(
+                f"only {self.validation_tokens:,} tokens are held out: the validation loss says "
+                "little; hold out more with --set validation.fraction=F, or --validation-data"
+            )
         self.validation_fingerprint = cache.fingerprint(
             [shards.content_fingerprint() for shards in held_out]
         )

@@ -3,28 +3,57 @@
 import codecs
 import gzip
 import json
+import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from lmplay.errors import UserError, nearest
 
 PASSAGE = 16 * 1024  # characters
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
-_CANONICAL = {"valid": "validation", "val": "validation", "dev": "validation"}
+# a whole name, or one of a numbered set: "Train Dreams.txt" is a book
+_SPLIT = re.compile(r"(train|test|validation|valid|val)(-[0-9]+-of-[0-9]+)?", re.IGNORECASE)
+_CANONICAL = {"valid": "validation", "val": "validation"}
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|authors|contributing)(\.\w+)?", re.IGNORECASE
+)
+_SAVED = re.compile(r"dataset_info\.json|state\.json|dataset_dict\.json|cache-\w+\.arrow")
+_MARKS = {  # the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _TABLES = (".parquet", ".arrow")
 _LINES = (".jsonl", ".ndjson", ".json")
 
 
+@dataclass
+class Place:
+    """Where in a source the row at hand stands, for whoever finds fault with it."""
+
+    source: object  # its name
+    unit: str = "row"
+    number: int = 0  # from 1; 0 before the first
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.unit} {self.number:,}" if self.number else str(self.source)
+
+
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and the split that its name tells: "train", "validation", another, or none."""
+    """A file and the split that its name tells: "train", "validation", another, or none.
+
+    `left_out` is why it is not read, whatever its split.
+    """
 
     path: Path
     split: str | None
+    left_out: str | None = None
 
     @property
     def kind(self) -> str:
@@ -38,9 +67,11 @@ class SourceFile:
 def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFile]:
     """The files at these paths, in this order; those in a folder sorted by their path in it.
 
-    In a folder, hidden files and files that hold no text are left out. A file's split is told by
-    the start of its name, or of a folder's on the way: train, test, validation (valid, val, dev).
-    Files given one by one are taken as they are where none of them would be left to train on.
+    In a folder, hidden files are passed over; what holds no text, and what is about the data
+    (README, licence, metadata of the datasets library) beside other files, is marked as left out.
+    A file's split is told by its whole name, or by a folder's on the way: train, test, validation
+    (valid, val), also as train-00000-of-00002. Files given one by one are taken as they are where
+    none of them would be left to train on.
 
     Args:
         paths: files and folders.
@@ -52,10 +83,10 @@ def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFi
     for text in paths:
         path = existing(text)
         if path.is_dir():
-            inside = [
-                f for f in _walk(path, held_out) if f.kind != "text" or _looks_like_text(f.path)
-            ]
-            if not inside:
+            inside = [_judged(file) for file in _walk(path, held_out)]
+            if all(file.left_out for file in inside):  # a folder of READMEs is a text too
+                inside = [replace(f, left_out=_no_text(f)) for f in inside]
+            if all(file.left_out for file in inside):
                 raise UserError(f"the folder {text} holds no text")
             found += inside
         else:
@@ -71,8 +102,12 @@ def existing(text: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(text).expanduser()
-    if not text or not (path.is_file() or path.is_dir()):
+    try:
+        path = Path(text).expanduser()
+        is_there = bool(text) and (path.is_file() or path.is_dir())
+    except (OSError, RuntimeError) as error:  # a name too long, nobody's home
+        raise UserError(f"{text!r} cannot be a file: {getattr(error, 'strerror', error)}") from None
+    if not is_there:
         hint = f"a path is relative to {Path.cwd()}; {_beside(path)}"
         raise UserError(f"there is no file {text!r}", hint=hint.removesuffix("; "))
     return path
@@ -80,13 +115,16 @@ def existing(text: str) -> Path:
 
 def of_split(files: list[SourceFile], split: str) -> list[SourceFile]:
     """The files of a split; those of "train" are the rest where none is called so."""
+    files = [file for file in files if file.left_out is None]
     named = [file for file in files if file.split == split]
     if named or split != "train":
         return named
     return [file for file in files if file.split is None]
 
 
-def file_rows(file: SourceFile, choose: Callable[[list[str]], list[str]]) -> Iterator[dict]:
+def file_rows(
+    file: SourceFile, choose: Callable[[list[str]], list[str]], place: Place | None = None
+) -> Iterator[dict]:
     """The rows of one file in order, in bounded memory.
 
     A row of plain text is a passage of about 16 KiB that ends at a blank line where possible, so
@@ -96,24 +134,29 @@ def file_rows(file: SourceFile, choose: Callable[[list[str]], list[str]]) -> Ite
     Args:
         file: what to read; .gz is unpacked on the way.
         choose: from the names of the columns to those to read; called where a file tells them.
+        place: kept at the row that is given.
     Raises:
         UserError: the file is damaged or not what its name says, with the place in it.
     """
+    place = place or Place(file.path)
     try:
-        if file.kind == ".parquet":
-            yield from _parquet_rows(file.path, choose)
-        elif file.kind == ".arrow":
-            yield from _arrow_rows(file.path, choose)
-        else:
+        if file.kind in _LINES:
             with _open(file.path) as opened:
-                if file.kind in _LINES:
-                    yield from _json_rows(opened, file.path)
-                else:
-                    yield from ({"text": passage} for passage in passages(opened))
-    except UnicodeDecodeError as error:
+                yield from _json_rows(opened, place)
+            return
+        if file.kind == ".parquet":
+            rows = _parquet_rows(file.path, choose)
+        elif file.kind == ".arrow":
+            rows = _arrow_rows(file.path, choose)
+        else:
+            rows = _text_rows(file.path)
+        for place.number, row in enumerate(rows, start=1):
+            yield row
+    except UnicodeError as error:
         raise UserError(
-            f"{file.path} is not UTF-8: {error.reason}",
-            hint=f"convert it first: iconv -f latin1 -t utf-8 '{file.path}' > '{file.path}.txt'",
+            f"{file.path} is not {_encoding(file.path).removesuffix('-sig').upper()}: "
+            f"{_bad_byte(file.path)}{getattr(error, 'reason', error)}",
+            hint=f"convert it first: {_conversion(file)}",
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {file.path}: {error}") from None
@@ -154,19 +197,41 @@ def _cut(text: str) -> int:
 
 
 def _walk(folder: Path, held_out: str | None) -> list[SourceFile]:
-    found = []
-    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).parts):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") for part in parts):
-            splits = (_split_name(part, held_out) for part in parts)
-            found.append(SourceFile(path, next((s for s in splits if s), None)))
-    return found
+    """All files that are not hidden, in linked folders too, each folder once."""
+    found, seen = [], set()
+    for here, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for path in (Path(here, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                splits = (_split_name(p, held_out) for p in path.relative_to(folder).parts)
+                found.append(SourceFile(path, next((s for s in splits if s), None)))
+    return sorted(found, key=lambda file: file.path.relative_to(folder).parts)
+
+
+def _judged(file: SourceFile) -> SourceFile:
+    if _ABOUT.fullmatch(file.path.name):
+        return replace(file, left_out="about the data")
+    if _SAVED.fullmatch(file.path.name) and (
+        file.path.name == "dataset_dict.json" or any(file.path.parent.glob("data-*.arrow"))
+    ):
+        return replace(file, left_out="of the datasets library")
+    return replace(file, left_out=_no_text(file))
+
+
+def _no_text(file: SourceFile) -> str | None:
+    is_text = file.kind in _TABLES or _looks_like_text(file.path)
+    return None if is_text else "no text: it holds a NUL byte"
 
 
 def _split_name(name: str, held_out: str | None) -> str | None:
     if held_out is not None and name.startswith(held_out):
         return "validation"
-    match = _SPLIT.match(name)
+    match = _SPLIT.fullmatch(name.partition(".")[0])
     split = match[1].lower() if match else None
     split = _CANONICAL.get(split, split)
     return "other" if held_out is not None and split == "validation" else split
@@ -174,10 +239,47 @@ def _split_name(name: str, held_out: str | None) -> str | None:
 
 def _looks_like_text(path: Path) -> bool:
     try:
+        if _encoding(path) != "utf-8-sig":
+            return True
         with _open_binary(path) as file:
             return b"\0" not in file.read(8192)
     except (OSError, EOFError, zlib.error):
         return True  # reading it says what is wrong
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what the mark at the start of the file says."""
+    with _open_binary(path) as file:
+        start = file.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def _bad_byte(path: Path) -> str:
+    """The place of the first byte that is no UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, offset = 1, 0
+    with _open_binary(path) as file:
+        while chunk := file.read(1 << 20):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start]
+                at = offset + len(chunk) - len(error.object) + error.start
+                return f"line {line + before.count(10):,}, byte {at:,}: "
+            line += chunk.count(b"\n")
+            offset += len(chunk)
+    return "its end: "
+
+
+def _conversion(file: SourceFile) -> str:
+    """The command that makes UTF-8 of a file; the new one is still read as what it is."""
+    path, packed = file.path, file.path.suffix.lower() == ".gz"
+    name = path.with_suffix("").name if packed else path.name
+    stem, dot, suffix = name.partition(".")
+    new = path.with_name(f"{stem}-utf8{dot}{suffix}")
+    read = f"gzip -dc {shlex.quote(str(path))} | iconv" if packed else "iconv"
+    given = "" if packed else f" {shlex.quote(str(path))}"
+    return f"{read} -f latin1 -t utf-8{given} > {shlex.quote(str(new))}, and name that"
 
 
 def _open_binary(path: Path):
@@ -186,34 +288,37 @@ def _open_binary(path: Path):
 
 def _open(path: Path) -> TextIO:
     if not _looks_like_text(path):
-        with _open_binary(path) as file:
-            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        if is_utf16:
-            hint = f"convert it first: iconv -f utf-16 -t utf-8 '{path}' > '{path}.txt'"
-            raise UserError(f"{path} is UTF-16, not UTF-8", hint)
-        raise UserError(f"{path} holds no text", hint="text, JSONL, Parquet and Arrow can be read")
+        hint = "text, JSONL, Parquet and Arrow can be read"
+        raise UserError(f"{path} holds no text: there is a NUL byte in it", hint)
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
+        return gzip.open(path, "rt", encoding=_encoding(path))
+    return open(path, encoding=_encoding(path))
 
 
-def _json_rows(file: TextIO, path: Path) -> Iterator[dict]:
-    for number, line in enumerate(file, start=1):
+def _text_rows(path: Path) -> Iterator[dict]:
+    with _open(path) as opened:
+        yield from ({"text": passage} for passage in passages(opened))
+
+
+def _json_rows(file: TextIO, place: Place) -> Iterator[dict]:
+    place.unit = "line"
+    for place.number, line in enumerate(file, start=1):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON: {error}",
-                hint="one object a line is needed; jq -c '.[]' makes lines of an array",
-            ) from None
+            raise UserError(f"{place} is not JSON: {error}", _json_hint(place, line)) from None
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number} is no JSON object",
-                hint="one object a line is needed; jq -c '.[]' makes lines of an array",
-            )
+            raise UserError(f"{place} is no JSON object", _json_hint(place, line))
         yield row
+
+
+def _json_hint(place: Place, line: str) -> str:
+    if place.number == 1 and line.startswith("["):
+        path = shlex.quote(str(place.source))
+        return f"one object a line is needed: jq -c '.[]' {path} > lines.jsonl, and name that"
+    return "one object a line is needed; mend that line or take it out"
 
 
 def _parquet_rows(path: Path, choose) -> Iterator[dict]:

@@ -21,9 +21,11 @@ from lmplay.data.sources import (
     columns_of,
     documents,
     expected_bytes,
+    files_in_words,
     has_own_validation,
     held_out_fraction,
     is_fraction_known,
+    share_trained_on,
     source_fingerprint,
 )
 from lmplay.data.tokenizers import Tokenizer
@@ -35,6 +37,7 @@ SHARD_TOKENS = 1 << 24
 _BATCH_CHARACTERS = 1 << 18  # that a core makes to tokens at once
 _BATCH_RECORDS = 1024
 _MOST_BYTES = 16  # of text for a held-out token: several times the usual
+_MUCH_TRAINED_ON = 0.02  # of the lines held out; some are everywhere
 _POLL_SECONDS = 1.0  # while another process prepares
 
 Progress = Callable[[str, int, int, int | None], object]
@@ -74,6 +77,8 @@ def prepare(
     """
     if dataset.shards is not None:
         return open_foreign(dataset, name, tokenizer, validation)
+    if line := files_in_words(dataset):
+        note(f"{name}: {line}")
     if not is_fraction_known(dataset, validation.fraction):
         note_download(dataset, name, note)
     fraction = held_out_fraction(dataset, validation.fraction)
@@ -107,11 +112,13 @@ def prepare(
             source = FairSample(most * _MOST_BYTES)
             for document in documents(dataset, "validation", fraction):
                 source.add(document)
+        lossless = True
         for batch in _batches(source, 1):
+            lossless = lossless and all(_gives_back(tokenizer, document) for document in batch)
             writer.add(writer.encode(batch))
             if writer.full:
                 break
-        writer.finish()
+        writer.finish(lossless=lossless)
 
     if in_one_pass:
         training.fill(write_training, note)
@@ -119,7 +126,21 @@ def prepare(
     else:  # what is wrong with the smaller side is told first
         held_out.fill(write_held_out, note)
         training.fill(write_training, note, in_background=dataset.hub is not None)
+    if not held_out.shards.is_lossless():
+        note(f"{name}: {tokenizer.name} loses text, it does not give it back: no bits per byte")
+    if dataset.hub is None and has_own_validation(dataset):
+        share = share_trained_on(dataset, fraction, most * _MOST_BYTES)
+        if share >= _MUCH_TRAINED_ON:
+            note(
+                f"{name}: {share:.0%} of the lines held out are also in the training text: "
+                "the validation loss is too good to be true"
+            )
     return held_out.shards, training.shards
+
+
+def _gives_back(tokenizer: Tokenizer, document: Document) -> bool:
+    texts = [text for text, _ in document.parts(learn_prompt=True)]
+    return all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
 
 
 def note_download(dataset: Dataset, name: str, note: Note) -> None:

@@ -167,8 +167,8 @@ class Writer:
             self._text_bytes += sum(len(self._tokenizer.token_bytes(token)) for token in kept)
         self.num_bytes += sum(document.num_bytes for document in documents)
 
-    def finish(self) -> None:
-        """Write the last shard; the stream is complete.
+    def finish(self, **facts: object) -> None:
+        """Write the last shard, and `facts` into the index; the stream is complete.
 
         Raises:
             UserError: code NO_DATA, there was no document.
@@ -181,6 +181,7 @@ class Writer:
                 "passages of 16,384 characters of plain text",
                 code=NO_DATA,
             )
+        self._about = {**self._about, **facts}
         self._flush(complete=True)
 
     def _take(self, tokens, learned, position: int, stop: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmplay.data import shard_cache as cache
 from lmplay.data.shard_format import map_shard, shard_header
-from lmplay.data.shard_writer import VERSION, Shard, digest, mask_path
+from lmplay.data.shard_writer import INDEX, VERSION, Shard, digest, mask_path
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import Dataset, Validation
@@ -91,6 +91,11 @@ class Shards:
         ids, counts = np.unique(tokens[tokens != self._tokenizer.end], return_counts=True)
         sizes = (len(self._tokenizer.token_bytes(token)) for token in ids.tolist())
         return sum(size * count for size, count in zip(sizes, counts.tolist(), strict=True))
+
+    def is_lossless(self) -> bool:
+        """Whether the tokenizer gave the text back; True for foreign shards, which have none."""
+        ours = bool(self._state[0][-1].sha256)
+        return not ours or cache.read_json(self._folder / INDEX).get("lossless", True)
 
     def content_fingerprint(self) -> str:
         """Equal where every token is, wherever it came from."""

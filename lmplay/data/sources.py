@@ -5,13 +5,13 @@ import heapq
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
-from lmplay.data.local_files import SourceFile, file_rows, of_split, source_files
+from lmplay.data.local_files import Place, SourceFile, file_rows, of_split, source_files
 from lmplay.data.shard_cache import content_hash, remembered, remembers
 from lmplay.data.shard_cache import fingerprint as fingerprint_of
 from lmplay.data.tokenizers import valid
@@ -23,6 +23,7 @@ Split = Literal["train", "validation"]
 HELD_OUT_SPAN = (
     1 << 27
 )  # bytes of text at a hub dataset's start that its held-out records come from
+_LINE = 24  # characters; shorter ones come twice by chance
 _HUB_SECONDS = 60.0  # without one new row, all attempts together
 _HUB_ROWS = 128  # read in one call
 _HUB_HINT = (
@@ -155,6 +156,30 @@ def held_out_fraction(dataset: Dataset, fraction: float) -> float:
     return float(remembered(_held_out_key(dataset, fraction), lowest))
 
 
+def share_trained_on(dataset: Dataset, fraction: float, num_bytes: int) -> float:
+    """The share of held-out lines that are also in the training text; remembered in the cache.
+
+    Of local files with a held-out split of their own: else records are on one side each.
+
+    Args:
+        num_bytes: of held-out text that is looked at.
+    """
+
+    def compute() -> float:
+        sample = FairSample(num_bytes)
+        for document in documents(dataset, "validation", fraction):
+            sample.add(document)
+        lines = {line for held in sample for line in held.text.split("\n") if len(line) >= _LINE}
+        found: set[str] = set()
+        for document in documents(dataset, "train", fraction):
+            found |= lines.intersection(document.text.split("\n"))
+        return len(found) / max(1, len(lines))
+
+    both = [source_fingerprint(dataset, split) for split in ("train", "validation")]
+    key = fingerprint_of("share trained on", both, columns_of(dataset), num_bytes)
+    return float(remembered(key, compute))
+
+
 def is_fraction_known(dataset: Dataset, fraction: float) -> bool:
     """Whether `held_out_fraction` can tell without reading the source."""
     return has_own_validation(dataset) or remembers(_held_out_key(dataset, fraction))
@@ -236,25 +261,59 @@ def _sources(dataset: Dataset, split: Split, skip: int):
         yield _Renderer(dataset, f"the hub dataset {dataset.hub}"), _hub_rows(dataset, name, skip)
     else:
         for file in _files(dataset, split):
-            render = _Renderer(dataset, str(file.path))
-            yield render, file_rows(file, render.needed)
+            place = Place(file.path)
+            render = _Renderer(dataset, place)
+            yield render, file_rows(file, render.needed, place)
 
 
 def _files(dataset: Dataset, split: Split) -> list[SourceFile]:
-    files = source_files(dataset.files or [], dataset.validation_split)
-    found = of_split(files, split)
+    found = of_split(_all_files(dataset), split)
     if found or (split == "validation" and dataset.validation_split is None):
         return found
     names = ", ".join(dataset.files or [])
     if split == "train":
         raise UserError(
             f"{names} holds only files to test or validate with",
-            hint="name the files to train on one by one",
+            hint="name the files to train on one by one, with --data for each",
         )
     raise UserError(
         f"{names}: no file's name starts with {dataset.validation_split!r}",
         hint="without validation_split, records are held out by their hash",
     )
+
+
+def _all_files(dataset: Dataset) -> list[SourceFile]:
+    files = source_files(dataset.files or [], dataset.validation_split)
+    if dataset.validation_files is None:
+        return files
+    held_out = [
+        replace(file, split="validation") for file in source_files(dataset.validation_files)
+    ]
+    apart = [replace(f, split="other") if f.split == "validation" else f for f in files]
+    if not of_split(apart, "train"):  # what is named is meant
+        apart = [replace(file, split=None) for file in files]
+    return [*apart, *held_out]
+
+
+def files_in_words(dataset: Dataset) -> str | None:
+    """One line on what is read, held out and left out; None where there is nothing to tell."""
+    if dataset.files is None or len(files := _all_files(dataset)) < 2:
+        return None
+    read, held_out = (of_split(files, split) for split in ("train", "validation"))
+    reasons: dict[str, list[SourceFile]] = {}
+    for file in files:
+        if file not in read and file not in held_out:
+            other = f"{file.split} split" if file.split else "there are files called train"
+            reasons.setdefault(file.left_out or other, []).append(file)
+    parts = [f"reads {_some(read)}"]
+    parts += [f"holds out {_some(held_out)}"] if held_out else []
+    parts += [f"left out: {_some(found)} ({reason})" for reason, found in reasons.items()]
+    return "; ".join(parts)
+
+
+def _some(files: list[SourceFile]) -> str:
+    names = ", ".join(file.path.name for file in files[:4])
+    return f"{names} and {len(files) - 4} more" if len(files) > 4 else names
 
 
 def _span(dataset: Dataset, source: Iterable[Document]) -> Iterator[Document]:
@@ -332,7 +391,7 @@ def _source_code(path: Path) -> str:
 class _Renderer:
     """Rows of one file to documents, by the columns that the plan names or the file has."""
 
-    def __init__(self, dataset: Dataset, where: str):
+    def __init__(self, dataset: Dataset, where: str | Place):
         self._dataset, self._where = dataset, where
         self._text, self._prompt, self._truth, self._messages = columns_of(dataset)
         self._known = False
@@ -364,8 +423,7 @@ class _Renderer:
             self.needed(list(row))
         if row.keys().isdisjoint(self._learned):
             raise UserError(
-                f"a row of {self._where} has no column {self._learned[0]!r}; it has "
-                f"{', '.join(row)}",
+                f"{self._where} has no column {self._learned[0]!r}; it has {', '.join(row)}",
                 hint="leave such rows out of the file, or give them the column",
             )
         if self._messages:

@@ -89,6 +89,11 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout
 
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:  # which libraries below cannot open
+            problem = f"the name {str(self.path)!a} is no UTF-8"
+            raise UserError(problem, hint="choose another place with --out-dir") from None
         lock = FileLock(self.path / "lock")
         owner = self.path / "owner.json"
         try:

@@ -133,6 +133,13 @@ def main(
             metavar="PATH",
         ),
     ] = None,
+    validation_data: Annotated[
+        list[str] | None,
+        Option(
+            help="Text to hold out, instead of a share of --data; may be repeated.",
+            metavar="PATH",
+        ),
+    ] = None,
     device: Device = "auto",
     amp: Annotated[
         bool,
@@ -319,7 +326,7 @@ def main(
         of_plan = {"optimizer": replaced(read_plan(plan_name, {}, data).optimizer, optimizer)}
         changes = changes.of_optimizer(of_plan["optimizer"]["name"])
     config = changes.of_config
-    resolved = read_plan(plan_name, changes.of_plan | of_plan, data)
+    resolved = read_plan(plan_name, changes.of_plan | of_plan, data, validation_data)
     if margin is not None:
         resolved = resolved.model_copy(update={"margin": margin})
     rungs = tuple(_factors("--sizes", sizes))
@@ -343,7 +350,7 @@ def main(
         _one(names, "--check")
         return print_check(entries[0], resolved, config, device, precision, as_json)
     for dataset in resolved.datasets.values():
-        for path in dataset.files or []:
+        for path in [*(dataset.files or []), *(dataset.validation_files or [])]:
             existing(path)
     if ideas and len(rungs) > 1:
         raise UserError("--greedy and --sizes are two questions", hint="ask one after the other")
@@ -483,10 +490,9 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
         return print_json(result)
     row = result["validation"]
     out.print(f"{result['run']}: {result['status']} at {row['tokens']:,} tokens")
-    out.print(
-        f"validation loss {row['loss']:.4f} nats per token, "
-        f"{row['bits_per_byte']:.4f} bits per byte"
-    )
+    per_byte = row["bits_per_byte"]
+    told = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
+    out.print(f"validation loss {row['loss']:.4f} nats per token{told}")
     note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
 
 

@@ -44,11 +44,12 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
         return validate(run, data, stopping)
     sums_N2 = run.accelerator.gather(torch.stack(sums))
     nats, hits = sums_N2.cpu().double().sum(0).tolist()
+    bits = nats / math.log(2)
     return {
         "step": run.step,
         "tokens": run.tokens,
         "loss": nats / num_targets,
-        "bits_per_byte": nats / math.log(2) / data.validation_bytes,
+        "bits_per_byte": bits / data.validation_bytes if data.is_lossless else None,
         "accuracy": None if math.isnan(hits) else hits / num_targets,
         "seconds": run.seconds,
     }

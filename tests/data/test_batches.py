@@ -1,6 +1,7 @@
 """The rows of training are a pure function of plan and seed; an epoch has each target once."""
 
 import json
+import os
 import threading
 from collections import Counter
 
@@ -26,7 +27,7 @@ SHARD_TOKENS = 150
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     prepare = preparing.prepare
     monkeypatch.setattr(
         batches, "prepare", lambda *a, **k: prepare(*a, **k, shard_tokens=SHARD_TOKENS)
@@ -233,7 +234,8 @@ def test_what_was_streamed_once_needs_neither_network_nor_thread(folder, hub, mo
 
     assert rows_of(data) == before
     assert not any("prepare" in thread.name for thread in threading.enumerate())
-    assert len(notes) == 1 and "about 9 GB" in notes[0] and "--plan quick" in notes[0]
+    (told,) = [note for note in notes if "about 9 GB" in note]
+    assert "--plan quick" in told
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
@@ -436,7 +438,7 @@ def test_other_text_or_mixing_has_another_fingerprint(folder):
 
 def test_only_the_truth_is_scored(folder):
     path = folder / "a.jsonl"
-    path.write_text('{"prompt": "ask", "truth": "TOLD"}\n' * 60 + '{"prompt": "q", "truth": "T"}\n')
+    path.write_text("".join(f'{{"prompt": "ask {i}", "truth": "TOLD"}}\n' for i in range(60)))
     plan = make_plan({"a": {"files": [str(path)]}}, batch_size=1)
 
     scored = targets_of(rows_of(opened(plan)))
@@ -527,3 +529,10 @@ def test_the_original_s_columns_can_be_trained_on(folder, hub):
     assert "About" in seen and "It is" in seen and "Assistant:" in seen
     assert data.validation_tokens > 0
     data.close()
+
+
+def test_a_text_shorter_than_a_row_is_refused(folder):
+    plan = make_plan({"a": files(folder, "a", 40)}, sequence_length=10_000)
+
+    with pytest.raises(UserError, match=r"tokens to train on, fewer than the 10,000 of a row"):
+        opened(plan)

@@ -3,12 +3,21 @@
 import gzip
 import io
 import json
+import subprocess
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmplay.data.local_files import PASSAGE, file_rows, of_split, passages, source_files
+from lmplay.data.local_files import (
+    PASSAGE,
+    Place,
+    SourceFile,
+    file_rows,
+    of_split,
+    passages,
+    source_files,
+)
 from lmplay.errors import UserError
 
 ROWS = [{"title": f"title {i}", "text": f"text {i}\nmore é"} for i in range(700)]
@@ -16,7 +25,7 @@ ROWS = [{"title": f"title {i}", "text": f"text {i}\nmore é"} for i in range(700
 
 def read(path):
     rows = []
-    for file in source_files([str(path)]):
+    for file in of_split(source_files([str(path)]), "train"):
         rows += file_rows(file, lambda names: [n for n in names if n != "unwanted"])
     return rows
 
@@ -132,17 +141,21 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
         ("train-00001-of-00002.parquet", "train"),
         ("validation.jsonl.gz", "validation"),
         ("valid.txt", "validation"),
-        ("val_1.txt", "validation"),
-        ("dev/part.txt", "validation"),
+        ("val/part.txt", "validation"),
         ("test.txt", "test"),
-        ("Test-1.txt", "test"),
+        ("Test-0-of-1.txt", "test"),
+        ("Train Dreams.txt", None),
+        ("Test Pilot.txt", None),
+        ("Dev Diary.txt", None),
+        ("val_1.txt", None),
+        ("interval.txt", None),
         ("testament.txt", None),
         ("training.txt", None),
         ("value.txt", None),
         ("my-train.txt", None),
     ],
 )
-def test_the_start_of_a_name_tells_the_split(tmp_path, name, split):
+def test_a_whole_name_tells_the_split(tmp_path, name, split):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("text")
 
@@ -194,7 +207,7 @@ def test_a_file_named_alone_is_trained_on_whatever_its_name(tmp_path):
         ("a.json", b'[\n{"text": "a"}]\n', "line 1 is not JSON"),
         ("a.txt", b"caf\xe9 au lait", "is not UTF-8"),
         ("a.txt", b"a\0b", "holds no text"),
-        ("a.txt", "text".encode("utf-16"), "is UTF-16"),
+        ("a.txt", "text".encode("utf-16")[:-1], "is not UTF-16"),
         ("a.parquet", b"PAR1 not really", "no whole Parquet"),
         ("a.arrow", b"ARROW1 not really", "no whole Arrow"),
         ("a.txt.gz", b"not packed", "cannot read"),
@@ -241,3 +254,98 @@ def test_a_large_text_is_read_in_bounded_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert total == 6_000_000
     assert peak < 1_000_000
+
+
+def test_what_is_left_out_of_a_folder_says_why(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "LICENSE").write_text("about")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_bytes(b"te\0xt")
+
+    found = source_files([str(tmp_path)])
+
+    assert names(of_split(found, "train")) == ["a.txt"]
+    reasons = {file.path.name: file.left_out for file in found}
+    assert reasons["README.md"] == reasons["LICENSE"] == "about the data"
+    assert "NUL" in reasons["b.txt"] and reasons["a.txt"] is None
+
+
+def test_a_folder_of_readmes_is_a_text_too(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+
+    assert read(tmp_path) == [{"text": "about"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_a_mark_tells_the_encoding(tmp_path, encoding, name):
+    text = '{"text": "caf\xe9 \u4e2d"}\n'
+    data = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+
+    expected = json.loads(text) if name.endswith("jsonl") else {"text": text}
+    assert read(tmp_path / name) == [expected] == read(tmp_path)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("text")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+
+    assert read(tmp_path / "data") == [{"text": "text"}]
+
+
+def test_a_folder_that_the_datasets_library_saved_is_read(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write_arrow_stream(tmp_path / split / "data-00000-of-00001.arrow")
+        for name in ("state.json", "dataset_info.json"):
+            (tmp_path / split / name).write_text("{\n}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+
+    assert read(tmp_path) == ROWS and read(tmp_path / "train") == ROWS
+
+
+def test_a_bad_byte_has_a_line_and_an_offset(tmp_path):
+    lines = ["caf\xe9"] * 30_000
+    data = "\n".join(lines).encode()  # more than is decoded at once
+    at = len(data) * 9 // 10 // 6 * 6
+    (tmp_path / "a.txt").write_bytes(data[:at] + b"\xe9\n" + data[at:])
+
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "a.txt")
+
+    assert f"line {data[:at].count(10) + 1:,}, byte {at:,}" in caught.value.problem
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "my text.txt", "a.txt.gz"])
+def test_the_way_to_convert_a_file_leads_to_a_good_end(tmp_path, name):
+    text = '{"text": "caf\xe9"}\n'
+    data = text.encode("latin1")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    command = caught.value.hint.removeprefix("convert it first: ").removesuffix(", and name that")
+
+    subprocess.run(["bash", "-c", command], check=True)
+
+    (made,) = [path for path in tmp_path.iterdir() if path.name != name]
+    assert read(made) == [json.loads(text) if name == "a.jsonl" else {"text": text}]
+
+
+def test_whoever_finds_fault_with_a_row_knows_its_place(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*ROWS[:3], {}])
+    (tmp_path / "a.jsonl").write_text("\n\n" + (tmp_path / "a.jsonl").read_text())
+    place = Place("a.jsonl")
+
+    places = [str(place) for _ in file_rows(SourceFile(tmp_path / "a.jsonl", None), list, place)]
+
+    assert places == ["a.jsonl, line 3", "a.jsonl, line 4", "a.jsonl, line 5", "a.jsonl, line 6"]
+
+
+@pytest.mark.parametrize("text", ["a" * 300, "~nosuchuser/a.txt", "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused_in_words(text):
+    with pytest.raises(UserError):
+        source_files([text])

@@ -417,3 +417,63 @@ def test_preparing_needs_no_more_memory_for_more_text(folder, monkeypatch):
         tracemalloc.stop()
 
     assert peaks[1] < 1.5 * peaks[0] + 500_000
+
+
+def notes_of(dataset, tokenizer=None):
+    notes = []
+    sides = prepare(
+        dataset, "name", tokenizer or BYTE, HELD_OUT, lambda *numbers: None, notes.append
+    )
+    return sides, notes
+
+
+def lines(first, count):
+    return "".join(f"line {i} of a text that is long enough\n" for i in range(first, first + count))
+
+
+def test_what_is_held_out_and_trained_on_too_is_told(folder):
+    (folder / "train.txt").write_text(lines(0, 2000))
+    (folder / "validation.txt").write_text(lines(1000, 500))
+    _, notes = notes_of(Dataset(files=[str(folder)]))
+    (folder / "validation.txt").write_text(lines(5000, 500))
+    _, without = notes_of(Dataset(files=[str(folder)]))
+
+    assert any("100% of the lines held out are also in the training text" in n for n in notes)
+    assert not any("also in" in note for note in without)
+
+
+def test_text_named_for_validation_is_held_out_whatever_else_is_called_so(folder):
+    (folder / "in").mkdir()
+    (folder / "in" / "a.txt").write_text("trained")
+    (folder / "in" / "validation.txt").write_text("neither")
+    (folder / "mine.txt").write_text("held out")
+
+    dataset = Dataset(files=[str(folder / "in")], validation_files=[str(folder / "mine.txt")])
+    (held_out, training), notes = notes_of(dataset)
+
+    assert bytes(t for t in stream(held_out) if t < 256) == b"held out"
+    assert bytes(t for t in stream(training) if t < 256) == b"trained"
+    assert any(
+        "reads a.txt; holds out mine.txt; left out: validation.txt" in note for note in notes
+    )
+
+
+class Lossy(type(BYTE)):
+    """Bytes without the blanks, as a tokenizer that splits at them may give them back."""
+
+    def __init__(self):
+        super().__init__()
+        self.fingerprint = "lossy"
+
+    def decode(self, ids):
+        return super().decode(ids).replace(" ", "")
+
+
+def test_a_tokenizer_that_loses_text_is_found_by_the_text_that_is_held_out(folder):
+    dataset = jsonl(folder / "a.jsonl", numbered(100))
+
+    (held_out, _), notes = notes_of(dataset, Lossy())
+    (whole, _), quiet = notes_of(dataset)
+
+    assert not held_out.is_lossless() and any("loses text" in note for note in notes)
+    assert whole.is_lossless() and not any("loses" in note for note in quiet)
