@@ -96,8 +96,10 @@ def declare(requests: list[Request], baselines: set[str]) -> None:
         if not request.folder.run_json.is_file():
             continue
         facts = request.folder.read()
-        design, rate = facts.design or request.design, facts.rate or request.rate
-        if design != request.design and arm_of(request) not in baselines:
+        declared = facts.design if facts.design and facts.design.spends else None
+        design, rate = declared or request.design, facts.rate or request.rate
+        is_other = design != request.design and request.design.spends
+        if is_other and arm_of(request) not in baselines:
             raise _contradiction(request, design)
         if (facts.design, facts.rate) != (design, rate) and facts.status != "running":
             request.folder.write(replace(facts, design=design, rate=rate))

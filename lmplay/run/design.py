@@ -35,6 +35,11 @@ class Design:
         return [*screen, *(range(after, after + look) for look in self.looks)]
 
     @property
+    def spends(self) -> bool:
+        """Whether it tests anything: one seed is no evidence, so looking at it costs nothing."""
+        return self.looks[-1] > 1
+
+    @property
     def words(self) -> str:
         """What declares it on the command line."""
         first = f"--seed {self.first_seed} " if self.first_seed else ""

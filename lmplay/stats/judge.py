@@ -226,7 +226,7 @@ def _next(arm: Arm) -> str | None:
     if arm.is_pending:
         return arm.design.words
     rates = f" --rates {','.join(f'{rate:g}' for rate in arm.rates)}" if look.lowest else ""
-    if test is None and arm.design is None:
+    if test is None and (arm.design is None or not arm.design.spends):
         return f"--seeds {_FEW}{rates}"
     known = [pair.run.seed for pair in arm.pairs]
     fresh = max([max(known) + 1, *([arm.design.seeds.stop] if arm.design else [])])

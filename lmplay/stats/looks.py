@@ -21,12 +21,14 @@ def foresight(design: Design, num_ideas: int, difference_sd: float | None) -> st
         num_ideas: beside the baseline.
         difference_sd: of the paired differences in nats, as far as runs of this plan have shown.
     """
+    if not design.spends:
+        return "one seed tells nothing: --seeds 5 is a look"
     looks, seeds = tuple(design.looks), design.looks[-1]
     of = "one idea kept" if design.screen else f"{num_ideas} idea{'s' * (num_ideas > 1)}"
     level = level_of(looks, ALPHA / (1 if design.screen else max(num_ideas, 1)))
     effect = told_effect(seeds, level)
     size = "" if difference_sd is None else f", here about {effect * difference_sd:.2g} nats"
-    told = f"{seeds} seeds, {of}: told is a difference of {effect:.2g} sd or more{size}"
+    told = f"{seeds} seeds, {of}: told is a difference of {effect:.1f} sd or more{size}"
     rare = "; few are so large: try --seeds 3+8" if effect > _RARE and not design.screen else ""
     return f"{told} (sd: of the paired differences){rare}"
 

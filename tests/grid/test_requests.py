@@ -105,6 +105,16 @@ def test_spent_seeds_are_never_spent_again(template, trained):
     declare(again, {again[0].label})  # a baseline serves every design
 
 
+def test_one_seed_spends_nothing(template, trained):
+    requests = expanded(template, [template.entry], design_of("5"))
+    single = expanded(template, [template.entry], design_of("1"))
+    folder = trained(requests[0], design=single[0].design)
+    declare(requests, set())
+    declare(single, set())
+
+    assert folder.read().design == requests[0].design
+
+
 def test_one_rate_for_one_idea_and_three_for_another_contradict(template, trained):
     requests = expanded(template, [template.entry], design_of("2"))
     trained(requests[0], design=requests[0].design)

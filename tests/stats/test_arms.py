@@ -246,3 +246,9 @@ def null_arm(design, draw):
     arm = Arm([], design, [], [[]] * len(design.stages), [1.0])
     arm.values = draw.standard_normal(design.seeds.stop)
     return arm
+
+
+def test_one_seed_of_a_grid_may_be_the_first_of_five(arms):
+    row = verdict(arms(design_of("1"), ue=[-0.1]))
+
+    assert (row["verdict"], row["next"]) == ("cannot tell", "--seeds 5")

@@ -1,10 +1,13 @@
 """What looking again costs, against figures of two other simulations and one of our own."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy.special import stdtr
 
-from lmplay.stats.looks import level_of, spent_at
+from lmplay.run.design import design_of
+from lmplay.stats.looks import foresight, level_of, spent_at
 
 LOOKS = (3, 5, 8, 12)
 
@@ -50,3 +53,22 @@ def test_drawn_samples_are_found_as_often_as_is_said():
         expected = spent_at(LOOKS, level)
         share = np.mean(least <= level)
         assert abs(share - expected) < 4 * np.sqrt(expected / count) + 0.003 * expected
+
+
+@pytest.mark.parametrize(
+    ("ideas", "seeds", "effect"),
+    [
+        *((1, 3, 2.5), (1, 5, 1.2), (1, 8, 0.8), (16, 3, 10.3), (16, 5, 2.8), (16, 8, 1.6)),
+        *((40, 3, 16.3), (40, 5, 3.6), (40, 8, 1.8)),
+    ],
+)
+def test_what_can_be_told_is_said_before_a_grid_starts(ideas, seeds, effect):
+    text = foresight(design_of(str(seeds)), ideas, 0.01)
+
+    told = float(re.search(r"a difference of ([0-9.]+) sd", text)[1])
+    assert told == pytest.approx(effect, abs=0.101) and "here about" in text
+    assert ("--seeds 3+8" in text) == (told > 2.5)
+
+
+def test_one_seed_tells_nothing_and_says_so():
+    assert foresight(design_of("1"), 3, None).startswith("one seed tells nothing")
