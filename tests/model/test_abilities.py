@@ -66,3 +66,23 @@ def test_no_other_file_asks_what_a_model_can_do(path):
     }
 
     assert not asked & NAMES
+
+
+def test_a_body_that_is_only_a_docstring_does_nothing_after_a_step():
+    class Waiting(Plain):
+        def after_step(self) -> None:
+            """Ideas insert lines here."""
+
+    class Counting(Plain):
+        def after_step(self) -> None:
+            """Counts."""
+            self.num_steps += 1
+
+    class Answering(Plain):
+        def after_step(self):
+            """Answers."""
+            return 5
+
+    found = [abilities.has_after_step(model) for model in (Waiting, Waiting(), Counting, Answering)]
+
+    assert found == [False, False, True, True]
