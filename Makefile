@@ -1,6 +1,7 @@
 # make demo   install, train three runs on the quick plan, sample, plot: about ten minutes
 # make test   install, ruff, the whole test suite
 # make bench  install, measure against other trainers, write bench/results.md: a quarter of an hour
+# make proofs prove all bundled names, so that the suite need not: after a change of the proofs
 # make check  ruff and the fast tests: before each commit
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 RUNS := runs
 PROMPT := def read_lines(path):
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench check proofs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,9 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 -m "not slow"
+
+proofs: .venv/installed
+	$(BIN)/python tests/prove_all.py
 
 clean:
 	rm -rf .venv build dist

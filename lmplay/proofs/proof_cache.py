@@ -21,16 +21,13 @@ RUN_BY_PROOFS = ("*.py", "catalog/*.py", "model/*.py", "proofs/*.py")  # what pr
 def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof]:
     """What was found of this before, if all of it passed; else what is found now.
 
-    A pass is remembered, in the user's cache, by the hash of `of`, of every file of lmplay that
-    takes part in a proof, and of torch's version. A failure is never remembered, nor what lacked
-    memory.
+    A pass is remembered, in the user's cache, by its mark. A failure is never remembered, nor what
+    lacked memory.
 
     Args:
-        of: what else the proofs depend on, by its text: sources, Config values, the machine.
+        of: as `mark` takes it.
     """
-    marks = [*map(str, of), hash_of_sources(PACKAGE), torch.__version__]
-    name = hashlib.sha256("\0".join(marks).encode()).hexdigest()
-    path = cache_root() / "checks" / f"{name}.json"
+    path = cache_root() / "checks" / f"{mark(of)}.json"
     with suppress(OSError, ValueError, TypeError):
         return [Proof(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     proofs = found()
@@ -39,6 +36,16 @@ def remembered(of: list[object], found: Callable[[], list[Proof]]) -> list[Proof
             make_folder(path.parent)
             write_json(path, [dataclasses.asdict(proof) for proof in proofs])
     return proofs
+
+
+def mark(of: list[object]) -> str:
+    """The hash of `of`, of every file of lmplay that takes part in a proof, and of torch's version.
+
+    Args:
+        of: what else the proofs depend on, by its text: sources, Config values, the machine.
+    """
+    marks = [*map(str, of), hash_of_sources(PACKAGE), torch.__version__.partition("+")[0]]
+    return hashlib.sha256("\0".join(marks).encode()).hexdigest()
 
 
 @functools.cache

@@ -44,8 +44,12 @@ PROOFS = {
 
 def checked(experiment: Experiment) -> list[Proof]:
     """The proofs of `check`, from memory where this very experiment has passed them all before."""
-    of = [experiment.source, experiment.config(**experiment.tiny), *_sources(experiment.entry)]
-    return remembered(of, lambda: check(experiment))
+    return remembered(depends_on(experiment), lambda: check(experiment))
+
+
+def depends_on(experiment: Experiment) -> list[object]:
+    """What the proofs of an experiment depend on besides lmplay and torch."""
+    return [experiment.source, experiment.config(**experiment.tiny), *_sources(experiment.entry)]
 
 
 def check(experiment: Experiment) -> list[Proof]:
