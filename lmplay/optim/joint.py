@@ -1,5 +1,8 @@
 """Several optimizers behind one object with the interface of one of torch's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,21 @@ class JointOptimizer:
             elif wanted:
                 member.step()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While entered, parameters have the values that their optimizer would be judged by.
+
+        Those of Schedule-Free are an average of what training leaves, to the bit, when this ends.
+        """
+        members = [member for member in self.members if hasattr(member, "eval")]
+        for member in members:
+            member.eval()
+        try:
+            yield
+        finally:
+            for member in members:
+                member.train()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters."""
         for member in self.members:
@@ -76,7 +94,7 @@ class JointOptimizer:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take up a state that `state_dict` made of the same groups.
+        """Take up a state that `state_dict` made of the same groups; the parameters are loaded.
 
         Raises:
             ValueError: the groups are others.
@@ -102,6 +120,8 @@ class JointOptimizer:
                 }
             )
             first = last
+            if hasattr(member, "train"):
+                member.train()  # it was saved with the values that it is judged by
 
 
 def _signature(group: dict) -> tuple:

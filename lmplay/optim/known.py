@@ -6,6 +6,7 @@ from types import MappingProxyType
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Optimizer
 
+_FROM_LIBRARY = ("pytorch_optimizer", "lmplay.optim.soap", "lmplay.optim.schedule_free")
 EXTRA = 'pip install "lmplay[optimizers]"'
 MATRIX = frozenset({"matrix"})
 WITH_ROWS = frozenset({"matrix", "table", "head"})
@@ -50,6 +51,13 @@ class KnownOptimizer:
             problem = f"optimizer {self.name} needs the package {error.name}"
             raise UserError(problem, hint=EXTRA) from None
 
+    @property
+    def package(self) -> str:
+        """What has to be installed: torch, lmplay itself, or pytorch-optimizer."""
+        if self.source in _FROM_LIBRARY:
+            return "pytorch-optimizer"
+        return "torch" if self.source == "torch.optim" else "lmplay"
+
     def takes_role(self, role: str) -> bool:
         """Whether it trains parameters of this role by itself."""
         return self.takes is None or role in self.takes
@@ -93,6 +101,11 @@ _ALL = [
     _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4"),
     _matrix("NorMuon", "Muon whose rows are of one size", "2510.05491", "4"),
     _matrix("AdaMuon", "Muon over the root of its recent squares (v1)", "2507.11005", "8"),
+    KnownOptimizer("AdamMini", "AdamW with one divisor for each row", "2406.16793", "4", 1e-3,
+                   weight_decay=0.1, options=REST, source="lmplay.optim.adam_mini"),
+    KnownOptimizer("BiClip", "the gradient's numbers between two sizes", "2502.04164", "0", 10.0,
+                   options={"low": 1e-6, "high": 1e-4}, source="lmplay.optim.biclip",
+                   is_elementwise=True),
     _library("Lion", "sign of an average of momentum and gradient", "2302.06675", "4", 3e-4,
              weight_decay=0.3, options={"betas": [0.9, 0.99]}),
     _library("Signum", "sign of momentum", "1802.04434", "4", 3e-4, weight_decay=0.3,
@@ -112,6 +125,9 @@ _ALL = [
     _library("Prodigy", "Adam that finds its own rate", "2306.06101", "16", 1.0, weight_decay=0.1,
              is_elementwise=False, lr_is_absolute=True,
              options={"bias_correction": True, "safeguard_warmup": True}),
+    _library("ScheduleFreeAdamW", "AdamW judged by its average; wants a constant rate",
+             "2405.15682", "8", 2e-3, weight_decay=0.1, source="lmplay.optim.schedule_free",
+             is_elementwise=False, holds_weights=True, options={"betas": [0.9, 0.99]}),
     _library("SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "24 to 42", 3e-3,
              weight_decay=0.1, takes=MATRIX, is_elementwise=False, rest_lr=1 / 3,
              source="lmplay.optim.soap",

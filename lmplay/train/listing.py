@@ -200,8 +200,7 @@ def list_optimizers(as_json: bool) -> None:
             "options": known.options,
             "roles": "all" if known.takes is None else sorted(known.takes),
             "rest": None if known.takes is None else known.rest,
-            "package": "lmplay" if known.source.startswith("lmplay.optim.muon") else
-            "torch" if known.source == "torch.optim" else "pytorch-optimizer",
+            "package": known.package,
         }
         for known in KNOWN.values()
     ]  # fmt: skip

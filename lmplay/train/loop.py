@@ -114,12 +114,13 @@ def finish_step(session: Session) -> None:
     if due and session.validated < run.step:
         show_rows(session, now=True)
         session.show("validating", {"step": run.step})
-        row = validate(run, session.data, lambda: signals.code is not None)
-        if row is not None:
-            if session.validations is not None:
-                session.validations.write(row)
-            session.validated = run.step
-            session.show("validation", row)
+        with session.update.optimizer.averaged():
+            row = validate(run, session.data, lambda: signals.code is not None)
+            if row is not None:
+                if session.validations is not None:
+                    session.validations.write(row)
+                session.validated = run.step
+                session.show("validation", row)
         session.curves.restart_clock()
     code, asked = agreed(run, signals, session.curves.cadence)
     due = is_last or (run.step > 0 and clock.is_due(run.step, plan.checkpoints.every_tokens))
@@ -128,7 +129,8 @@ def finish_step(session: Session) -> None:
         for record in (session.curves.record, session.validations):
             if record is not None:
                 record.sync()
-        save(run, session.update)
+        with session.update.optimizer.averaged():
+            save(run, session.update)
         session.saved = run.step
         session.show("checkpoint", {"step": run.step})
         session.curves.restart_clock()

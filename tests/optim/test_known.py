@@ -98,6 +98,31 @@ def test_a_step_that_is_not_wanted_changes_nothing(name):
     assert_close(model.state_dict(), twin, rtol=0, atol=0)
 
 
+def test_what_a_model_is_judged_by_leaves_training_as_it_was(tmp_path):
+    model, optimizer = of("ScheduleFreeAdamW", lr=0.03)
+    other, looked_at = of("ScheduleFreeAdamW", lr=0.03)
+    take_steps(model, optimizer, range(20))
+    trained = copy.deepcopy(model.state_dict())
+    for step in range(20):
+        take_steps(other, looked_at, [step])
+        with looked_at.averaged():
+            judged = copy.deepcopy(other.state_dict())
+            folder = RunFolder(tmp_path)
+            state = looked_at.state_dict()
+            save_checkpoint(folder, Checkpoint(step, other.state_dict(), state, {}, {}), keep=1)
+
+    assert_close(other.state_dict(), trained, rtol=0, atol=0)
+    assert not torch.equal(judged["layer.weight"], trained["layer.weight"])
+    read = newest_checkpoint(folder, print)
+    assert_close(read.model, judged, rtol=0, atol=0)
+    resumed, its = of("ScheduleFreeAdamW", lr=0.03, seed=1)
+    resumed.load_state_dict(read.model)
+    its.load_state_dict(read.optimizer)
+    for one, own in ((model, optimizer), (resumed, its)):
+        take_steps(one, own, range(20, 30))
+    assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if known.weight_decay])
 def test_weight_decay_is_not_swallowed(name):
     moved = {}
