@@ -5,15 +5,19 @@ import statistics
 
 import torch
 
-from lmplay.model.abilities import has_own_objective, has_terms, scores_itself, trains_by_itself
+from lmplay.model.abilities import (
+    has_groups,
+    has_own_objective,
+    has_terms,
+    scores_itself,
+    trains_by_itself,
+)
 from lmplay.model.objective import IGNORE, Objective
-from lmplay.proofs.overfit import GRADIENT_STEPS
+from lmplay.proofs.overfit import GRADIENT_STEPS, MOST_SEEDS
 from lmplay.proofs.proof import EXACT, Exempt, Refuted, how_far
 from lmplay.proofs.specimen import Specimen
 
-# B rows, T positions, C model width, V vocabulary
-
-TERM_KEYS = {"x", "head", "targets", "shares", "weight", "z_weight", "penalty"}
+# B rows, T positions, V vocabulary
 
 
 def starts_finite(specimen: Specimen) -> str:
@@ -45,30 +49,13 @@ def begins_with_the_ruler(specimen: Specimen) -> str:
         raise Exempt("it has no loss_terms")
     tokens_BT = specimen.tokens(B=2)
     targets_BT = tokens_BT.roll(-1, 1)
-    for mode in ("eval", "training"):
-        model.train(mode == "training")
-        torch.manual_seed(1)
-        terms = model.loss_terms(tokens_BT, targets_BT)
-        torch.manual_seed(1)
-        x_BTC = model.hidden(tokens_BT)
-        for number, term in enumerate(terms):
-            if unknown := term.keys() - TERM_KEYS:
-                raise Refuted(f"term {number} has an unknown {min(unknown)!r}")
-            if "penalty" in term and tuple(term["penalty"].shape) != tuple(tokens_BT.shape):
-                shape = tuple(term["penalty"].shape)
-                raise Refuted(f"the penalty of term {number} has shape {shape}, not (B, T)")
-            if "penalty" not in term and term["x"].shape[:2] != tokens_BT.shape:
-                raise Refuted(f"x of term {number} has shape {tuple(term['x'].shape)}")
-        if not terms or "penalty" in terms[0]:
-            raise Refuted("the first term is not the ruler's: x, head, targets")
-        first = terms[0]
-        if first["head"] is not model.head:
-            raise Refuted("the first term's head is not the model's")
-        if not torch.equal(first.get("targets", targets_BT), targets_BT):
-            raise Refuted("the first term's targets are not the very targets")
-        moved = how_far(first["x"], x_BTC)
-        if not moved <= EXACT:
-            raise Refuted(f"the first term's x differs from hidden by {moved:.1e} in {mode} mode")
+    Objective(model).train()(tokens_BT, targets_BT)  # which refuses what breaks the contract
+    torch.manual_seed(1)
+    terms = model.loss_terms(tokens_BT, targets_BT)
+    torch.manual_seed(1)
+    moved = how_far(terms[0]["x"], model.hidden(tokens_BT))
+    if not moved <= EXACT:
+        raise Refuted(f"the first term's x differs from hidden by {moved:.1e}", unless=("repeat",))
     return f"{len(terms)} terms, the first as hidden and head give it"
 
 
@@ -82,7 +69,10 @@ def trains_every_weight(specimen: Specimen) -> str:
         if not math.isfinite(overfit.largest_size[name]):
             raise Refuted(f"the gradient of {name} is not finite")
         if overfit.largest_size[name] == 0:
-            raise Refuted(f"the gradient of {name} is zero in each of {GRADIENT_STEPS} steps")
+            raise Refuted(
+                f"the gradient of {name} is zero in each of {GRADIENT_STEPS} steps, with "
+                f"{MOST_SEEDS} seeds; if it is an expert that no token reaches, put fewer into TINY"
+            )
     usual = statistics.median(overfit.largest_size.values())
     rounding = [name for name, size in overfit.largest_size.items() if size < 1e-6 * usual]
     found = f"{len(overfit.parameters)} gradients, all finite and none zero"
@@ -91,13 +81,39 @@ def trains_every_weight(specimen: Specimen) -> str:
     return found
 
 
+def can_be_optimised(specimen: Specimen) -> str:
+    """Its groups name parameters of the model, each once, and what an optimizer takes."""
+    model = specimen.model()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    claimed: dict[int, str] = {}
+    for number, group in enumerate(model.parameter_groups() if has_groups(model) else []):
+        if unknown := group.keys() - {"params", "role", "lr_scale", "weight_decay"}:
+            raise Refuted(f"group {number} has an unknown {min(unknown)!r}")
+        for weight in group["params"]:
+            if id(weight) not in names:
+                raise Refuted(f"group {number} has what is no parameter of the model")
+            if id(weight) in claimed:
+                raise Refuted(f"{names[id(weight)]} is in two groups")
+            claimed[id(weight)] = names[id(weight)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    tokens_BT = specimen.tokens(B=2)
+    Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise Refuted(
+                f"{name} is not finite after a step of AdamW", unless=("gradients", "loss at start")
+            )
+    return f"{len(claimed)} parameters in groups of their own; a step of AdamW can be taken"
+
+
 def learns_a_batch(specimen: Specimen) -> str:
     overfit = specimen.overfit
     found = (
         f"{overfit.start:.2f} nats fall to {overfit.end:.2f} in {overfit.num_steps} steps of Adam"
     )
     if not overfit.learned:
-        raise Refuted(found)
+        raise Refuted(found, unless=("any shape", "gradients"))
     return found
 
 
@@ -107,5 +123,8 @@ def predicts_the_next_token(specimen: Specimen) -> str:
     said = specimen.overfit.said
     found = "; ".join(f"token {place}: {share:.0%}" for place, share in said.items())
     if said["t+1"] < 0.8:
-        raise Refuted(f"after one batch was learned, position t says {found}")
+        raise Refuted(
+            f"after one batch was learned, position t says {found}",
+            unless=("causal", "learns", "any shape"),
+        )
     return f"position t says {found}"

@@ -3,7 +3,7 @@
 import math
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 CLOSE = 1e-4  # how far logits may move, against the largest, where the order of additions differs
 EXACT = 1e-5  # and where only rounding may move them
+# what names a fault comes before what suffers from it
+TELLING = [
+    *("imports", "ruler", "likelihood", "terms", "causal", "rows apart", "repeat", "seed"),
+    *("only weights", "state dict", "no float64", "placement", "cache", "head", "fold", "modes"),
+    *("shift", "optimizer", "gradients", "loss at start", "any shape", "learns"),
+]
 NO_MEMORY = "there is not enough memory to tell"
 
 
@@ -24,10 +30,23 @@ class Proof:
     name: str
     passed: bool | None  # None: the claim does not apply to this experiment
     detail: str  # one line, with the numbers
+    where: str = "TINY"  # the size, or the device
+
+    def at(self, where: str) -> "Proof":
+        """The same, of another size or device."""
+        return replace(self, where=where)
 
 
 class Refuted(Exception):
-    """The claim is false, and why."""
+    """The claim is false, and why.
+
+    Args:
+        unless: names of proofs; where one of them fails, this one was bound to, and says so.
+    """
+
+    def __init__(self, why: str, unless: tuple[str, ...] = ()):
+        super().__init__(why)
+        self.unless = unless
 
 
 class Exempt(Exception):
@@ -39,7 +58,7 @@ def prove(claims: Mapping[str, Callable[["Specimen"], str]], specimen: "Specimen
 
     A claim returns what was found, or raises Refuted or Exempt; any other error refutes it too.
     """
-    proofs = []
+    proofs, follows = [], {}
     for name, claim in claims.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -47,6 +66,7 @@ def prove(claims: Mapping[str, Callable[["Specimen"], str]], specimen: "Specimen
                 proofs.append(Proof(name, True, claim(specimen)))
             except Refuted as found:
                 proofs.append(Proof(name, False, str(found)))
+                follows[name] = found.unless
             except Exempt as reason:
                 proofs.append(Proof(name, None, str(reason)))
             except Exception as error:
@@ -55,7 +75,34 @@ def prove(claims: Mapping[str, Callable[["Specimen"], str]], specimen: "Specimen
                 else:
                     where = _where(error, specimen.experiment.module.__file__)
                     proofs.append(Proof(name, False, where))
-    return proofs
+    return without_followers(proofs, follows)
+
+
+def without_followers(proofs: list[Proof], follows: dict[str, tuple[str, ...]]) -> list[Proof]:
+    """The proofs, of which those that failed because another did accuse no more.
+
+    Args:
+        follows: for each that failed, the names of those it may have failed because of.
+    """
+    failed = {proof.name for proof in proofs if proof.passed is False}
+    causes = {name for name in failed if not failed & set(follows.get(name, ()))}
+    made = []
+    for proof in proofs:
+        because = [name for name in follows.get(proof.name, ()) if name in causes]
+        if because:
+            proof = Proof(proof.name, None, f"means nothing where {because[0]} fails")
+        made.append(proof)
+    return made
+
+
+def most_telling(proofs: list[Proof]) -> Proof | None:
+    """Of the proofs that failed, the one that names the fault best."""
+    failed = [proof for proof in proofs if proof.passed is False]
+    return min(failed, key=lambda proof: _rank(proof.name), default=None)
+
+
+def _rank(name: str) -> int:
+    return TELLING.index(name) if name in TELLING else len(TELLING)
 
 
 def how_far(changed: Tensor, answer: Tensor) -> float:

@@ -1,7 +1,9 @@
 """Proofs about the file itself: what it imports, and what it says of itself."""
 
 import ast
+import re
 import sys
+import types
 
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import definitions
@@ -11,7 +13,8 @@ from lmplay.proofs.specimen import Specimen
 
 def imports_torch_only(specimen: Specimen) -> str:
     found: dict[str, int] = {}
-    for node in ast.walk(ast.parse(specimen.experiment.source)):
+    tree = ast.parse(specimen.experiment.source)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -22,7 +25,69 @@ def imports_torch_only(specimen: Specimen) -> str:
     for name, line in found.items():
         if name != "torch" and name not in sys.stdlib_module_names:
             raise Refuted(f"line {line} imports {name or 'a neighbour'}")
+    for node in ast.walk(tree):
+        if (reached := _reached(node)) is not None:
+            raise Refuted(f"line {node.lineno} reaches into {reached}")
+    opened = _opened_by_loading(specimen)
+    if opened:
+        raise Refuted(f"while it is loaded, {opened}")
     return ", ".join(sorted(found))
+
+
+def _reached(node: ast.AST) -> str | None:
+    """What of other modules it gets hold of without importing it."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules":
+        return "sys.modules"
+    if isinstance(node, ast.Name | ast.Attribute | ast.Import | ast.ImportFrom):
+        words = ast.unparse(node).replace(".", " ").split()
+        found = [word for word in words if word in ("importlib", "__import__")]
+        return found[0] if found else None
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    is_name = is_text and re.fullmatch(r"lmplay(\.\w+)*", node.value)
+    return node.value if is_name else None
+
+
+def _opened_by_loading(specimen: Specimen) -> str:
+    """What it opens while it is run once more; what an import or a traceback reads is no matter."""
+    path = str(specimen.experiment.entry.path)
+    module = types.ModuleType(f"{specimen.experiment.module.__name__}_again")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    _watched.append(path)
+    _seen.clear()
+    try:
+        exec(compile(specimen.experiment.source, path, "exec"), module.__dict__)
+    finally:
+        _watched.pop()
+        del sys.modules[module.__name__]
+    return _seen[0] if _seen else ""
+
+
+_watched: list[str] = []  # the files that are loaded now
+_seen: list[str] = []
+_OPENING = {
+    "open": "opens {}",
+    "socket.connect": "connects to {1}",
+    "socket.getaddrinfo": "asks for the address of {}",
+    "subprocess.Popen": "starts {}",
+    "os.system": "starts {}",
+}
+
+
+def _see(event: str, given: tuple) -> None:
+    """An audit hook, which cannot be taken away: it looks only while a file is watched."""
+    if not _watched or event not in _OPENING:
+        return
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _watched[-1]:
+        if "importlib" in frame.f_code.co_filename or frame.f_code.co_name == "updatecache":
+            return
+        frame = frame.f_back
+    if frame is not None:
+        _seen.append(f"line {frame.f_lineno} {_OPENING[event].format(*given)}")
+
+
+sys.addaudithook(_see)
 
 
 def says_what_changed(specimen: Specimen) -> str:

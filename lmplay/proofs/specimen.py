@@ -3,14 +3,18 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from lmplay.errors import UserError
-from lmplay.model.abilities import follows_progress, scores_itself
+from lmplay.model.abilities import follows_progress, reader, scores_itself, takes_cache
+from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
+from lmplay.model.objective import IGNORE, Objective
+from lmplay.proofs.likelihood import Likelihood
 from lmplay.proofs.overfit import Overfit
 from lmplay.proofs.proof import CLOSE, Refuted, how_far
 
@@ -23,33 +27,89 @@ class Specimen:
     """An experiment at one size: models and tokens for the proofs.
 
     Args:
-        config: without it, TINY; a field `end` gets the last id as the end marker.
+        config: at which size.
         progress: of a run, of which a model with `at` is told.
-
-    Raises:
-        UserError: the file has no TINY, or its Config refuses it.
+        dropouts: fields of Config that leave something out at random, besides those named so.
     """
 
-    def __init__(self, experiment: Experiment, config=None, progress: float = 0.0):
-        if config is None and not experiment.tiny:
+    def __init__(
+        self, experiment: Experiment, config, progress: float = 0.0, dropouts: Sequence[str] = ()
+    ):
+        self.experiment = experiment
+        self.given = config
+        self.progress = progress
+        self.scores_itself = scores_itself(experiment.module.Model)
+        self.follows_progress = follows_progress(experiment.module.Model)
+        named = [key for key in self._shares() if "drop" in key]
+        self.dropouts = list(dict.fromkeys([*named, *dropouts]))
+        self.config = self.config_with_dropout(0.0)
+
+    @classmethod
+    def tiny(cls, experiment: Experiment, **values: object) -> "Specimen":
+        """One at the size of TINY.
+
+        Args:
+            values: of Config, over TINY's.
+        Raises:
+            UserError: the file has no TINY, or its Config refuses it.
+        """
+        if not experiment.tiny:
             raise UserError(
                 f"{experiment.entry.path} has no TINY",
                 hint="copy gpt2ish's: Config values at which a check takes seconds",
             )
-        self.experiment = experiment
-        self.given = config or experiment.config(**experiment.tiny)
-        self.progress = progress
-        self.config = self.config_with_dropout(0.0)
-        self.scores_itself = scores_itself(experiment.module.Model)
-        self.follows_progress = follows_progress(experiment.module.Model)
+        specimen = cls(experiment, experiment.config(**experiment.tiny | values))
+        return cls(experiment, specimen.given, dropouts=specimen.other_dropouts())
+
+    def at(self, progress: float) -> "Specimen":
+        """The same, at another part of a run."""
+        return Specimen(self.experiment, self.given, progress, self.dropouts)
+
+    @functools.cached_property
+    def changes_over_a_run(self) -> bool:
+        """Whether the same weights give anything else in the middle, or at the end."""
+        if not self.follows_progress:
+            return False
+        model, tokens_BT = self.randomised(), self.tokens(B=2)
+        found = []
+        for progress in PROGRESS:
+            model.at(progress)
+            outputs = [self.outputs(model.train(mode), tokens_BT) for mode in (True, False)]
+            minimised = self.objective(model, tokens_BT, tokens_BT.roll(-1, 1))
+            found.append([*outputs, torch.tensor(minimised), *self.cached(model, tokens_BT)])
+        return any(
+            not torch.equal(*pair)
+            for later in found[1:]
+            for pair in zip(found[0], later, strict=True)
+        )
 
     def config_with_dropout(self, share: float):
-        dropouts = {
-            key: share
-            for key, value in dataclasses.asdict(self.given).items()
-            if "dropout" in key and isinstance(value, int | float)
-        }
-        return dataclasses.replace(self.given, **dropouts)
+        return dataclasses.replace(self.given, **dict.fromkeys(self.dropouts, share))
+
+    def _shares(self) -> list[str]:
+        """The fields that may say how much is left out at random."""
+        values = dataclasses.asdict(self.given).items()
+        return [key for key, v in values if (type(v) is float and 0 <= v < 1) or "dropout" in key]
+
+    def other_dropouts(self) -> list[str]:
+        """A field of another name without which training draws no more numbers."""
+        if not self._draws_without():
+            return []
+        for key in self._shares():
+            if key not in self.dropouts and getattr(self.given, key) > 0:
+                with suppress(ValueError):  # Config refuses it at 0
+                    if not self._draws_without(key):
+                        return [key]
+        return []
+
+    def _draws_without(self, *keys: str) -> bool:
+        values = dict.fromkeys([*self.dropouts, *keys], 0.0)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                model = self.experiment.model(dataclasses.replace(self.given, **values), seed=0)
+                return self.draws(model.train(), self.tokens(B=2))
+            except Exception:  # which a proof will find
+                return False
 
     def model(self, seed: int = 0, dropout: float = 0.0) -> nn.Module:
         model = self.experiment.model(self.config_with_dropout(dropout), seed=seed)
@@ -59,26 +119,17 @@ class Specimen:
         return model
 
     def randomised(self, sign: int = 1, strength: float = 1.0) -> nn.Module:
-        """A model in eval mode in which no weight is at, or near, zero, and no two are alike.
+        """A model in eval mode, as `randomise` leaves it."""
+        return randomise(self.model(), sign, strength)
 
-        Zero-initialised weights would hide whatever lies behind them, and a norm whose scales are
-        all 1 the means that it takes away. Matrices whose spread is small for their fan-in get
-        noise of its usual spread; such vectors and scalars (gates, scales, biases) get 0.1 to
-        0.5, times `sign` where they are all zero; all of it times `strength`.
-        """
-        model = self.model()
+    def opened(self) -> nn.Module:
+        """A randomised model whose vectors and scalars are all drawn anew: no gate stays shut."""
+        model = self.randomised()
         with torch.no_grad():
             for weight in model.parameters():
-                spread = (weight - weight.mean()).square().mean().sqrt()
-                usual = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.3
-                if spread >= 0.3 * usual:
-                    continue
-                if weight.dim() > 1:
-                    weight += torch.randn_like(weight) * usual * strength
-                else:
-                    noise = 0.1 + 0.4 * torch.rand_like(weight)
-                    weight += noise * (1 if weight.any() else sign) * strength
-        return model.eval()
+                if weight.dim() <= 1:
+                    weight.normal_(std=0.5)
+        return model
 
     def randomised_models(self) -> Iterator[tuple[str, nn.Module]]:
         """Two draws of the weights, each in eval and in training mode.
@@ -117,11 +168,52 @@ class Specimen:
                 return model.log_likelihood(tokens_BT, tokens_BT.roll(-1, 1))[..., None].detach()
             return model(tokens_BT).detach()
 
+    def cached(self, model: nn.Module, tokens_BT: Tensor) -> list[Tensor]:
+        """What a pass over all but the last token gives, and one over that; [] without a cache."""
+        if self.scores_itself or not takes_cache(model):
+            return []
+        cache, parts, run = Cache(), tokens_BT.split([tokens_BT.shape[1] - 1, 1], 1), reader(model)
+        found = []
+        with torch.no_grad():
+            for part_BT in parts:
+                found.append(run(part_BT, cache=cache))
+                cache.advance(part_BT.shape[1])
+        return found
+
+    def afresh(
+        self, model: nn.Module, first_BT: Tensor, second_BT: Tensor, places: slice = slice(None)
+    ) -> list[Tensor]:
+        """The outputs of two copies, so that neither call can have left the other something."""
+        pair = (first_BT, second_BT)
+        return [self.outputs(copy.deepcopy(model), t)[:, places] for t in pair]
+
+    def draws(self, model: nn.Module, tokens_BT: Tensor) -> bool:
+        """Whether a pass draws random numbers."""
+        self.outputs(model, tokens_BT)
+        return _drew()
+
+    def objective(
+        self, model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, only: Tensor | None = None
+    ) -> float:
+        """What training minimises, summed over the targets, or over those where `only`."""
+        if only is not None:
+            targets_BT = targets_BT.masked_fill(~only, IGNORE)
+        torch.manual_seed(1)
+        return Objective(copy.deepcopy(model).train())(tokens_BT, targets_BT).objective.item()
+
+    def draws_in_objective(self, model: nn.Module, tokens_BT: Tensor) -> bool:
+        self.objective(model, tokens_BT, tokens_BT.roll(-1, 1))
+        return _drew()
+
     def lengths(self) -> list[int]:
         """Positions to cut at: all of the first 32, then those around powers of two."""
         T = self.config.max_len
         near = {2**k + step for k in range(5, T.bit_length()) for step in (-1, 0, 1)}
         return [t for t in range(1, T + 1) if t <= 32 or t in near or t >= T - 1]
+
+    @functools.cached_property
+    def likelihood(self) -> Likelihood:
+        return Likelihood(self)
 
     @functools.cached_property
     def overfit(self) -> "Overfit":
@@ -132,13 +224,40 @@ def throughout(claim: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
     """The claim at the start, in the middle and at the end of a run, where a model changes."""
 
     def claim_throughout(specimen: Specimen) -> str:
-        if not specimen.follows_progress:
+        if not specimen.changes_over_a_run:
             return claim(specimen)
         for progress in PROGRESS:
             try:
-                found = claim(Specimen(specimen.experiment, specimen.given, progress))
+                found = claim(specimen.at(progress))
             except Refuted as why:
-                raise Refuted(f"at progress {progress:g}: {why}") from None
+                raise Refuted(f"at progress {progress:g}: {why}", why.unless) from None
         return f"at progress {', '.join(f'{p:g}' for p in PROGRESS)}: {found}"
 
     return claim_throughout
+
+
+def _drew() -> bool:
+    """Whether numbers were drawn since the seed was set to 1."""
+    return not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(1).get_state())
+
+
+def randomise(model: nn.Module, sign: int = 1, strength: float = 1.0) -> nn.Module:
+    """Change a model so that no weight is at, or near, zero, and no two are alike; in eval mode.
+
+    Zero-initialised weights would hide whatever lies behind them, and a norm whose scales are all
+    1 the means that it takes away. Matrices whose spread is small for their fan-in get noise of
+    its usual spread; such vectors and scalars (gates, scales, biases) get 0.1 to 0.5, times `sign`
+    where they are all zero; all of it times `strength`.
+    """
+    with torch.no_grad():
+        for weight in model.parameters():
+            spread = (weight - weight.mean()).square().mean().sqrt()
+            usual = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.3
+            if spread >= 0.3 * usual:
+                continue
+            if weight.dim() > 1:
+                weight += torch.randn_like(weight) * usual * strength
+            else:
+                noise = 0.1 + 0.4 * torch.rand_like(weight)
+                weight += noise * (1 if weight.any() else sign) * strength
+    return model.eval()

@@ -16,15 +16,15 @@ from lmplay.proofs.specimen import Specimen
 def holds_every_idea(specimen: Specimen) -> str:
     """A merge that swallowed an idea would be the stack of the others under a wrong name."""
     entry = specimen.experiment.entry
-    before = Specimen(load_experiment(catalog.parent_of(entry))).model().state_dict().keys()
+    before = Specimen.tiny(load_experiment(catalog.parent_of(entry))).model().state_dict().keys()
     tokens_BT = specimen.tokens(B=3)
     fresh, weights = specimen.model().state_dict(), specimen.randomised().state_dict()
     for idea in entry.ideas:
-        own = Specimen(load_experiment(idea)).model().state_dict().keys()
+        own = Specimen.tiny(load_experiment(idea)).model().state_dict().keys()
         if missing := own - before - fresh.keys():
             raise Refuted(f"{idea.name}'s {min(missing)} is not in the stack")
         rest = catalog.stacked([other for other in entry.ideas if other is not idea])
-        without = Specimen(load_experiment(rest))
+        without = Specimen.tiny(load_experiment(rest))
         if not _tells_apart(specimen, without, weights, tokens_BT):
             raise Refuted(f"without {idea.name} it would do the same")
     names = ", ".join(idea.name for idea in entry.ideas)

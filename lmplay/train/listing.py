@@ -1,7 +1,6 @@
 """What lmp-trainer prints besides training: lists, descriptions, proofs, the path of a search."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,29 +18,33 @@ def print_check(
     entry: Entry, plan: "Plan", config: dict, device: str, precision: str | None, as_json: bool
 ) -> None:
     note(f"checking {entry.name}: loading torch")
+    from dataclasses import asdict
+
     from lmplay.data.tokenizers import vocabulary_of
     from lmplay.machine import resolve_device, resolve_precision
     from lmplay.model.experiment import load_experiment
     from lmplay.model.scale import scale
+    from lmplay.proofs.at_size import check_at_size
     from lmplay.proofs.device import check_on
     from lmplay.proofs.tiny import check
 
     experiment, where = load_experiment(entry), resolve_device(device)
-    proofs = check(experiment)
+    used = resolve_precision(precision or plan.precision, where)
+    made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
+    proofs = check(experiment, config)
+    proofs += check_at_size(experiment, made.config, used, where)
     if where.type != "cpu":
-        used = resolve_precision(precision or plan.precision, where)
-        made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
         note(f"checking {entry.name} on {where} in {used}")
         for proof in check_on(where, used, experiment, made.config):
-            proofs.append(replace(proof, name=f"{proof.name}, on {where} in {used}"))
+            proofs.append(proof.at(f"{where} in {used}"))
     failed = [proof for proof in proofs if proof.passed is False]
     if as_json:
-        rows = [{"name": p.name, "passed": p.passed, "detail": p.detail} for p in proofs]
+        rows = [asdict(proof) for proof in proofs]
         print_json({"schema_version": 1, "experiment": entry.name, "proofs": rows})
     else:
         words = {True: "[green]passed[/green]", False: "[red]failed[/red]", None: "exempt"}
-        rows = [[words[p.passed], p.name, p.detail.replace("[", r"\[")] for p in proofs]
-        show(table(f"{entry.name}", ["", "proof", "what was found"], rows))
+        rows = [[words[p.passed], p.name, p.where, p.detail.replace("[", r"\[")] for p in proofs]
+        show(table(f"{entry.name}", ["", "proof", "at", "what was found"], rows))
     if failed:
         raise UserError(f"{entry.name} fails {len(failed)} of {len(proofs)} proofs")
 

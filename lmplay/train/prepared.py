@@ -19,6 +19,7 @@ from lmplay.model.scale import Scale, scale
 from lmplay.optim.refusals import refuse_wrong_updates
 from lmplay.plan import Plan
 from lmplay.proofs.device import refuse_wrong
+from lmplay.proofs.proof import most_telling
 from lmplay.proofs.tiny import checked
 from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
@@ -64,7 +65,7 @@ def prepare(
     """
     if earlier is None:
         plan, experiment = request.plan, load_experiment(request.entry)
-        refuse_unproven(experiment)
+        refuse_unproven(experiment, request.config)
         refuse_unknown_names(request, experiment)
     else:
         note_edits(request, earlier, display.note)
@@ -97,12 +98,11 @@ def prove(prepared: Prepared, accelerator: Accelerator, precision: str, display:
     refuse_wrong_updates(prepared.plan.optimizer, device)
 
 
-def refuse_unproven(experiment: Experiment) -> None:
-    """Raise a UserError where a proof fails."""
-    failed = [proof for proof in checked(experiment) if proof.passed is False]
-    if failed:
+def refuse_unproven(experiment: Experiment, values: dict[str, object]) -> None:
+    """Raise a UserError where a proof fails, with the one that names the fault best."""
+    if failed := most_telling(checked(experiment, values)):
         raise UserError(
-            f"{experiment.name} fails the check: {failed[0].name}: {failed[0].detail}",
+            f"{experiment.name} fails the check: {failed.name}: {failed.detail}",
             hint=f"lmp-trainer --exp {experiment.entry.path} --check shows every proof",
         )
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from lmplay.catalog.entry import read_source
@@ -12,10 +13,11 @@ AT = GPT2ISH.replace(
     "    def hidden(",
     "    def at(self, progress):\n        self.progress = progress\n\n    def hidden(",
 )
+CHANGES = AT.replace("x_BTC = self.dropout(x_BTC)", "x_BTC = self.dropout(x_BTC) + self.progress")
 
 
 def specimen(source=GPT2ISH):
-    return Specimen(load_experiment(read_source(source, Path("idea.py"))[0]))
+    return Specimen.tiny(load_experiment(read_source(source, Path("idea.py"))[0]))
 
 
 def test_a_model_that_knows_the_end_marker_sees_some_among_the_tokens():
@@ -27,14 +29,15 @@ def test_a_model_that_knows_the_end_marker_sees_some_among_the_tokens():
 
 def test_a_model_with_at_is_told_the_progress_of_its_specimen():
     seen = []
-    throughout(lambda s: seen.append(s.model().progress) or "")(specimen(AT))
+    throughout(lambda s: seen.append(s.model().progress) or "")(specimen(CHANGES))
 
     assert tuple(seen) == PROGRESS == (0, 0.5, 1)
 
 
-def test_a_claim_about_a_model_that_stays_the_same_is_proved_once():
+@pytest.mark.parametrize("source", [GPT2ISH, AT], ids=["without at", "with an at of no use"])
+def test_a_claim_about_a_model_that_stays_the_same_is_proved_once(source):
     seen = []
-    throughout(lambda s: seen.append(s) or "")(specimen())
+    throughout(lambda s: seen.append(s) or "")(specimen(source))
 
     assert len(seen) == 1
 

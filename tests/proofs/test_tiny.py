@@ -10,7 +10,8 @@ from torch import nn
 
 from lmplay.catalog.entry import read_file
 from lmplay.errors import UserError
-from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.folding import folded
 from lmplay.proofs import tiny as check_module
 from lmplay.proofs.tiny import Proof, check, checked
 
@@ -326,6 +327,18 @@ UNIT = """    @torch.no_grad()
 
     def hidden("""
 
+OWN_NATS = "return F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')"
+# masked diffusion: each target is hidden with a drawn chance, and is what the model says of a text
+# in which the others stand; a bound
+DIFFUSION = """chance_B1 = torch.rand(len(targets_BT), 1, device=targets_BT.device) * 0.98 + 0.02
+hidden_BT = torch.rand(targets_BT.shape, device=targets_BT.device) < chance_B1
+known_BT = targets_BT.masked_fill(hidden_BT | (targets_BT < 0), self.config.vocab_size)
+nats_BT = F.cross_entropy(self(known_BT).mT, targets_BT, reduction="none")
+return nats_BT * hidden_BT / chance_B1"""
+MASK_TOKEN = [
+    ("nn.Embedding(config.vocab_size, config", "nn.Embedding(config.vocab_size + 1, config")
+]
+
 SOUND = {
     "a window that widens over a run": [
         *FROM_THE_MIDDLE,
@@ -371,6 +384,7 @@ def test_the_baseline_unedited_fails_nothing(edited):
         "changed from",
         "terms",
         "fold",
+        "likelihood",
     }
 
 
@@ -438,9 +452,14 @@ def test_a_crash_is_reported_with_its_line_and_the_other_proofs_go_on(edited):
     assert found["only weights"].passed
 
 
-def test_a_model_with_its_own_likelihood_may_see_later_tokens(edited):
-    nats = "return F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')"
-    found = verdicts(edited(NO_MASK, method("log_likelihood", nats)))
+def test_a_likelihood_that_sees_its_targets_is_none(edited):
+    found = verdicts(edited(NO_MASK, method("log_likelihood", OWN_NATS)))
+
+    assert found["likelihood"] is False and found["causal"] is False
+
+
+def test_a_likelihood_of_the_whole_text_may_see_later_tokens(edited):
+    found = verdicts(edited(NO_MASK, method("log_likelihood", DIFFUSION), *MASK_TOKEN))
 
     assert {name for name, passed in found.items() if passed is None} >= {"causal", "shift"}
     assert False not in found.values()
@@ -508,7 +527,7 @@ def remembering(monkeypatch, tmp_path):
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path))
     ran = []
 
-    def counting(experiment):
+    def counting(experiment, values):
         ran.append(experiment.name)
         return [Proof("causal", "leak" not in experiment.source, "")]
 

@@ -9,6 +9,7 @@ from lmplay import machine
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.plan import read_plan
+from lmplay.proofs import at_size
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof
 from lmplay.train.listing import describe, list_optimizers, print_check
@@ -23,20 +24,24 @@ def test_check_tells_what_a_gpu_computes_wrongly_at_the_plan_s_size(place, monke
 
     monkeypatch.setattr(machine, "resolve_device", torch.device)
     monkeypatch.setattr(device_check, "check_on", check_on)
+    monkeypatch.setattr(at_size, "check_at_size", lambda *given: [])
     with pytest.raises(UserError) as caught:
         print_check(resolve("gpt2ish"), read_plan("words"), {"width": 32}, "mps", "bf16", True)
     proofs = json.loads(capsys.readouterr().out)["proofs"]
 
     assert asked == [("mps", "bf16", 32, 32)]
     assert caught.value.problem == f"gpt2ish fails 1 of {len(proofs)} proofs"
-    assert proofs[-1]["name"] == "causal, on mps in bf16" and len(proofs) > 10
+    assert (proofs[-1]["name"], proofs[-1]["where"]) == ("causal", "mps in bf16")
+    assert len(proofs) > 10
 
 
-def test_check_on_the_cpu_proves_at_tiny_size_alone(place, monkeypatch, capsys):
+def test_check_on_the_cpu_proves_at_tiny_size_and_at_the_plan_s(place, monkeypatch, capsys):
     monkeypatch.setattr(device_check, "check_on", None)
     print_check(resolve("gpt2ish"), read_plan("words"), {}, "cpu", "bf16", True)
+    proofs = json.loads(capsys.readouterr().out)["proofs"]
 
-    assert all(p["passed"] is not False for p in json.loads(capsys.readouterr().out)["proofs"])
+    assert all(proof["passed"] is not False for proof in proofs)
+    assert {proof["where"] for proof in proofs} == {"TINY", "8 x 32 tokens in bf16"}
 
 
 def test_a_described_plan_says_from_which_step_on_its_batch_and_rows_are_others(place, capsys):

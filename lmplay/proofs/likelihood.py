@@ -1,0 +1,72 @@
+"""Whether a likelihood of a model's own is one: probabilities of all texts sum to at most 1."""
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmplay.model.objective import Objective
+
+if TYPE_CHECKING:
+    from lmplay.proofs.specimen import Specimen
+
+# N texts, T positions
+
+STEPS = 60  # of Adam on drawn tokens, in which a leak would be learned
+FEW = 4  # tokens, of which longer texts are made
+LONG = 4  # tokens of such a text
+DRAWS = 128  # of a bound, to average over
+LARGEST = 1.05  # a sum that is no mistake, where a bound is an average over few draws
+
+
+class Likelihood:
+    """The sums of the probabilities of all texts of one length, or of a share of them.
+
+    They are Kraft's sums: a loss that is no likelihood, or one whose target can be seen, gives
+    more than 1, and no text can be coded in so few bits. A bound is averaged over draws, and taken
+    where it is two standard errors higher.
+    """
+
+    def __init__(self, specimen: "Specimen"):
+        V, T = specimen.config.vocab_size, specimen.config.max_len
+        few = list(range(min(FEW, V)))
+        model = specimen.model()
+        objective = Objective(model).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for step in range(STEPS):
+            length = min(T, LONG if step % 2 else 2)
+            tokens_NT = torch.randint(len(few) if step % 2 else V, (64, length + 1))
+            optimizer.zero_grad()
+            sums = objective(tokens_NT[:, :-1], tokens_NT[:, 1:])
+            (sums.objective / (64 * length)).backward()
+            optimizer.step()
+        self._model = model.eval()
+        self.sums = {"1 token": self._sum(specimen, itertools.product(range(V), repeat=1))}
+        if T >= 2 and V <= 128:
+            is_exact = not specimen.draws(model, torch.zeros(2, 2, dtype=torch.int64))
+            two = range(V) if is_exact else few
+            self.sums["2 tokens"] = self._sum(specimen, itertools.product(two, repeat=2))
+        if T >= LONG:
+            self.sums[f"{LONG} tokens"] = self._sum(specimen, itertools.product(few, repeat=LONG))
+
+    @property
+    def is_one(self) -> bool:
+        return max(self.sums.values()) <= LARGEST
+
+    def _sum(self, specimen: "Specimen", texts) -> float:
+        targets_NT = torch.tensor(list(texts))
+        tokens_NT = torch.cat([torch.zeros_like(targets_NT[:, :1]), targets_NT[:, :-1]], dim=1)
+        drawn = [self._nats(tokens_NT, targets_NT, seed) for seed in range(2)]
+        if torch.equal(*drawn):
+            nats_N = drawn[0]
+        else:
+            drawn += [self._nats(tokens_NT, targets_NT, seed) for seed in range(2, DRAWS)]
+            nats_DN = torch.stack(drawn)
+            nats_N = nats_DN.mean(0) + 2 * nats_DN.std(0) / DRAWS**0.5
+        return (-nats_N).exp().sum().item()
+
+    @torch.no_grad()
+    def _nats(self, tokens_NT: Tensor, targets_NT: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return self._model.log_likelihood(tokens_NT, targets_NT).double().sum(1)

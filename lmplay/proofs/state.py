@@ -1,0 +1,149 @@
+"""Proofs that a pass leaves nothing behind: in the model, its module, or the tokens."""
+
+import dataclasses
+import hashlib
+import types
+
+import torch
+from torch import Tensor, nn
+
+from lmplay.model.abilities import has_after_step, reader, takes_cache
+from lmplay.model.cache import Cache
+from lmplay.model.objective import Objective
+from lmplay.proofs.proof import EXACT, Refuted, how_far
+from lmplay.proofs.specimen import Specimen
+
+# B rows, T positions
+
+_DEPTH = 6  # of containers in containers
+
+
+def keeps_nothing(specimen: Specimen) -> str:
+    """In eval mode nothing at all; in training mode a state dict may change, and nothing else."""
+    model = specimen.randomised()
+    module = specimen.experiment.module
+    tokens_BT = specimen.tokens(B=3)
+    others_BT = specimen.others(tokens_BT)
+    before = _marks(model, module)
+    answer = specimen.outputs(model, tokens_BT)
+    given_BT = tokens_BT.clone()
+    specimen.outputs(model, others_BT)
+    again = specimen.outputs(model, tokens_BT)
+    if takes_cache(model) and not specimen.scores_itself:
+        cache = Cache()
+        for t in range(2):
+            with torch.no_grad():
+                reader(model)(tokens_BT[:, t : t + 1], cache=cache)
+            cache.advance(1)
+    _refuse_changes(before, _marks(model, module), "in eval mode")
+    if not how_far(again, answer) <= EXACT:
+        moved = how_far(again, answer)
+        raise Refuted(f"the same tokens give another answer after others, by {moved:.1e}")
+    before = _marks(model, module, with_state=False)
+    for tokens in (tokens_BT, others_BT):
+        targets_BT = tokens.roll(-1, 1)
+        kept_BT = targets_BT.clone()
+        Objective(model.train())(tokens, targets_BT).objective.backward()
+        if has_after_step(model):
+            model.after_step()
+        if not torch.equal(targets_BT, kept_BT):
+            raise Refuted("it writes to the targets that it is given")
+    _refuse_changes(before, _marks(model, module, with_state=False), "in training mode")
+    if not torch.equal(tokens_BT, given_BT):
+        raise Refuted("it writes to the tokens that it is given")
+    _refuse_remembered_calls(specimen)
+    return f"{len(before)} attributes and globals, and the state dict, stay the same"
+
+
+def _refuse_changes(before: dict[str, object], after: dict[str, object], where: str) -> None:
+    for name in [*before, *after]:
+        if before.get(name) != after.get(name):
+            raise Refuted(f"{name} is not the same after a pass {where}")
+
+
+def _refuse_remembered_calls(specimen: Specimen) -> None:
+    """A function whose results are remembered must not have looked at a token."""
+    remembering = [v for v in _all_of(specimen.experiment.module) if hasattr(v, "cache_clear")]
+    if not remembering:
+        return
+    model, tokens_BT = specimen.randomised(), specimen.tokens(B=3)
+    found = []
+    for first_BT in (tokens_BT, specimen.others(tokens_BT)):
+        for function in remembering:
+            function.cache_clear()
+        specimen.outputs(model, first_BT)
+        found.append(specimen.outputs(model, tokens_BT))
+    if not how_far(*found) <= EXACT:
+        names = ", ".join(function.__name__ for function in remembering)
+        raise Refuted(f"{names} remembers what depends on tokens")
+
+
+def _all_of(module: types.ModuleType) -> list[object]:
+    """What a module defines, and what its classes do."""
+    own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+    return own + [v for cls in own if isinstance(cls, type) for v in vars(cls).values()]
+
+
+def _marks(
+    model: nn.Module, module: types.ModuleType, with_state: bool = True
+) -> dict[str, object]:
+    """What is equal where nothing changed: for each attribute, global and tensor of the state."""
+    hidden = {"_parameters", "_buffers", "_modules", "training"}
+    marks: dict[str, object] = {}
+    for name, part in model.named_modules():
+        for key, value in vars(part).items():
+            if key not in hidden:
+                where = f"{name}.{key}" if name else f"Model.{key}"
+                marks[where] = _mark(value, module.__name__)
+    for key, value in vars(module).items():
+        if not key.startswith("__"):
+            marks[key] = _mark(value, module.__name__)
+    if with_state:
+        marks |= {key: _mark(tensor, "") for key, tensor in model.state_dict().items()}
+    return marks
+
+
+def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
+    """What is equal for equal values: by content where that is data, else by identity."""
+
+    def inner(part: object) -> object:
+        return _mark(part, module, depth - 1)
+
+    if isinstance(value, nn.Parameter):
+        return id(value)  # training may change it; the state dict has it where it may not
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return tuple(value.shape)
+        data = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(data).digest()
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().tolist())
+    if depth == 0 or isinstance(value, nn.Module):
+        return id(value)
+    if isinstance(value, int | float | str | bytes | bool | None | complex):
+        return type(value), repr(value)
+    if isinstance(value, dict):
+        return [(inner(k), inner(v)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [inner(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return type(value), {repr(part) for part in value}
+    if getattr(value, "__module__", None) != module and type(value).__module__ != module:
+        is_counter = type(value).__module__ in ("itertools", "collections")
+        return repr(value) if is_counter else id(value)
+    if isinstance(value, types.FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        return id(value), [
+            inner(part) for part in [value.__defaults__, value.__kwdefaults__, cells]
+        ]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [inner(getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    own = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")}
+    return id(value), inner(own)
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
