@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import definitions
-from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.folding import folded
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, folded, load_experiment
+from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.folding import folded
 from lmplay.model.objective import Objective
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments"

@@ -32,6 +32,7 @@ def write_run(path: Path, entry: Entry, facts, steps=(10,), tokenizer="byte", **
     folder.experiment_py.write_text(entry.source)
     for step in steps:
         model = experiment.model(config, seed=step)
+        torch.manual_seed(step)
         with torch.no_grad():
             for weight in model.parameters():
                 weight += 0.1 * torch.randn_like(weight)
