@@ -65,13 +65,6 @@ def test_every_experiment_answers_and_writes_in_transformers_as_in_lmplay(
     same_in_both(trained(folder), opened(tmp_path / "out", made["trust_remote_code"]))
 
 
-def test_a_model_without_logits_from_left_to_right_is_refused(make_run, tmp_path):
-    with pytest.raises(UserError, match="llada has no logits from left to right"):
-        export(make_run("llada"), None, "hf", True, tmp_path / "out")
-
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("entry", FOLDING, ids=attrgetter("name"))
 def test_what_folds_is_exported_as_it_was_trained_too(entry, make_run, opened, tmp_path):
     folder = make_run(str(entry.path))
