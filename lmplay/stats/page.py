@@ -10,7 +10,7 @@ from lmplay.disk import write_text
 from lmplay.errors import UserError
 from lmplay.run.folder import RunFolder
 from lmplay.stats.board import COLUMNS, how_to_repeat
-from lmplay.stats.compare import Curve, Pair, curve, difference
+from lmplay.stats.compare import Curve, Pair, curve, difference, unsized
 from lmplay.stats.table import TEXTS, by_plan, cells_of, legend
 
 _POINTS = 200  # of a curve, at most
@@ -88,9 +88,15 @@ def _of_plan(plan: str, rows: list[dict], pairs: list[Pair]) -> str:
             by_label.setdefault(pair.run.label, []).append(pair)
     curves = {label: _mean_difference(those) for label, those in by_label.items()}
     top = max([float(np.nanmax(np.abs(c.y))) for c in curves.values() if not c.empty], default=0)
-    details = [
-        _details(row, by_label[row["experiment"]], curves[row["experiment"]], top) for row in rows
-    ]
+    kin: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.run.plan == plan:
+            kin.setdefault(unsized(pair.run), []).append(pair)
+    details = []
+    for row in rows:
+        those = by_label[row["experiment"]]
+        of_all_sizes = kin[unsized(those[0].run)]
+        details.append(_details(row, those, of_all_sizes, curves[row["experiment"]], top))
     return (
         f"<h2>Plan {escape(plan)}</h2><p>Validation loss in nats per token; a difference below 0 "
         'is better.</p><div class="scroll"><table>'
@@ -158,9 +164,15 @@ def _drawing(shown: Curve, top: float) -> str:
     )
 
 
-def _details(row: dict, pairs: list[Pair], shown: Curve, top: float) -> str:
-    """What one experiment is, what it took, and what repeats it."""
+def _details(row: dict, pairs: list[Pair], kin: list[Pair], shown: Curve, top: float) -> str:
+    """What one experiment is, what it took, and what repeats it.
+
+    Args:
+        kin: the pairs of the experiment at all sizes.
+    """
     told, commands = how_to_repeat([pair.run.facts for pair in pairs])
+    sizes = sorted({float(pair.run.facts.changes.get("size", 1)) for pair in kin})
+    told |= {"sizes tried": ", ".join(f"{size:g}" for size in sizes)}
     told |= {"rates tried": ", ".join(f"{rate:g}" for rate in row["rates"] or [1.0])}
     told |= {"runs": f"{len(pairs)}, of which {row['failures']} failed"}
     lines = [f"<dt>{escape(name)}<dd>{escape(value)}" for name, value in told.items()]

@@ -155,7 +155,10 @@ def _draw_verdict(axes: Axes, row: dict, y: float) -> None:
 
 def _write_numbers(figure: Figure, row: dict, y: float, place: dict) -> None:
     colour, _ = verdict_style(row)
-    difference, verdict = f"{row['difference']:+.4f}", row["verdict"] or ""
+    difference, verdict = (
+        f"{row['difference']:+.4f}",
+        (row["verdict"] or "").partition(" within")[0],
+    )
     if row["interval"] is not None:
         low, high = row["interval"]
         difference += f" ± {(high - low) / 2:.4f}"

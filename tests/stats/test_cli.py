@@ -128,7 +128,7 @@ def test_json_has_the_verdicts_beside_the_runs(make_run, plotstats):
     document = json.loads(plotstats("--json").stdout)
 
     assert list(document) == [
-        "schema_version", "baseline", "verdicts", "runs", "x", "split", "files",
+        "schema_version", "baseline", "verdicts", "runs", "ladder", "x", "split", "files",
     ]  # fmt: skip
     keys = {"experiment", "seeds", "mean", "sd", "difference", "interval", "p", "p_holm", "verdict"}
     assert [keys <= row.keys() for row in document["verdicts"]] == [True, True]
