@@ -32,8 +32,9 @@ def random_llama(**values) -> nn.Module:
 def with_weights_of(llama: nn.Module, name: str, **values) -> nn.Module:
     """The technique with llama's weights wherever it has such a weight."""
     model = model_of(name, **values)
-    unexpected = model.load_state_dict(llama.state_dict(), strict=False).unexpected_keys
-    assert not unexpected
+    own = model.state_dict()
+    fitting = {k: w for k, w in llama.state_dict().items() if k in own and own[k].shape == w.shape}
+    model.load_state_dict(fitting, strict=False)
     return model
 
 
@@ -59,6 +60,8 @@ def filled(*pairs):
 
 IS_LLAMA = {
     "canon": ({}, filled(("taps", 0.0))),
+    "attention_sinks": ({}, filled(("sink", -1e4))),
+    "forgetting": ({"forget_bias": 30.0}, filled(("forget.weight", 0.0))),
     "grouped_query": ({"heads_per_group": 1}, nothing),
     "kv_shift": ({}, filled(("shift.here", 1.0), ("shift.before", 0.0))),
     "layer_token_embedding": ({}, filled(("layer_tables.0.table", 0.0),
@@ -68,9 +71,14 @@ IS_LLAMA = {
     "output_bias": ({}, nothing),
     "qkv_bias": ({}, nothing),
     "residual_weights": ({}, nothing),
+    "score_cap": ({"score_cap": 1e5}, nothing),
+    "shared_layers": ({"uses": 1}, nothing),
+    "sliding_window": ({"window": 16}, nothing),
+    "token_order_loss": ({}, nothing),
     "value_residual": ({}, lambda model: [
         block.attention.shares.data.copy_(torch.tensor([0.0, 1.0])) for block in model.blocks[1:]
     ]),
+    "x0_lambdas": ({}, nothing),
     "z_loss": ({}, nothing),
 }  # fmt: skip
 
@@ -311,3 +319,258 @@ def test_the_gate_is_the_functions_of_its_name(name, function):
     x_BTC = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
     torch.testing.assert_close(mlp(x_BTC), mlp.down(function(mlp.gate(x_BTC)) * mlp.up(x_BTC)))
+
+
+def test_a_difference_of_equal_attentions_is_what_is_left_of_one():
+    """Version 2, where a share without weights is one half."""
+    llama = random_llama()
+    model = with_weights_of(llama, "differential_v2")
+    fill(model, "share", 0.0)
+    for own, one in zip(llama.blocks, model.blocks, strict=True):
+        one.attention.query.weight.data.copy_(own.attention.query.weight.data.repeat(2, 1))
+        own.attention.output.weight.data /= 2
+
+    torch.testing.assert_close(model(tokens()), llama(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_lambda_starts_as_the_paper_says():
+    model = model_of("differential", num_blocks=3)
+    starts = [block.attention.start for block in model.blocks]
+    fill(model, "vectors", 0.0)
+
+    assert starts == pytest.approx([0.2, 0.3555, 0.4707], abs=1e-4)
+    assert [block.attention.share().item() for block in model.blocks] == pytest.approx(starts)
+
+
+def test_the_first_softmax_alone_is_normed_attention():
+    attention = model_of("differential").blocks[0].attention
+    attention.share = lambda: 0.0
+    attention.start = 0.0
+    u_BTC = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    turn = (torch.ones(6, 4), torch.zeros(6, 4))
+    q, k, v = (
+        part.unflatten(-1, (4, 8)).transpose(1, 2)
+        for part in (attention.query(u_BTC), attention.key(u_BTC), attention.value(u_BTC))
+    )
+    y_BHTD = F.scaled_dot_product_attention(q[..., :4], k[..., :4], v, is_causal=True)
+    expected = attention.output(attention.head_norm(y_BHTD).transpose(1, 2).flatten(2))
+
+    torch.testing.assert_close(attention(u_BTC, turn), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_are_all_that_is_kept_and_a_step_makes_the_same_of_them():
+    model = random_like(model_of("latent_attention", latent_heads=2))
+    assert num_cached(model) == 3 * (2 * 8 + 4)
+
+    cache, steps = Cache(), []
+    for t in range(8):
+        steps.append(model(tokens()[:, t : t + 1], cache))
+        cache.advance(1)
+    torch.testing.assert_close(torch.cat(steps, 1), model(tokens()[:, :8]), rtol=1e-4, atol=1e-4)
+
+
+def random_like(model: nn.Module) -> nn.Module:
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=draw)
+    return model
+
+
+def test_a_window_of_one_block_hides_what_is_older():
+    model = random_like(model_of("sliding_window", window=4, full_every=0, num_blocks=1))
+    before = model(tokens())
+    changed = tokens().clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 61
+    moved_T = (model(changed) - before).abs().amax((0, 2)) > 0
+
+    assert moved_T.nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+def test_windows_keep_no_more_than_they_see():
+    model = model_of("sliding_window", window=4, full_every=0)
+    cache = Cache()
+    model(tokens(), cache)
+    cache.advance(16)
+    kept = [b.end for buffers in cache._buffers.values() for b in buffers]
+
+    assert kept == [4] * 6
+
+
+def test_a_sink_takes_its_share_of_the_weight():
+    model = random_like(model_of("attention_sinks"))
+    found = []
+    real = F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask):
+        sink = F.pad(torch.zeros_like(v[:, :, 1:, :1]), (0, 0, 1, 0), value=1.0)
+        found.append(real(q, k, sink, attn_mask=attn_mask))
+        return real(q, k, v, attn_mask=attn_mask)
+
+    F.scaled_dot_product_attention = look
+    try:
+        for score in (0.0, 3.0):
+            fill(model, "sink", score)
+            model(tokens())
+    finally:
+        F.scaled_dot_product_attention = real
+    even, high = torch.stack(found).chunk(2)
+
+    assert (even > 0).all() and (high[0] > even[0]).all()
+
+
+def test_softpick_gives_nothing_for_negative_scores_and_no_more_than_all():
+    softpick = load_experiment(resolve("softpick")).module.softpick
+    scores = 3 * torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    weights = softpick(scores, seen)
+    naive = torch.relu(scores.exp() - 1) * seen
+    naive = naive / (((scores.exp() - 1) * seen).abs().sum(-1, keepdim=True) + 1e-8)
+
+    torch.testing.assert_close(weights, naive)
+    assert (weights.sum(-1) <= 1 + 1e-6).all() and not weights[(scores <= 0) | ~seen].any()
+    assert not softpick(torch.full((1, 1, 4, 4), -200.0), seen[:4, :4]).any()
+    torch.testing.assert_close(softpick(scores.abs(), seen).sum(-1), torch.ones(2, 3, 6))
+
+
+def test_one_gate_for_all_is_a_slope_of_distances():
+    model = random_like(model_of("forgetting", forget_bias=-1.0))
+    fill(model, "forget.weight", 0.0)
+    fill(model, "forget.bias", -1.0)
+    found = []
+    real = F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask):
+        found.append(attn_mask)
+        return real(q, k, v, attn_mask=attn_mask)
+
+    F.scaled_dot_product_attention = look
+    try:
+        model(tokens())
+    finally:
+        F.scaled_dot_product_attention = real
+    at = torch.arange(16)
+    slope = F.logsigmoid(torch.tensor(-1.0)) * (at[:, None] - at)
+    expected = slope.masked_fill(at[:, None] < at, -torch.inf).expand(2, 4, 16, 16)
+
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_without_positions_the_order_of_what_came_before_is_the_same_to_one_layer():
+    model = random_like(model_of("no_positions", num_blocks=1))
+    mixed = tokens()[:, [3, 1, 0, 2, *range(4, 16)]]
+
+    torch.testing.assert_close(model(mixed)[:, 4:], model(tokens())[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tanh_looks_at_one_channel_and_never_exceeds_its_gain():
+    norm = load_experiment(resolve("dynamic_tanh")).module.DynamicTanh(6, 0.5)
+    x_TC = 10 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    changed_TC = x_TC.clone()
+    changed_TC[:, 2] += 1
+
+    assert (norm(x_TC).abs() <= 1).all()
+    torch.testing.assert_close(norm(-x_TC), -norm(x_TC))
+    assert ((norm(changed_TC) != norm(x_TC)).any(0)).tolist() == [c == 2 for c in range(6)]
+
+
+def test_nearness_is_that_of_a_brute_force_ranking():
+    soonest = load_experiment(resolve("token_order_loss")).module.soonest
+    row = [5, 7, 5, 2, 2, 9, 5, 1]
+    later_BTK, shares_BTK = soonest(torch.tensor([row]), 4)
+    for t in range(8):
+        ahead = row[t : t + 4]
+        weights = {token: 2.718281828 ** -ahead.index(token) for token in ahead}
+        found = {}
+        for token, share in zip(later_BTK[0, t].tolist(), shares_BTK[0, t].tolist(), strict=True):
+            if share:
+                found[token] = found.get(token, 0) + share
+        expected = {token: w / sum(weights.values()) for token, w in weights.items()}
+        assert found == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(shares_BTK.sum(-1), torch.ones(1, 8))
+
+
+def test_scores_of_simple_rope_depend_on_the_distance_whatever_its_sign():
+    module = load_experiment(resolve("simple_rope")).module
+    q_E, k_E = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    turn = module.rotary(torch.arange(20), 8, 100.0)
+    q, k = (module.rotate(x_E.expand(20, 4), turn) for x_E in (q_E, k_E))
+    scores = q @ k.T
+
+    torch.testing.assert_close(scores, scores.T)
+    torch.testing.assert_close(scores[3:, 3:], scores[:-3, :-3])
+    torch.testing.assert_close(scores.diagonal(), (q_E * k_E).sum().expand(20))
+
+
+def test_powers_are_normed_each_by_itself():
+    norm = load_experiment(resolve("poly_norm")).module.PolyNorm()
+    h_TF = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(norm(3 * h_TF), norm(h_TF), rtol=1e-4, atol=1e-5)
+    norm.weight.data.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(norm(h_TF), h_TF / h_TF.square().mean(-1, keepdim=True).sqrt())
+
+
+def test_poly_relu_has_relu_and_its_square_among_its_settings():
+    function = load_experiment(resolve("poly_relu")).module.PolyReLU()
+    h_TF = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    for index, expected in enumerate([F.relu(h_TF), F.relu(h_TF) ** 2, F.relu(h_TF) ** 3]):
+        function.weight.data.zero_()
+        function.weight.data[index] = 1.0
+
+        torch.testing.assert_close(function(h_TF), expected)
+
+
+def test_the_larger_of_a_map_and_nothing_is_relu():
+    for name in ("maxout", "negout"):
+        mlp = model_of(name).blocks[0].mlp
+        fill(mlp, "up.weight", 0.0)
+        x_BTC = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+
+        torch.testing.assert_close(mlp(x_BTC), mlp.down(F.relu(mlp.gate(x_BTC))))
+
+
+def test_shared_blocks_are_copies_of_one_another():
+    llama = random_llama(num_blocks=4)
+    for to, of in ((1, 0), (3, 2)):
+        llama.blocks[to].load_state_dict(llama.blocks[of].state_dict())
+    model = model_of("shared_layers", num_blocks=4)
+    state = llama.state_dict()
+    model.load_state_dict(
+        {k.replace("blocks.2.", "blocks.1."): w for k, w in state.items()
+         if not k.startswith(("blocks.1.", "blocks.3."))}
+    )  # fmt: skip
+
+    torch.testing.assert_close(model(tokens()), llama(tokens()))
+
+
+def test_the_embedding_alone_goes_to_a_block_that_drops_the_stream():
+    model = random_like(model_of("x0_lambdas"))
+    model.blocks[2].shares.data.copy_(torch.tensor([0.0, 1.0]))
+    x_BTC = model.hidden(tokens())
+    fill(model.blocks[0], "down", 0.0)
+
+    torch.testing.assert_close(model.hidden(tokens()), x_BTC)
+
+
+def test_dilated_branches_merge_by_their_masses():
+    module = load_experiment(resolve("dilated_attention")).module
+    H, T, D, shortest = 3, 12, 4, 3
+    q, k, v = torch.randn(3, 1, H, T, D, generator=torch.Generator().manual_seed(0))
+    bias = module.dilated(T, T, H, shortest, q.device)
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = q @ k.mT / D**0.5
+    for h in range(H):
+        for t in range(T):
+            total, mass = torch.zeros(D), 0.0
+            for step, stride in enumerate(module.STRIDES):
+                segment = shortest * 2**step
+                offset = h % stride
+                keys = [
+                    s for s in range(t + 1)
+                    if s // segment == t // segment and s % stride == offset == t % stride
+                ]  # fmt: skip
+                weights = scores[0, h, t, keys].exp()
+                total = total + weights @ v[0, h, keys]
+                mass = mass + weights.sum()
+            torch.testing.assert_close(found[0, h, t], total / mass)

@@ -1,0 +1,244 @@
+"""Latent attention: keys and values are made from one small vector of each token.
+
+Idea: generation keeps that vector (four heads wide, normed) and one turned key that all heads share
+    (half a head), instead of a key and a value for every head. Positions cannot pass through the
+    matrix that makes the keys, so each head's query and key have a part that is turned and a part
+    that is not. A step of generation never makes keys: their matrix moves over to the query, that
+    of the values behind the average. Queries are not squeezed, as in the small DeepSeek models.
+    BlaGPT turns the keys that it makes from the vector: then nothing is saved in generation.
+Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+Changed from llama: Config, Attention, Model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, R latent width, E turned width
+
+TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
+    rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    latent_heads: int = 4  # width of the vector that is kept, in heads
+
+    def __post_init__(self):
+        if self.width % (4 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of pairs")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def latent_width(self) -> int:
+        return self.latent_heads * self.head_width
+
+    @property
+    def turned_width(self) -> int:
+        """Of the part of a head that is turned."""
+        return self.head_width // 2
+
+    @property
+    def hidden_width(self) -> int:
+        return -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+def rotary(positions_T: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which each position turns the D / 2 pairs of a head."""
+    pairs_D = torch.arange(0, D, 2, device=positions_T.device, dtype=torch.float32)
+    rates_D = base ** (-pairs_D / D)
+    angles_TD = positions_T[:, None] * rates_D
+    angles_TD = torch.cat([angles_TD, angles_TD], dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def rotate(x_BHTD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each position turned by its own angles; channel i is paired with channel i + D / 2."""
+    cos_TD, sin_TD = turn
+    first, second = x_BHTD.chunk(2, dim=-1)
+    crossed_BHTD = torch.cat([-second, first], dim=-1)
+    turned_BHTD = x_BHTD * cos_TD + crossed_BHTD * sin_TD
+    return turned_BHTD.to(x_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H, with rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = linear(config.width, config.width)
+        self.turned_query = linear(config.width, config.num_heads * config.turned_width)
+        self.latent = linear(config.width, config.latent_width)
+        self.turned_key = linear(config.width, config.turned_width)
+        self.latent_norm = RMSNorm(config.latent_width, config.norm_eps)
+        self.key = linear(config.latent_width, config.width)
+        self.value = linear(config.latent_width, config.width)
+        self.output = linear(config.width, config.width, config.output_std)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BHTD = self.split(self.query(x_BTC))
+        r_BHTE = rotate(self.split(self.turned_query(x_BTC)), turn)
+        latent_BSR = self.latent_norm(self.latent(x_BTC))
+        r_B1SE = rotate(self.turned_key(x_BTC)[:, None], turn)
+        if cache is not None:
+            latent_BSR, r_B1SE = cache.append(self, latent_BSR, r_B1SE)
+        r_BHSE = r_B1SE.expand(-1, self.num_heads, -1, -1)
+        if T == 1 and cache is not None:
+            y_BHTD = self.step(q_BHTD, r_BHTE, latent_BSR, r_BHSE)
+        else:
+            k_BHSD = self.split(self.key(latent_BSR))
+            v_BHSD = self.split(self.value(latent_BSR))
+            q_BHTD = torch.cat([q_BHTD, r_BHTE], dim=-1)
+            k_BHSD = torch.cat([k_BHSD, r_BHSE], dim=-1)
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+    def step(self, q_BHTD: Tensor, r_BHTE: Tensor, latent_BSR: Tensor, r_BHSE: Tensor) -> Tensor:
+        """What one position finds, from the small vectors alone."""
+        scale = (q_BHTD.shape[-1] + r_BHTE.shape[-1]) ** -0.5
+        key_HDR = self.key.weight.unflatten(0, (self.num_heads, -1))
+        value_HDR = self.value.weight.unflatten(0, (self.num_heads, -1))
+        latent_BHSR = latent_BSR[:, None].expand(-1, self.num_heads, -1, -1)
+        q_BHTR = torch.cat([q_BHTD @ key_HDR.to(q_BHTD.dtype), r_BHTE], dim=-1)
+        k_BHSR = torch.cat([latent_BHSR, r_BHSE], dim=-1)
+        y_BHTR = F.scaled_dot_product_attention(q_BHTR, k_BHSR, latent_BHSR, scale=scale)
+        return y_BHTR @ value_HDR.mT.to(y_BHTR.dtype)
+
+
+class MLP(nn.Module):
+    """A hidden layer gated by another, then back to width C."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = linear(config.width, config.hidden_width)
+        self.up = linear(config.width, config.hidden_width)
+        self.down = linear(config.hidden_width, config.width, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        g_BTF = self.gate(x_BTC)
+        g_BTF = F.silu(g_BTF)
+        h_BTF = self.up(x_BTC)
+        h_BTF = g_BTF * h_BTF
+        y_BTC = self.down(h_BTF)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, turn, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        turn = rotary(positions_T, self.config.turned_width, self.config.rope_base)
+        x_BTC = self.token_table(tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, turn, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        groups = []
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update: nothing here."""
