@@ -6,6 +6,7 @@ from math import ceil
 import pytest
 
 from lmplay.data import sources as text
+from lmplay.optim.schedules import factor
 from lmplay.plan import Plan, read_plan
 from lmplay.roots import bundled_root
 from lmplay.train.clock import Clock
@@ -51,7 +52,7 @@ def datasets_of(name):
 
 def test_the_plans_of_the_original_are_all_here():
     named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
-    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu"
+    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu noam"
 
     assert set(NAMES) == {*named.split(), *SEVEN}
 
@@ -157,7 +158,7 @@ def test_default_is_the_published_recipe_of_the_original():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - {"quick", "minute", "small", "shakespeare", "fineweb_edu"})
+    "name", sorted(set(NAMES) - {"quick", "minute", "small", "shakespeare", "fineweb_edu", "noam"})
 )
 def test_the_plans_of_the_original_differ_in_their_data_only(name):
     data = {"name", "description", "datasets", "stages", "tokens"}
@@ -166,6 +167,18 @@ def test_the_plans_of_the_original_differ_in_their_data_only(name):
     assert read_plan(name).model_dump(include=recipe) == read_plan("default").model_dump(
         include=recipe
     )
+
+
+def test_noam_is_the_winners_recipe():
+    plan = read_plan("noam")
+    clock = Clock(plan)
+    sizes = [(clock.at(s).tokens_before, clock.at(s + 1).tokens_before) for s in (499, 9999)]
+    rates = [plan.optimizer.lr * factor(plan.schedule, *of, clock.num_tokens) for of in sizes]
+
+    assert (clock.num_steps, clock.at(0).tokens) == (10_000, 131_072)
+    assert rates == pytest.approx([1.25e-3, 1.25e-4], rel=1e-2)
+    assert (plan.clip, plan.optimizer.weight_decay) == (1.0, 0.1)
+    assert plan.optimizer.roles["head"].weight_decay == 0  # the winner's tied table
 
 
 def test_stages_are_those_of_the_original():
