@@ -38,7 +38,7 @@ def expand(
     """
     for entry in entries:
         experiment = load_experiment(entry)
-        refuse_unproven(experiment)
+        refuse_unproven(experiment, template.config)
         refuse_unknown_names(template, experiment)
     of_first = []
     for size in sizes:

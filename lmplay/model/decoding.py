@@ -161,13 +161,16 @@ def _by_steps(reader: "_Reader", rows: _Rows, choose: Choose, penalty: float):
 
 
 def _by_the_model(model, rows: _Rows, choose: Choose):
-    """Rows of one length are written together, as many tokens at a time as the context holds."""
+    """As many tokens of a row at a time as the context holds, whatever rows are beside it.
+
+    Rows of one length that have as many left are written together.
+    """
     while writing := rows.writing():
-        length = min(len(rows.texts[row]) for row in writing)
-        group = [row for row in writing if len(rows.texts[row]) == length]
+        length, num_left = min((len(rows.texts[row]), rows.num_left[row]) for row in writing)
+        alike = (length, num_left)
+        group = [row for row in writing if (len(rows.texts[row]), rows.num_left[row]) == alike]
         size = length if length < rows.max_len else kept_length(rows.max_len)
-        num_tokens = min(rows.num_left[row] for row in group)
-        num_tokens = min(num_tokens, max(1, rows.max_len - size))
+        num_tokens = min(num_left, max(1, rows.max_len - size))
         contexts = [rows.texts[row][-size:] for row in group]
         tokens_BT = torch.tensor(contexts, device=_device_of(model))
         numbers = rows.numbers(group)

@@ -159,8 +159,8 @@ def test_a_model_that_keeps_nothing_in_the_cache_runs_on_the_whole_text():
 
 
 @EVERY_EXPERIMENT
-def test_every_experiment_so_far_uses_the_cache(path):
-    assert uses_cache(tiny(path))
+def test_every_experiment_that_takes_a_cache_uses_it(path):
+    assert uses_cache(tiny(path)) is ("cache=None" in path.read_text())
 
 
 def test_a_full_context_is_told_once():

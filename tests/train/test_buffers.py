@@ -115,7 +115,7 @@ def counter(place, monkeypatch):
     counted = "        if self.training:\n            self.seen[0] += tokens_BT.numel()\n"
     source = f"{head.rstrip()}\n{made}{after}\n    def hidden({first}\n{counted}{rest}"
     (place / "experiments" / "mine.py").write_text(source)
-    monkeypatch.setattr(prepared, "refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(prepared, "refuse_unproven", lambda *_: None)
 
 
 def train(out_dir):

@@ -34,7 +34,7 @@ def follower(place, monkeypatch):
     source = resolve("gpt2ish").source.replace("VARIANTS = {", "UNUSED = {")
     head, body = source.split("\n    def hidden(")
     (place / "experiments" / "mine.py").write_text(f"{head}{AT}\n    def hidden({body}")
-    monkeypatch.setattr(prepared, "refuse_unproven", lambda experiment: None)
+    monkeypatch.setattr(prepared, "refuse_unproven", lambda *_: None)
 
 
 @pytest.fixture
