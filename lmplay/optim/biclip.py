@@ -36,9 +36,7 @@ class BiClip(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            sizes = torch._foreach_abs(grads)
-            torch._foreach_clamp_min_(sizes, group["low"])
-            torch._foreach_clamp_max_(sizes, group["high"])
+            sizes = [g.abs().clamp_(group["low"], group["high"]) for g in grads]  # DTensors too
             torch._foreach_mul_(sizes, torch._foreach_sign(grads))
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, sizes, alpha=-group["lr"])

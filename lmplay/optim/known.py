@@ -31,7 +31,7 @@ class KnownOptimizer:
     takes: frozenset[str] | None = None  # roles that it trains; None for all
     rest: str = "AdamW"  # trains the other roles, where the plan names nothing else
     rest_lr: float = 1.0  # its rate, in rates of this one
-    is_elementwise: bool = False  # a slice of a weight is updated as in the whole weight
+    is_elementwise: bool = False  # it updates a slice of a weight as in the whole weight
     holds_weights: bool = False  # in a ball or an average: nothing else may move them
     lr_is_absolute: bool = False  # not to be scaled with the plan's rate
     steps_option: str = ""  # gets the number of steps of the run
@@ -95,7 +95,7 @@ _ALL = [
     _torch("RAdam", "Adam that waits for its variance", "1908.03265", "8", 1e-3, weight_decay=0.1,
            options={"betas": [0.9, 0.95], "decoupled_weight_decay": True}),
     _torch("ASGD", "SGD that keeps an average", "Polyak and Juditsky 1992", "4", 0.1),
-    _torch("Rprop", "by the gradient's sign alone", "Riedmiller and Braun 1993", "8", 1e-4),
+    KnownOptimizer("Rprop", "by the gradient's sign alone", "Riedmiller and Braun 1993", "8", 1e-4),
     KnownOptimizer("Adafactor", "Adam's squares as rows times columns", "1804.04235", "0", 1e-2,
                    options={"eps": [1e-16, 1e-3]}),  # torch's own is not scale-free
     _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4"),
@@ -114,7 +114,7 @@ _ALL = [
              weight_decay=0.1, options={"betas": [0.9, 0.999, 0.999], "alpha": 5.0},
              fixed={"weight_decouple": True}, steps_option="t_alpha_beta3"),
     _library("ADOPT", "Adam whose divisor has not seen the gradient", "2411.02853", "8", 1e-3,
-             weight_decay=0.1, options={"betas": [0.9, 0.999]},
+             weight_decay=0.1, options={"betas": [0.9, 0.999]}, is_elementwise=False,
              fixed={"weight_decouple": True, "clip_lambda": lambda t: (t - 1) ** 0.25}),
     _library("MARS", "AdamW on gradients of less variance", "2411.10438", "12", 3e-3,
              weight_decay=0.1, takes=WITH_ROWS, is_elementwise=False,

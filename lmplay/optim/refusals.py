@@ -20,8 +20,8 @@ def refuse_fsdp(wanted: Optimizer) -> None:
         if not rule.known.is_elementwise or whole:
             fit = [known.name for known in KNOWN.values() if known.is_elementwise]
             raise UserError(
-                f"--shard: {rule.known.name} needs whole matrices, and each process has a slice "
-                "of them",
+                f"--shard: {rule.known.name} needs whole weights, and each process has a slice of "
+                "them",
                 hint=f"these do not: {', '.join(fit)}",
             )
 

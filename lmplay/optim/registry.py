@@ -10,6 +10,9 @@ from lmplay.errors import UserError, nearest
 from lmplay.optim.known import KnownOptimizer
 from lmplay.optim.modifiers import MODIFIERS, Modified
 
+# of torch 2.13's fused kernels, those that DTensor knows; for the others the host waits
+_FUSED_ON_SLICES = ("Adam", "AdamW")
+
 
 def build(
     known: KnownOptimizer, options: dict, groups: list[dict], key: str
@@ -41,7 +44,9 @@ def build(
     options = {
         k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k not in changed
     }
-    if not options.get("foreach") and has_fused_kernel(known.kind, groups[0]["params"][0].device):
+    first = groups[0]["params"][0]
+    is_fused = has_fused_kernel(known.kind, first.device) and not options.get("foreach")
+    if is_fused and (not hasattr(first, "full_tensor") or known.name in _FUSED_ON_SLICES):
         options.setdefault("fused", True)
     by_role = known.by_role.get(groups[0].get("role"), {})
     try:

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing import assert_close
 
 from lmplay.errors import UserError
 from lmplay.optim import refusals
+from lmplay.optim.known import KNOWN
 from lmplay.optim.refusals import refuse_fsdp, refuse_wrong_updates, wrong_update
+from lmplay.optim.registry import build
 from lmplay.optim.rules import rule_of
 from lmplay.plan import Optimizer, RoleRule
 
@@ -110,3 +117,32 @@ def test_slices_are_refused_whoever_needs_whole_matrices(wanted):
     with pytest.raises(UserError, match="--shard"):
         refuse_fsdp(wanted)
     refuse_fsdp(Optimizer(name="AdamW", lr=0.1, roles={"head": RoleRule(name="SGD")}))
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_whatever_fsdp_takes_updates_spread_weights_as_whole_ones(alone):
+    mesh = init_device_mesh("cpu", (1,))
+    draw = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 6, 3, generator=draw)
+    for known in KNOWN.values():
+        if not known.is_elementwise:
+            continue
+        ends = []
+        for is_spread in (False, True):
+            place = (lambda x: distribute_tensor(x, mesh, [Shard(0)])) if is_spread else torch.clone
+            weight = nn.Parameter(place(start))
+            group = {"params": [weight], "lr": 0.01, "weight_decay": 0.0, "role": "matrix"}
+            optimizer = build(known, dict(known.options), [group], "optimizer")
+            for gradient in gradients:
+                weight.grad = place(gradient)
+                optimizer.step()
+            ends.append(weight.full_tensor() if is_spread else weight)
+
+        assert_close(ends[1].detach(), ends[0].detach(), msg=lambda text, k=known: k.name + text)

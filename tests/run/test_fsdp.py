@@ -162,7 +162,7 @@ def test_blocks_are_compiled_or_it_is_said_that_there_are_none(place, alone, mon
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon"])
 def test_optimizers_that_need_whole_matrices_are_refused(name):
-    with pytest.raises(UserError, match=f"{name} needs whole matrices"):
+    with pytest.raises(UserError, match=f"{name} needs whole weights"):
         refuse_fsdp(Optimizer(name=name, lr=0.1))
     refuse_fsdp(Optimizer(name="AdamW", lr=0.1))
 
