@@ -38,6 +38,7 @@ def _rising(ramp: list[tuple[float, int]]) -> list[tuple[float, int]]:
     return ramp
 
 
+_MOST_TOKENS = 2**30  # in a step; the largest batches so far are a few millions
 _Point = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Count], Field(strict=False)]
 # [[0, 16], [0.5, 32]]: 16 at first, 32 once half of the run's tokens were trained on
 Ramp = Annotated[list[_Point], Field(min_length=1), AfterValidator(_rising)]
@@ -235,7 +236,10 @@ class Plan(_Strict):
     )
 
     @model_validator(mode="after")
-    def _rows_can_be_cut(self):
+    def _steps_make_sense(self):
+        most = max(rows for _, rows in self.batch_sizes) * self.max_len
+        if most > _MOST_TOKENS:
+            raise ValueError(f"batch_size: a step of {most:,} tokens is more than {_MOST_TOKENS:,}")
         for _, length in self.sequence_lengths:
             if self.max_len % length:
                 raise ValueError(

@@ -69,7 +69,12 @@ def make_facts():
     """Makes what run.json says of a small finished run, but for the values that are given."""
 
     def make(data=None, **values):
-        texts = {"fingerprint": "a", "validation_fingerprint": "b", "tokenizer": "byte"}
+        texts = {
+            "content": "c",
+            "fingerprint": "a",
+            "validation_fingerprint": "b",
+            "tokenizer": "byte",
+        }
         sizes = {"vocab_size": 257, "validation_tokens": 300, "validation_bytes": 300}
         known = {
             "experiment": "gpt2ish",

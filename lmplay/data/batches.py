@@ -19,6 +19,7 @@ from lmplay.data.preparation import Note, Progress, note_download, prepare
 from lmplay.data.shards import Shards
 from lmplay.data.sources import (
     columns_of,
+    content_of,
     documents,
     held_out_fraction,
     is_fraction_known,
@@ -283,6 +284,11 @@ def open_data(
         file = _bpe_file(plan, note)
     tokenizer = open_tokenizer(plan.tokenizer, file=file)
     return tokenizer, Data(plan, tokenizer, seed, on_progress, note)
+
+
+def text_of(plan: Plan) -> str:
+    """A fingerprint of the text that a plan names, equal wherever that lies."""
+    return cache.fingerprint({name: content_of(d) for name, d in plan.datasets.items()})
 
 
 class _Stage:

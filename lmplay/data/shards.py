@@ -1,7 +1,6 @@
 """Streams of tokens in shards, our own or foreign ones: mapped, and read by windows."""
 
 import atexit
-import glob
 import hashlib
 import re
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 from lmplay.data import shard_cache as cache
 from lmplay.data.shard_format import map_shard, shard_header
 from lmplay.data.shard_writer import INDEX, VERSION, Shard, digest, mask_path
+from lmplay.data.sources import shard_paths
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import NO_DATA, UserError
 from lmplay.plan import Dataset, Validation
@@ -171,7 +171,7 @@ def open_foreign(
     Raises:
         UserError: a file is missing or no shard; nothing is left to train on.
     """
-    paths = sorted({Path(p) for pattern in dataset.shards or [] for p in _expanded(pattern)})
+    paths = shard_paths(dataset)
     files = [Shard(str(path.resolve()), shard_header(path)[0]) for path in paths]
     files = [file for file in files if file.tokens]
     held_out = [file for file in files if _HELD_OUT.search(Path(file.file).name)]
@@ -201,10 +201,3 @@ def _opened(files: list[Shard], name: str, tokenizer: Tokenizer) -> Shards:
     shards = Shards(name, Path(), fingerprint, tokenizer)
     shards.publish(files, complete=True)
     return shards
-
-
-def _expanded(pattern: str) -> list[str]:
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-    if not found:
-        raise UserError(f"no shard is called {pattern}", hint="a path is relative to this folder")
-    return found

@@ -1,5 +1,6 @@
 """Sources to documents: what a row says, what of it is learned, and which rows are held out."""
 
+import glob
 import hashlib
 import heapq
 import os
@@ -203,8 +204,37 @@ def source_fingerprint(dataset: Dataset, split: Split = "train") -> str:
         return fingerprint_of("hub", dataset.hub, dataset.config, dataset.revision, of_hub)
     if dataset.builtin is not None:
         return _library_fingerprint()
+    if dataset.shards is not None:
+        return fingerprint_of("shards", [content_hash(path) for path in shard_paths(dataset)])
     parts = [(f.kind, content_hash(f.path)) for f in _files(dataset, split)]
     return fingerprint_of("files", parts)
+
+
+def content_of(dataset: Dataset) -> str:
+    """Equal where the text and what is learned of it are, whatever the files are called.
+
+    Raises:
+        UserError: as of `source_fingerprint`.
+    """
+    held_out = has_own_validation(dataset) and source_fingerprint(dataset, "validation")
+    parts = [source_fingerprint(dataset), held_out, columns_of(dataset), dataset.learn_prompt]
+    return fingerprint_of("content", parts)
+
+
+def shard_paths(dataset: Dataset) -> list[Path]:
+    """The files of a dataset of token shards, sorted, each once.
+
+    Raises:
+        UserError: a pattern fits none.
+    """
+    found: set[Path] = set()
+    for pattern in dataset.shards or []:
+        fit = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        if not fit:
+            hint = "a path is relative to this folder"
+            raise UserError(f"no shard is called {pattern}", hint)
+        found.update(map(Path, fit))
+    return sorted(found)
 
 
 def columns_of(dataset: Dataset) -> list:

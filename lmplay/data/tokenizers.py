@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmplay.data.gaps import CUT, CUT_GAPS, NEXT, SHORT_GAPS, cut, has_short_gaps, is_plain
 from lmplay.disk import write_json, write_text
@@ -17,7 +20,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 END = "<|endoftext|>"
+T = TypeVar("T")
 BPE_BYTES = 50_000_000  # of text, at most, that a bpe:N is trained on
+_MOST_BPE = 1 << 20
+_WORD = 256  # characters, at most, of a word that BPE is trained on
+_PIECE = 1 << 16  # characters, about, that are encoded in one go where a text can be cut
+_ROUND = 1 << 22  # characters
+_GAP = re.compile(r"(?<=\S) (?=\S)")
 _SECONDS = 15.0  # for a tokenizer's download, all attempts together
 _TIKTOKEN = {  # how many tokens it has, and which of them ends a document
     "gpt2": (50257, 50256),
@@ -239,16 +248,36 @@ class _HuggingFace(Tokenizer):
         self.fingerprint = "tokenizer " + hashlib.sha256(canonical.encode()).hexdigest()[:16]
         self._decoder = json.dumps(json.loads(text).get("decoder"))
         self._added = {i: t.content for i, t in self._inner.get_added_tokens_decoder().items()}
+        before = json.loads(text).get("pre_tokenizer") or {}
+        self._can_be_cut = (
+            before.get("type") == "ByteLevel"
+            and before.get("use_regex", True)
+            and not before.get("add_prefix_space")
+            and json.loads(text).get("normalizer") is None
+            and all(t.special for t in self._inner.get_added_tokens_decoder().values())
+        )
         self._byte_of = byte_of_character() if '"ByteLevel"' in self._decoder else None
-
-    def encode(self, text):
-        return self._inner.encode(valid(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts):
         import numpy as np
 
-        made = self._inner.encode_batch_fast([valid(t) for t in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in made]
+        cut = _pieces if self._can_be_cut else lambda text: [text]
+        parts = [cut(valid(text)) for text in texts]
+        ids = self._ids([piece for pieces in parts for piece in pieces])
+        return [np.concatenate([next(ids) for _ in pieces]) for pieces in parts]
+
+    def _ids(self, pieces: list[str]) -> Iterator["np.ndarray"]:
+        """Of each piece, in rounds: what the library keeps of a token is a hundred times an id."""
+        import numpy as np
+
+        batch, size = [], 0
+        for number, piece in enumerate(pieces, start=1):
+            batch.append(piece)
+            size += len(piece)
+            if size >= _ROUND or number == len(pieces):
+                made = self._inner.encode_batch_fast(batch, add_special_tokens=False)
+                yield from (np.array(encoding.ids, dtype=np.uint32) for encoding in made)
+                batch, size = [], 0
 
     def token_bytes(self, token):
         if token in self._added:
@@ -283,6 +312,8 @@ def _bpe_size(name: str) -> int:
             f"{name!r} is no tokenizer: bpe:N needs N of at least 257",
             hint="256 bytes and the end marker come first; try bpe:4096",
         )
+    if int(size) > _MOST_BPE:
+        raise UserError(f"{name!r} is more than bpe:{_MOST_BPE}", hint="try bpe:4096")
     return int(size)
 
 
@@ -299,7 +330,8 @@ def _trained(name: str, size: int, texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(_first(texts, BPE_BYTES), trainer)
+    pieces = (piece for text in _first(texts, BPE_BYTES) for piece in _with_short_words(text))
+    _open_to_signals(lambda: trained.train_from_iterator(pieces, trainer))
     return _HuggingFace(name, trained.to_str(), END)
 
 
@@ -312,13 +344,52 @@ def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
             return
 
 
+def _with_short_words(text: str) -> Iterator[str]:
+    """The text for a trainer of BPE, whose time grows with the square of a word's length."""
+    at = 0
+    for word in re.finditer(rf"\S{{{_WORD + 1},}}", text):
+        yield from _pieces(text[at : word.start()])
+        yield from (word[0][i : i + _WORD] for i in range(0, len(word[0]), _WORD))
+        at = word.end()
+    yield from _pieces(text[at:])
+
+
+def _pieces(text: str) -> list[str]:
+    """Parts of a text whose tokens, joined, are those of the whole in byte-level BPE.
+
+    A blank between two characters that are none begins a word, whatever stands before it.
+    """
+    pieces = []
+    at = 0
+    while len(text) - at > _PIECE and (gap := _GAP.search(text, at + _PIECE)):
+        pieces.append(text[at : gap.start()])
+        at = gap.start()
+    return [*pieces, text[at:]]
+
+
+def _open_to_signals(function: Callable[[], T]) -> T:
+    """What the function gives, while a signal ends this thread, to which native code is deaf."""
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(function())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made.result()
+
+
 def _from_file(name: str, path: Path) -> Tokenizer:
+    config = path.with_name("tokenizer_config.json")
     try:
         text = path.read_text(encoding="utf-8")
+        end = _end_of(config.read_text(encoding="utf-8")) if config.is_file() else None
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    config = path.with_name("tokenizer_config.json")
-    end = _end_of(config.read_text(encoding="utf-8")) if config.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config} beside {path} is no such file: {error}") from None
     try:
         return _HuggingFace(name, text, end)
     except UserError:

@@ -122,7 +122,7 @@ def main(
     num_samples: Annotated[
         int, Option(help="Texts to write from the prompt.", min=1, metavar="N")
     ] = 1,
-    seed: Annotated[int, Option(help="Fixes the texts.", min=0, metavar="N")] = 0,
+    seed: Annotated[int, Option(help="Fixes the texts.", min=0, max=2**63 - 1, metavar="N")] = 0,
     stop: Annotated[
         list[str] | None,
         Option(

@@ -65,10 +65,16 @@ class Experiment:
             if key not in self.fields:
                 hint = nearest(key, self.fields) + "--describe shows the fields"
                 raise UserError(f"{self.entry.file} has no Config value {key!r}", hint=hint)
+        for key, value in values.items():
+            if type(value) is int and value < 0:
+                raise UserError(f"{self.name}: {key}={value} is below 0", hint="a size is above it")
         try:
             return self.module.Config(**{**self.variant, **values})
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name}: {error}", hint="--describe shows the fields") from None
+        except ArithmeticError as error:  # such as a division by the value
+            given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            raise UserError(f"{self.name} cannot be had with {given}: {error}") from None
 
     def model(self, config, seed: int | None = None, device: torch.device | str = "cpu"):
         """A fresh Model.

@@ -25,7 +25,8 @@ class League:
 class DataFacts:
     """What a run was trained and validated on; runs are comparable where these agree."""
 
-    fingerprint: str
+    content: str  # of the text, whatever its files are called
+    fingerprint: str  # of the tokens that are trained on, in their order
     validation_fingerprint: str
     tokenizer: str
     vocab_size: int

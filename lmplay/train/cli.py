@@ -194,7 +194,8 @@ def main(
         ),
     ] = None,
     seed: Annotated[
-        int, Option(help="Fixes weights, data order and dropout.", min=0, metavar="N")
+        int,
+        Option(help="Fixes weights, data order and dropout.", min=0, max=2**63 - 1, metavar="N"),
     ] = 0,
     seeds: Annotated[
         str | None,

@@ -72,6 +72,7 @@ def prepare(
         source = request.folder.experiment_py.read_text(encoding="utf-8")
         experiment = load_source(source, Path(f"{earlier.file}.py"), request.entry.variant)
         plan = Plan.model_validate_json(json.dumps(earlier.plan))
+        plan = plan.model_copy(update={"datasets": request.plan.datasets})  # where it is now
     tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
     stack.callback(data.close)
     if earlier is None:

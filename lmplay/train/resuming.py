@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from lmplay.data.batches import text_of
 from lmplay.errors import UserError
 from lmplay.run.checkpoint import Checkpoint, restore_rng
 from lmplay.run.facts import Facts
@@ -25,19 +26,21 @@ def note_edits(request: Request, earlier: Facts, note: Callable[[str], None]) ->
     """Say where the run's own copies and the files of today differ.
 
     Raises:
-        UserError: the plan names other data.
+        UserError: the text is another one.
     """
     folder, plan = request.folder, request.plan.model_dump(mode="json")
-    if earlier.plan["datasets"] != plan["datasets"]:
+    if earlier.data.content != text_of(request.plan):
         mine, theirs = (_sources(p["datasets"]) for p in (plan, earlier.plan))
+        what = f"{theirs}, not on {mine}" if mine != theirs else f"{theirs}, which has changed"
         raise UserError(
-            f"{folder.path} was trained on {theirs}, not on {mine}",
+            f"{folder.path} was trained on {what}",
             hint="--out-dir gives this run a place of its own; --resume none keeps the old aside",
         )
     edited = []
     if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
         edited.append(str(request.entry.path))
-    if earlier.plan | {"margin": None} != plan | {"margin": None}:  # which only a verdict uses
+    elsewhere = {"datasets": plan["datasets"], "margin": None}  # moved, and of verdicts only
+    if earlier.plan | elsewhere != plan | elsewhere:
         edited.append(f"plan {request.plan.name}")
     if edited:
         note(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lmplay.catalog.entries import canonical_name
+from lmplay.data.batches import text_of
 from lmplay.errors import UserError
 from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
@@ -205,6 +206,7 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
         scale_differs=prepared.scale.differs,
         bound=scores_itself(run.model),
         data=DataFacts(
+            content=text_of(plan),
             fingerprint=data.fingerprint,
             validation_fingerprint=data.validation_fingerprint,
             tokenizer=plan.tokenizer,

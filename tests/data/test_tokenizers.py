@@ -3,10 +3,13 @@
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
+from functools import cache
 from hashlib import sha1
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -285,3 +288,63 @@ def test_importing_it_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {"torch", "numpy", "tiktoken", "tokenizers", "datasets"} & set(done.stdout.split())
+
+
+@cache
+def trained_bpe():
+    return open_tokenizer("bpe:300", texts=lambda: WORDS)
+
+
+words = st.text(st.sampled_from("ab \n\u00a0é1'.\t"), max_size=300)
+
+
+@given(text=words)
+def test_a_long_text_has_the_tokens_of_its_pieces(text):
+    with pytest.MonkeyPatch.context() as patch:
+        whole = trained_bpe().encode(text)
+        patch.setattr(tokens, "_PIECE", 7)
+        patch.setattr(tokens, "_ROUND", 20)
+
+        assert trained_bpe().encode(text) == whole
+        assert "".join(tokens._pieces(text)) == text
+
+
+def test_text_without_spaces_trains_a_tokenizer_in_time_and_keeps_all_of_it():
+    random = Random(1)
+    text = "".join(random.choices("abcdefghijklmnop", k=200_000))
+    cut = list(tokens._with_short_words(f"a {text} b"))
+
+    assert "".join(cut) == f"a {text} b" and max(map(len, cut)) <= 256
+    assert open_tokenizer("bpe:300", texts=lambda: [text]).vocab_size == 300
+
+
+def test_a_signal_ends_the_training_of_a_tokenizer(monkeypatch):
+    is_over = threading.Event()
+
+    def texts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not is_over.is_set():
+            yield "words of a text without an end "
+
+    monkeypatch.setattr(tokens, "BPE_BYTES", 1 << 62)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit):
+            open_tokenizer("bpe:300", texts=texts)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        is_over.set()
+
+
+@pytest.mark.parametrize("name", ["bpe:99999999999", "bpe:12", "bpe:x"])
+def test_a_size_without_sense_is_refused(name):
+    with pytest.raises(UserError, match="bpe"):
+        open_tokenizer(name, texts=lambda: ["a"])
+
+
+def test_a_broken_config_beside_a_tokenizer_is_named(tmp_path):
+    trained_bpe().save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{bad")
+
+    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+        open_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -486,6 +486,30 @@ def test_a_finished_run_does_not_answer_for_other_data(place):
     assert "text.jsonl, not on" in raised.value.problem and "--out-dir" in raised.value.hint
 
 
+def test_a_finished_run_does_not_answer_for_a_text_that_has_changed(place):
+    run()
+    text = place / "text.jsonl"
+    text.write_text(text.read_text().replace("five", "nine"))
+
+    with pytest.raises(UserError, match="which has changed"):
+        run()
+
+
+def test_a_run_goes_on_with_the_same_text_at_another_place(place, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run()
+    (place / "text.jsonl").rename(place / "moved.jsonl")
+    plan = json.loads((place / "plans" / "words.json").read_text())
+    plan["datasets"]["words"]["files"] = [str(place / "moved.jsonl")]
+    (place / "plans" / "words.json").write_text(json.dumps(plan))
+    display = Silent()
+
+    assert run(display=display)["status"] == "finished"
+    assert not any("edited" in note for note in display.notes)
+    assert run()["status"] == "finished"  # and so does what is finished
+
+
 def test_other_data_under_a_run_that_began_is_refused(place, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 3)
@@ -495,7 +519,7 @@ def test_other_data_under_a_run_that_began_is_refused(place, monkeypatch):
     with pytest.raises(UserError) as raised:
         run()
 
-    assert raised.value.code == BAD_INPUT and "data has changed" in raised.value.problem
+    assert raised.value.code == BAD_INPUT and "which has changed" in raised.value.problem
 
 
 def test_a_leaking_experiment_is_refused_before_training(place):
