@@ -1,4 +1,4 @@
-# make demo   install, train three runs on the quick plan, sample, plot: about ten minutes
+# make demo   install, train three runs on the quick plan, sample, plot: within ten minutes
 # make test   install, ruff, the whole test suite
 # make bench  install, measure against other trainers, write bench/results.md: a quarter of an hour
 # make proofs prove all bundled names, so that the suite need not: after a change of the proofs

@@ -142,8 +142,8 @@ def test_quick_needs_no_download_and_is_the_recipe_that_was_tried():
     plan = read_plan("quick")
 
     assert [d.builtin for d in plan.datasets.values()] == ["python-stdlib"]
-    assert (plan.tokenizer, plan.tokens, plan.optimizer.lr) == ("bpe:4096", 1_350_000, 4e-3)
-    assert plan.validation.tokens == 64_000
+    assert (plan.tokenizer, plan.tokens, plan.optimizer.lr) == ("bpe:4096", 512_000, 4e-3)
+    assert plan.validation.tokens == 25_600
 
 
 def test_default_is_the_published_recipe_of_the_original():
