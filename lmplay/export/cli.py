@@ -56,7 +56,7 @@ def main(
 ) -> None:
     """Export the model of a run, in fp32.
 
-    For transformers, gpt2 becomes its GPT2LMHeadModel; other experiments bring their code along.
+    For transformers, gpt2 and llama become its own classes; other experiments bring their code.
     OUT appears whole or not at all.
 
     Example: lmp-export quick/ue/seed-0 ue-model --to hf

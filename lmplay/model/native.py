@@ -1,7 +1,8 @@
 """Architectures that Hugging Face's transformers has too: names and weights, theirs and ours."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,31 +11,28 @@ from torch import Tensor
 
 from lmplay.errors import BAD_CHECKPOINT, UserError
 
-NATIVE = {"gpt2": "GPT2LMHeadModel"}  # an experiment's file, which is their model_type: their class
+Values = Mapping[str, object]
 
-_SIZES = {  # of gpt2's Config: as GPT2Config calls them
-    "vocab_size": "vocab_size",
-    "max_len": "n_positions",
-    "num_blocks": "n_layer",
-    "width": "n_embd",
-    "num_heads": "n_head",
-    "embed_dropout": "embd_pdrop",
-    "ff_dropout": "resid_pdrop",
-}
-_FIXED = {  # what gpt2 computes; a GPT2Config that says otherwise is another model
-    "activation_function": "gelu_new",
-    "n_inner": None,
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
+# an experiment's file, which is their model_type: their class
+NATIVE = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+
 _ONLY = "only safetensors are read: transformers' save_pretrained writes them"
 
 
+@dataclass(frozen=True)
+class _Architecture:
+    """How one experiment's Config and weights are called there."""
+
+    sizes: Mapping[str, str]  # of our Config: as their config calls them
+    fixed: Mapping[str, object]  # what we compute; a config that says otherwise is another model
+    same: Callable[[Values], Values]  # other words of a config for what is fixed
+    names: Callable[[Values], dict[str, list[str]]]  # their tensors: ours, one under another
+    prefix: str  # of their names, which the headless model saves without
+    is_transposed: Callable[[str], bool]
+
+
 def to_native(
-    file: str, values: Mapping[str, object], weights: Mapping[str, Tensor]
+    file: str, values: Values, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The config.json and the state dict with which transformers computes what `file` does.
 
@@ -43,13 +41,14 @@ def to_native(
         values: of its Config.
         weights: its state dict.
     """
+    ours = _ARCHITECTURES[file]
     config: dict[str, object] = {"model_type": file, "architectures": [NATIVE[file]]}
-    config |= {theirs: values[ours] for ours, theirs in _SIZES.items()} | _FIXED
-    config |= {"attn_pdrop": 0.0, "initializer_range": 0.02}
+    config |= {name: values[key] for key, name in ours.sizes.items()} | ours.fixed
+    config |= {"initializer_range": 0.02} | _also(file, values)
     state = {}
-    for theirs, ours in _gpt2_names(values["num_blocks"]).items():
-        tensor = torch.cat([weights[name] for name in ours])
-        state[theirs] = tensor.T.contiguous() if _is_transposed(theirs) else tensor
+    for theirs, parts in ours.names(values).items():
+        tensor = torch.cat([weights[name] for name in parts])
+        state[theirs] = tensor.T.contiguous() if ours.is_transposed(theirs) else tensor
     return config, state
 
 
@@ -69,25 +68,28 @@ def from_native(
     if file not in NATIVE:
         known = ", ".join(f"{name} ({kind})" for name, kind in NATIVE.items())
         raise UserError(f"no experiment computes a {file!r} of transformers", f"these do: {known}")
-    for key, value in _FIXED.items():
-        same = (value, "gelu_pytorch_tanh") if key == "activation_function" else (value,)
-        if key == "n_inner":
-            same = (value, 4 * config.get("n_embd", 0))
-        if config.get(key, value) not in same:
+    ours = _ARCHITECTURES[file]
+    if file == "llama":
+        config = _flat_rope(config)
+    same = ours.same(config)
+    for key, value in ours.fixed.items():
+        if config.get(key, value) not in (value, same.get(key, value)):
             problem = f"this {file} has {key}={config[key]!r}, and experiments/{file}.py {value!r}"
             raise UserError(problem, hint="a copy of that file can be made to compute it")
-    if missing := [key for key in _SIZES.values() if key not in config]:
+    if missing := [key for key in ours.sizes.values() if key not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}")
-    values = {ours: config[theirs] for ours, theirs in _SIZES.items()}
+    values = {key: config[name] for key, name in ours.sizes.items()}
+    if file == "llama":
+        values["mlp_multiple"] = _mlp_multiple(config, values["width"])
     state = {}
-    for theirs, ours in _gpt2_names(values["num_blocks"]).items():
-        short = theirs.removeprefix("transformer.")  # so are they called where GPT2Model was saved
+    for theirs, names in ours.names(values).items():
+        short = theirs.removeprefix(ours.prefix)
         if theirs not in weights and short not in weights:
             raise UserError(f"the weights lack {theirs}", code=BAD_CHECKPOINT)
         tensor = weights[theirs if theirs in weights else short].float()
-        parts = (tensor.T if _is_transposed(theirs) else tensor).chunk(len(ours))
-        state |= {name: part.contiguous() for name, part in zip(ours, parts, strict=True)}
-    state["head.weight"] = state["token_table.weight"]
+        parts = (tensor.T if ours.is_transposed(theirs) else tensor).chunk(len(names))
+        state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    state.setdefault("head.weight", state["token_table.weight"])  # tied
     return file, values, state
 
 
@@ -118,15 +120,14 @@ def read_native(folder: Path) -> tuple[str, dict[str, object], dict[str, Tensor]
     return from_native(config, weights)
 
 
-def _gpt2_names(num_blocks: int) -> dict[str, list[str]]:
-    """Their name of each tensor: ours of the tensors that it is made of, one under another."""
+def _gpt2_names(values: Values) -> dict[str, list[str]]:
     names = {
         "transformer.wte.weight": ["token_table.weight"],
         "transformer.wpe.weight": ["position_table.weight"],
     }
     for part in ("weight", "bias"):
         names[f"transformer.ln_f.{part}"] = [f"final_norm.{part}"]
-        for i in range(num_blocks):
+        for i in range(values["num_blocks"]):
             theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
             names |= {
                 f"{theirs}.ln_1.{part}": [f"{ours}.attention_norm.{part}"],
@@ -141,8 +142,119 @@ def _gpt2_names(num_blocks: int) -> dict[str, list[str]]:
     return names
 
 
-def _is_transposed(theirs: str) -> bool:
+def _is_gpt2_transposed(theirs: str) -> bool:
     return ".c_" in theirs and theirs.endswith("weight")  # their Conv1D keeps (inputs, outputs)
+
+
+def _llama_names(values: Values) -> dict[str, list[str]]:
+    names = {
+        "model.embed_tokens.weight": ["token_table.weight"],
+        "model.norm.weight": ["final_norm.weight"],
+    }
+    if not values["tied"]:
+        names["lm_head.weight"] = ["head.weight"]
+    parts = {
+        "input_layernorm": "attention_norm",
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.output",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    }
+    for i in range(values["num_blocks"]):
+        for theirs, ours in parts.items():
+            names[f"model.layers.{i}.{theirs}.weight"] = [f"blocks.{i}.{ours}.weight"]
+    return names
+
+
+def _flat_rope(config: Values) -> Values:
+    """Their newer files hold the base and the kind of rotary positions in a dict of its own."""
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = config.get("rope_scaling") or (None if kind == "default" else rope)
+    return {**config, "rope_theta": base, "rope_scaling": scaling}
+
+
+def _mlp_multiple(config: Values, width: int) -> int:
+    """The multiple that the hidden width is rounded up to: itself does."""
+    hidden_width = config.get("intermediate_size", 0)
+    if 3 * hidden_width < 8 * width:
+        problem = f"this llama has intermediate_size={hidden_width}, below 8/3 of its width {width}"
+        raise UserError(problem, hint="a copy of experiments/llama.py can be made to compute it")
+    return hidden_width
+
+
+def _also(file: str, values: Values) -> dict[str, object]:
+    """What else a config says, where transformers' default would be another model."""
+    if file == "gpt2":
+        return {"attn_pdrop": 0.0}
+    width, multiple = values["width"], values["mlp_multiple"]
+    hidden_width = -(-8 * width // (3 * multiple)) * multiple
+    heads = {"num_key_value_heads": values["num_heads"]}
+    rope = {"rope_parameters": {"rope_theta": values["rope_base"], "rope_type": "default"}}
+    return {"intermediate_size": hidden_width, **heads, **rope}
+
+
+_ARCHITECTURES = {
+    "gpt2": _Architecture(
+        sizes={
+            "vocab_size": "vocab_size",
+            "max_len": "n_positions",
+            "num_blocks": "n_layer",
+            "width": "n_embd",
+            "num_heads": "n_head",
+            "embed_dropout": "embd_pdrop",
+            "ff_dropout": "resid_pdrop",
+        },
+        fixed={
+            "activation_function": "gelu_new",
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        same=lambda config: {
+            "activation_function": "gelu_pytorch_tanh",
+            "n_inner": 4 * config.get("n_embd", 0),
+        },
+        names=_gpt2_names,
+        prefix="transformer.",
+        is_transposed=_is_gpt2_transposed,
+    ),
+    "llama": _Architecture(
+        sizes={
+            "vocab_size": "vocab_size",
+            "max_len": "max_position_embeddings",
+            "num_blocks": "num_hidden_layers",
+            "width": "hidden_size",
+            "num_heads": "num_attention_heads",
+            "rope_base": "rope_theta",
+            "norm_eps": "rms_norm_eps",
+            "tied": "tie_word_embeddings",
+        },
+        fixed={
+            "hidden_act": "silu",
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None,
+        },
+        same=lambda config: {
+            "num_key_value_heads": config.get("num_attention_heads"),
+            "head_dim": config.get("hidden_size", 0) // config.get("num_attention_heads", 1),
+        },
+        names=_llama_names,
+        prefix="model.",
+        is_transposed=lambda theirs: False,
+    ),
+}
 
 
 def _read_json(path: Path) -> dict:

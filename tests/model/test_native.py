@@ -1,4 +1,4 @@
-"""gpt2 and transformers' GPT-2 are one function of one set of weights, in both directions."""
+"""gpt2 and llama are functions of transformers, of one set of weights, in both directions."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def test_shards_half_precision_and_the_hubs_shorter_names_are_read(saved, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "no experiment computes a 'llama'"),
+        ({"model_type": "mistral"}, "no experiment computes a 'mistral'"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"n_inner": 77}, "n_inner=77"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
@@ -159,3 +159,65 @@ def test_pickles_and_damaged_files_are_not_read(saved, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="no safetensors file beside it"):
         read_native(tmp_path)
+
+
+LLAMA = {
+    "vocab_size": 61, "max_position_embeddings": 24, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "intermediate_size": 100, "rope_theta": 500.0, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def saved_llama(folder, **values):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**LLAMA, **values})
+    model = randomised(transformers.LlamaForCausalLM(config))
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_answers_alike_there_and_here_and_there_again(tmp_path, tied):
+    model = saved_llama(tmp_path / "theirs", tie_word_embeddings=tied)
+    name, values, weights = read_native(tmp_path / "theirs")
+    mine = ours(name, values, weights)
+    config, state = to_native(name, vars(mine.config), mine.state_dict())
+    again = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).eval()
+    told = again.load_state_dict(state, strict=False)
+
+    assert name == "llama" and values["rope_base"] == 500.0 and values["tied"] is tied
+    assert told.missing_keys == ["lm_head.weight"] * tied and not told.unexpected_keys
+    for other in (mine(tokens()), again(tokens()).logits):
+        torch.testing.assert_close(other, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "rope_scaling="),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"intermediate_size": 64}, "intermediate_size=64"),
+    ],
+)
+def test_another_llama_is_refused_by_what_differs(tmp_path, changes, told):
+    saved_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as raised:
+        read_native(tmp_path)
+
+    assert told in raised.value.problem
+
+
+@torch.no_grad()
+def test_a_llama_saved_without_its_head_is_read_where_it_is_tied(tmp_path):
+    model = saved_llama(tmp_path, tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path)
+
+    torch.testing.assert_close(
+        ours(*read_native(tmp_path))(tokens()), model(tokens()).logits, rtol=1e-5, atol=1e-5
+    )
