@@ -51,7 +51,6 @@ def run_grid(
                 try:
                     result = run_in_subprocess(run_experiment, request, display, forwarder)
                     display.end("done", result)
-                    ended()
                 except UserError as error:
                     if error.code in (BAD_INPUT, NO_DATA) and not request.folder.run_json.exists():
                         raise  # what was asked for cannot be had
@@ -63,6 +62,8 @@ def run_grid(
                     failures[path] = error.problem
                     _mark_as_failed(request.folder, error.problem)
                     display.end("failed", why=error.problem)
+                else:
+                    ended()
             if held and len(held) == len(waiting):  # others train all that is left
                 forwarder.wait(WAIT_SECONDS)
             waiting = held

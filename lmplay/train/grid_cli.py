@@ -1,7 +1,7 @@
 """lmp-trainer over many runs: they are trained, then judged; the two meet here alone."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,10 +142,14 @@ def _verdicts(
         write_page(page_of(template), rows, pairs, is_running)
         return {row["experiment"]: row for row in rows}, pairs
 
+    def show() -> None:
+        with suppress(UserError):  # nothing to hold the others against has ended yet
+            judged()
+
     open_labels = set(labels)
     for seeds in design.stages:
         now = [each for each in requests if each.seed in seeds and arm_of(each) in open_labels]
-        failures |= run_grid(now, display, judged)
+        failures |= run_grid(now, display, show)
         rows, pairs = judged(is_running=False)
         if missing := [label for label in labels if label not in rows]:
             why = "; ".join(dict.fromkeys(failures.values()))

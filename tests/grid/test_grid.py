@@ -179,3 +179,18 @@ def test_equal_seconds_are_measured_once_and_kept_for_every_seed(place, display,
 def test_a_budget_needs_tokens_to_divide(place, display):
     with pytest.raises(UserError, match="whole epochs"):
         sized(request("ue", tokens=None), request(tokens=None), "flops", display)
+
+
+def test_what_is_done_after_a_run_is_no_failure_of_the_run(place, display, monkeypatch):
+    result = {"validation": {"loss": 4.0}}
+    monkeypatch.setattr(grid, "run_in_subprocess", lambda *_: result)
+    ended = []
+
+    assert run_grid([request(), request(seed=1)], display, lambda: ended.append(1)) == {}
+    assert len(ended) == 2
+
+    def nothing_to_show():
+        raise UserError("no run of 'gpt2ish' to hold the others against")
+
+    with pytest.raises(UserError, match="to hold the others against"):
+        run_grid([request()], display, nothing_to_show)
