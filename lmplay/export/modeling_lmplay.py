@@ -4,8 +4,10 @@ This file is copied into an exported folder: `experiment` is there the file that
 `abilities`, `cache` and `folding` are lmplay's own, and config.json says how the model was made.
 """
 
+from contextlib import nullcontext
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -67,6 +69,8 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of the token after each position, and with `labels` the loss of the next token.
 
@@ -77,6 +81,8 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what an earlier pass with `use_cache` gave.
             labels: (B, T), shifted in here; -100 is not scored.
             logits_to_keep: this many last positions only; 0 for all.
+            position_ids: (B, T) or (1, T); each row's must go up by one, as they do anyway.
+            output_hidden_states: give what enters the first block and what leaves each, (B, T, C).
         Raises:
             ValueError: the text is longer than the context; a mask with holes, or with padding
                 before a row that has a past.
@@ -86,6 +92,8 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
         if num_positions > self.config.max_position_embeddings:
             longest = self.config.max_position_embeddings
             raise ValueError(f"the text has {num_positions} tokens, the context holds {longest}")
+        if position_ids is not None and attention_mask is None and (position_ids.diff() != 1).any():
+            raise ValueError("positions other than one after another are not this model's")
         place_BT = None if attention_mask is None else _places(attention_mask)
         if place_BT is not None:
             if past is not None:
@@ -93,19 +101,47 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids = input_ids.gather(1, place_BT)
         elif use_cache and past is None and self.takes_cache:
             past = Past(self.config.max_position_embeddings)
-        x_BTC = self._read(input_ids, past)
+        seen = _States(self.model) if output_hidden_states else nullcontext()
+        with seen:
+            x_BTC = self._read(input_ids, past)
         if past is not None and not past.used:
             past = None
+        states = seen.states() if output_hidden_states else None
         if place_BT is not None:
-            back_BT1 = place_BT.argsort(1)[..., None]
-            x_BTC = x_BTC.gather(1, back_BT1.expand(-1, -1, x_BTC.shape[-1]))
+            x_BTC = _moved_back(x_BTC, place_BT)
+            states = states and tuple(_moved_back(state, place_BT) for state in states)
         x_BTC = x_BTC[:, -logits_to_keep:]
         logits_BTV = self.model.head(x_BTC) if has_hidden(self.model) else x_BTC
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BTV, labels, vocab_size=logits_BTV.shape[-1])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits_BTV, past_key_values=past, hidden_states=states
+        )
         return output.to_tuple() if return_dict is False else output
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table that tokens are looked up in.
+
+        Raises:
+            NotImplementedError: the experiment has none of its vocabulary's size, or several.
+        """
+        size = self.config.vocab_size
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+        found = [table for table in tables if table.num_embeddings == size]
+        if len(found) != 1:
+            raise NotImplementedError(f"this experiment has {len(found)} tables of {size} tokens")
+        return found[0]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_, **__) -> nn.Embedding:
+        """The table as it is: its size is a value of the experiment.
+
+        Raises:
+            NotImplementedError: another size is wanted.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise NotImplementedError("vocab_size is a value of the experiment: train it with that")
+        return self.get_input_embeddings()
 
     def _read(self, tokens_BT: Tensor, past: Past | None) -> Tensor:
         """The hidden states, or the logits of a model that has none; one by one behind a past."""
@@ -140,6 +176,49 @@ class LmplayForCausalLM(PreTrainedModel, GenerationMixin):
         """The past, if no beam changed its row; else none, and the beams are read anew."""
         stay = torch.arange(len(beam_idx), device=beam_idx.device)
         return past if torch.equal(beam_idx, stay) else None
+
+
+class _States:
+    """While entered, keeps what enters the first block of a model and what leaves each block."""
+
+    def __init__(self, model: nn.Module):
+        lists = [m for m in model.children() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        self._blocks = list(max(lists, key=len, default=[]))
+        self._kept: list[list[Tensor]] = [[] for _ in range(len(self._blocks) + 1)]
+
+    def __enter__(self):
+        self._hooks = [
+            block.register_forward_hook(lambda _, args, y_BTC, i=i: self._keep(i, args, y_BTC))
+            for i, block in enumerate(self._blocks, start=1)
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, number: int, args: tuple, y_BTC: Tensor) -> None:
+        if number == 1:
+            self._kept[0].append(args[0])
+        self._kept[number].append(y_BTC)
+
+    def states(self) -> tuple[Tensor, ...]:
+        """Each (B, T, C).
+
+        Raises:
+            NotImplementedError: the experiment is no stack of blocks that hand on one tensor.
+        """
+        if not self._blocks or not all(
+            parts and all(isinstance(part, Tensor) and part.dim() == 3 for part in parts)
+            for parts in self._kept
+        ):
+            raise NotImplementedError("this experiment is no stack of blocks to look between")
+        return tuple(torch.cat(parts, 1) for parts in self._kept)
+
+
+def _moved_back(x_BTC: Tensor, place_BT: Tensor) -> Tensor:
+    back_BT1 = place_BT.argsort(1)[..., None]
+    return x_BTC.gather(1, back_BT1.expand(-1, -1, x_BTC.shape[-1]))
 
 
 def _places(mask_BT: Tensor) -> Tensor | None:

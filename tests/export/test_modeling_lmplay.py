@@ -211,3 +211,43 @@ def test_the_evaluation_harness_scores_as_lmplay_does(make_run, transformers, tm
         logp_TV = trained.model(ids[None, :-1])[0].log_softmax(-1)
         logp_T = logp_TV.gather(1, ids[1:, None])[-len(after) :]
         assert scored == pytest.approx(logp_T.sum().item(), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_are_what_blocks_hand_on(model, side):
+    tokens_BT, mask_BT = padded(ROWS, side)
+    states = model(tokens_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+    alone = [model(row[None], output_hidden_states=True).hidden_states for row in ROWS]
+
+    assert len(states) == len(model.model.blocks) + 1
+    for b, (row_states, mask_T) in enumerate(zip(alone, mask_BT.bool(), strict=True)):
+        for state_BTC, alone_1TC in zip(states, row_states, strict=True):
+            torch.testing.assert_close(state_BTC[b][mask_T], alone_1TC[0])
+    assert model(tokens()).hidden_states is None
+
+
+@torch.no_grad()
+def test_hidden_states_behind_a_past_are_those_of_the_whole(model):
+    whole = model(tokens(), output_hidden_states=True).hidden_states
+    past = model(tokens()[:, :7], use_cache=True).past_key_values
+    rest = model(tokens()[:, 7:], past_key_values=past, output_hidden_states=True).hidden_states
+
+    for state_BTC, whole_BTC in zip(rest, whole, strict=True):
+        torch.testing.assert_close(state_BTC, whole_BTC[:, 7:], atol=1e-5, rtol=1e-5)
+
+
+def test_positions_may_be_given_as_they_are_and_in_no_other_way(model):
+    plain = model(tokens()).logits
+
+    assert torch.equal(model(tokens(), position_ids=torch.arange(10)[None]).logits, plain)
+    with pytest.raises(ValueError, match="one after another"):
+        model(tokens(), position_ids=torch.arange(10).flip(0)[None])
+
+
+def test_the_table_of_tokens_can_be_had_and_keeps_its_size(model):
+    table = model.get_input_embeddings()
+
+    assert table.num_embeddings == 257 and model.resize_token_embeddings(257) is table
+    with pytest.raises(NotImplementedError, match="vocab_size is a value of the experiment"):
+        model.resize_token_embeddings(300)
