@@ -68,6 +68,7 @@ IS_LLAMA = {
         ("layer_tables.1.table", 0.0), ("layer_tables.2.output", 0.0))),
     "logit_cap": ({"cap": 1e5}, nothing),
     "multi_token_prediction": ({}, nothing),
+    "ngram_memory": ({}, nothing),
     "output_bias": ({}, nothing),
     "qkv_bias": ({}, nothing),
     "residual_weights": ({}, nothing),
@@ -574,3 +575,25 @@ def test_dilated_branches_merge_by_their_masses():
                 total = total + weights @ v[0, h, keys]
                 mass = mass + weights.sum()
             torch.testing.assert_close(found[0, h, t], total / mass)
+
+
+def test_a_row_is_that_of_the_last_three_tokens_and_of_no_other():
+    table = model_of("ngram_memory").ngrams
+    rows_BT = table.rows(torch.tensor([[1, 2, 3, 4, 9, 2, 3, 4], [7, 2, 3, 4, 5, 6, 7, 8]]))
+
+    assert rows_BT[0, 3] == rows_BT[0, 7] == rows_BT[1, 3]
+    assert rows_BT[0, 2] != rows_BT[1, 2] and rows_BT[0, 0] != rows_BT[1, 0]
+    assert table.table.num_embeddings == 307  # the first prime from 5 x 61
+    assert ((rows_BT >= 0) & (rows_BT < 307)).all()
+
+
+def test_a_table_of_equal_rows_is_a_constant_second_layer():
+    model = random_like(model_of("token_up_projection"))
+    assert [block.mlp.has_table for block in model.blocks] == [False, True, False]
+
+    mlp = model.blocks[1].mlp
+    mlp.up.weight.data[:] = mlp.up.weight.data[0]
+    x_BTC = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = mlp.down(F.silu(mlp.gate(x_BTC)) * mlp.up.weight[0])
+
+    torch.testing.assert_close(mlp(x_BTC, tokens()), expected)
