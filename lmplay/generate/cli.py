@@ -258,10 +258,12 @@ def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str | No
 
 
 def _decoded(data: bytes, name: str) -> str:
+    """The text without a byte order mark, its lines ended as those that were trained on."""
     try:
-        return data.decode().removesuffix("\n").removesuffix("\r")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error.reason}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def _resolve(run: str | None, runs: Path):

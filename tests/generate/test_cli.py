@@ -377,3 +377,11 @@ def test_a_prompt_that_is_no_text_is_refused(generator, tmp_path):
 
     with pytest.raises(UserError, match="not UTF-8"):
         generator("--prompt-file", tmp_path / "prompt.txt")
+
+
+def test_a_prompt_from_windows_is_read_as_training_reads_text(generator, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+
+    shown = generator("--prompt-file", tmp_path / "prompt.txt", "--max-tokens", 2, "--json")
+
+    assert json.loads(shown.out)["samples"][0]["prompt"] == "one\ntwo"
