@@ -29,7 +29,7 @@ def test_an_installed_wheel_lists_and_trains_what_it_carries(tmp_path):
     def lmp_trainer(*args):
         command = [sys.executable, "-m", "lmplay.train", *args]
         return subprocess.run(
-            command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=110
+            command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=400
         )
 
     listed = lmp_trainer("--exp", "list", "--json")

@@ -105,6 +105,6 @@ def test_a_browser_shows_it(judged, tmp_path):
     write_page(tmp_path / "board.html", *judged())
     browser = next(filter(None, map(shutil.which, BROWSERS)))
     command = [browser, "--headless", "--no-sandbox", "--dump-dom", str(tmp_path / "board.html")]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True).stdout
 
     assert "better" in shown and "<polyline" in shown
