@@ -17,7 +17,7 @@ from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.proofs.dependence import refuse_not_finite
 from lmplay.proofs.proof import CLOSE, EXACT, Exempt, Proof, Refuted, how_far, prove
-from lmplay.proofs.specimen import randomise
+from lmplay.proofs.specimen import Specimen, randomise
 
 # B rows, T positions, C model width
 
@@ -25,7 +25,7 @@ ROWS = 8
 MOST_TOKENS = 8192  # in a pass, as in a micro-batch where memory cannot be probed
 MOST_LOGITS = 1 << 27  # of a head that is no plain matrix, to look at what it gives
 STEPS = 6  # behind a cached prompt
-ROUNDING = {False: (EXACT, CLOSE), True: (1e-3, 0.05)}  # in fp32, and below: of a position, a row
+ROUNDING = {False: (EXACT, CLOSE), True: (0.01, 0.05)}  # in fp32, and below: of a position, a row
 NOISE = 4  # times what a row moves by itself
 
 Autocast = Callable[[], AbstractContextManager]
@@ -47,7 +47,7 @@ def check_at_size(
 
     Args:
         config: what a run has.
-        precision: fp32, bf16 or fp16, of the passes that show leaks.
+        precision: fp32, bf16 or fp16: leaks are looked for in it and in fp32, which tells more.
         tokens_BT: text of the plan; drawn tokens, where it is not at hand.
     """
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -59,13 +59,15 @@ def check_at_size(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if tokens_BT is None:
-            T = config.max_len
-            tokens_BT = torch.randint(config.vocab_size, (num_rows(T), T))
+            tokens_BT = Specimen(experiment, config).tokens(B=num_rows(config.max_len))
         model = randomise(experiment.model(config, seed=0)).to(device).train()
-    passes = Passes(experiment, model, config.vocab_size, tokens_BT, autocast, low is not None)
-    B, T = tokens_BT.shape
-    proofs = prove(LEAKS | AT_REAL_LENGTH, passes)
-    return [proof.at(f"{B} x {T} tokens in {precision}") for proof in proofs]
+    V, size = config.vocab_size, "{} x {} tokens in ".format(*tokens_BT.shape)
+    exact = Passes(experiment, model, V, tokens_BT)
+    proofs = [proof.at(f"{size}fp32") for proof in prove(LEAKS | AT_REAL_LENGTH, exact)]
+    if low is not None:
+        rough = Passes(experiment, model, V, tokens_BT, autocast, is_low=True)
+        proofs += [proof.at(f"{size}{precision}") for proof in prove(LEAKS, rough)]
+    return proofs
 
 
 def find_leak(passes: "Passes") -> Proof | None:

@@ -140,16 +140,15 @@ def sees_no_later_token(specimen: Specimen) -> str:
                 unless=_causes(far_BT[row, t].item(), alone),
             )
         moves_B = far_BT.masked_fill(~later_BT, 0.0).amax(1)
-        least = min(least, moves_B.min().item())
+        least = min(least, moves_B.median().item())
         if not least > CLOSE:
             raise Refuted(
-                f"the tokens from {cuts[int(moves_B.argmin())]} on move nothing: the proof would "
-                "be empty",
+                "the tokens behind a cut move nothing: the proof would be empty",
                 unless=("any shape",),
             )
     found = (
         f"{len(cuts)} cuts, 2 draws of weights, both modes: earlier positions move by "
-        f"{largest:.0e}, later ones by {least:.0e} or more"
+        f"{largest:.0e}, later ones by {least:.0e}"
     )
     return f"{found}; {_sees_no_later_token_in_double(specimen)}"
 
@@ -161,7 +160,7 @@ def _sees_no_later_token_in_double(specimen: Specimen) -> str:
     rows_BT = tokens_BT.expand(len(cuts), -1)
     later_BT = torch.arange(rows_BT.shape[1]) >= torch.tensor(cuts)[:, None]
     changed_BT = torch.where(later_BT, specimen.others(rows_BT), rows_BT)
-    models = [*specimen.randomised_models(), ("eval", specimen.opened())]
+    models = [*specimen.randomised_models(), *(("eval", specimen.opened(s)) for s in (1, -1))]
     largest = 0.0
     for mode, model in models:
         try:

@@ -73,16 +73,20 @@ def checked_on(
     device: torch.device, precision: str, experiment: Experiment, config, note: Note
 ) -> list[Proof]:
     """The proofs of `check_on`, from memory where all this has passed them on such a machine."""
-    is_cuda = device.type == "cuda"
-    machine = [platform.platform(), processor()]
-    if is_cuda:
-        machine = [torch.cuda.get_device_name(device), torch.version.cuda]
 
     def found() -> list[Proof]:
         note(f"checking {experiment.name} on {device} in {precision}, once")
         return check_on(device, precision, experiment, config)
 
-    return remembered([experiment.source, config, *machine, device.type, precision], found)
+    of = [experiment.source, config, machine_of(device), precision]
+    return remembered(of, found)
+
+
+def machine_of(device: torch.device) -> list[str | None]:
+    """What kernels there depend on."""
+    if device.type == "cuda":
+        return [device.type, torch.cuda.get_device_name(device), torch.version.cuda]
+    return [device.type, platform.platform(), processor()]
 
 
 def check_on(device: torch.device, precision: str, experiment: Experiment, config) -> list[Proof]:

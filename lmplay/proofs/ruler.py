@@ -5,7 +5,6 @@ import math
 import pkgutil
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +46,15 @@ def _callables() -> dict[tuple[str, str], tuple[object, object]]:
     }
 
 
-_TORCH = str(Path(torch.__file__).parent)
+_CLASSES = [(w, owner, set(vars(owner))) for w, owner in _namespaces() if isinstance(owner, type)]
 _TRUE = _callables()  # before an experiment is loaded
+_TRUE_IDS = {id(value) for _, value in _TRUE.values()}
 
 
-def _is_torchs(value: object) -> bool:
-    """Whether torch has put it there, as its compiler does when it is loaded."""
-    code = getattr(value, "__code__", None)
-    return code is not None and code.co_filename.startswith(_TORCH)
+def _is_a_librarys(value: object) -> bool:
+    """Whether a package has put it there, as torch's compiler and transformers do when loaded."""
+    where = getattr(value, "__globals__", {}).get("__name__", "lmplay_experiment")
+    return not where.startswith("lmplay_experiment") and id(value) not in _TRUE_IDS
 
 
 def is_the_rulers(specimen: Specimen) -> str:
@@ -62,9 +62,15 @@ def is_the_rulers(specimen: Specimen) -> str:
     put_back = []
     for (where, name), (owner, value) in _TRUE.items():
         now = vars(owner).get(name)
-        if now is not value and not _is_torchs(now):
+        if now is not value and not _is_a_librarys(now):
             setattr(owner, name, value)
             put_back.append(f"{where}.{name}")
+    for where, owner, names in _CLASSES:
+        for name in vars(owner).keys() - names:
+            value = vars(owner)[name]
+            if isinstance(value, types.FunctionType) and not _is_a_librarys(value):
+                delattr(owner, name)
+                put_back.append(f"{where}.{name}")
     if put_back:
         raise Refuted(f"{put_back[0]} is no more what it was before the file was loaded")
     if specimen.scores_itself:

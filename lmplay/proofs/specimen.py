@@ -122,13 +122,16 @@ class Specimen:
         """A model in eval mode, as `randomise` leaves it."""
         return randomise(self.model(), sign, strength)
 
-    def opened(self) -> nn.Module:
-        """A randomised model whose vectors and scalars are all drawn anew: no gate stays shut."""
+    def opened(self, sign: int) -> nn.Module:
+        """A randomised model whose vectors and scalars are drawn anew, all of one sign.
+
+        No gate stays shut, whatever it starts from.
+        """
         model = self.randomised()
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() <= 1:
-                    weight.normal_(std=0.5)
+                    weight.uniform_(0.1, 1.0).mul_(sign)
         return model
 
     def randomised_models(self) -> Iterator[tuple[str, nn.Module]]:

@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 from lmplay.run.design import Design, Rate
 
-Status = Literal["running", "stopped", "failed", "finished"]
+Status = Literal["running", "stopped", "failed", "leaked", "finished"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,10 @@ class Facts:
         """The same of a run that an error ended; `is_numeric` where a number was not finite."""
         failures = self.failures + is_numeric
         return replace(self, status="failed", exit_reason=reason, failures=failures)
+
+    def leaked(self, reason: str) -> Self:
+        """The same of a run whose model saw what it must not: it is never compared."""
+        return replace(self, status="leaked", exit_reason=reason)
 
     def finished(self) -> Self:
         """The same of a run that took its last step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lmplay.console import note
 from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.machine import dtype_of, resolve_device, resolve_precision
@@ -46,6 +47,8 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
         UserError: no such checkpoint, or its weights do not fit the run's own source.
     """
     facts = folder.read()
+    if facts.status == "leaked":
+        note(f"{folder.path} was stopped, its numbers are worth nothing: {facts.exit_reason}")
     where = resolve_device(device)
     used = resolve_precision(precision, where)
     path = Path(f"{facts.file}.py")

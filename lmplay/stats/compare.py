@@ -71,7 +71,7 @@ class RecordedRun:
 
     @property
     def failed(self) -> bool:
-        return self.facts.status == "failed"
+        return self.facts.status in ("failed", "leaked")
 
     @cached_property
     def final(self) -> Row | None:
@@ -330,7 +330,7 @@ def _state_marks(run: RecordedRun) -> list[str]:
     if run.finished:
         short = last["step"] < run.facts.num_steps
         return [f"validated at {int(last['tokens']):,} tokens"] if short else []
-    state = "failed" if run.failed else "not finished"
+    state = run.facts.status if run.failed else "not finished"
     at = "never validated" if last is None else f"validated at {int(last['tokens']):,} tokens"
     return [f"{state}: {at}"]
 

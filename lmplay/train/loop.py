@@ -14,6 +14,7 @@ from lmplay.run.run import Run
 from lmplay.train.buffers import Buffers
 from lmplay.train.clock import Clock
 from lmplay.train.curves import Curves
+from lmplay.train.leak_watch import refuse_leak
 from lmplay.train.saving import save
 from lmplay.train.scoring import score
 from lmplay.train.signals import Signals, Stopped, agreed
@@ -42,6 +43,7 @@ def train(session: Session) -> None:
 
     Raises:
         Stopped: a signal came; the run was saved at the end of its last whole step.
+        Leaked: the model saw what it must not.
         NotFinite: a loss or gradient was not finite; the newest checkpoint is the last good one.
     """
     finish_step(session)  # a run that begins, or was stopped before its validation
@@ -113,6 +115,7 @@ def finish_step(session: Session) -> None:
     due = is_last or clock.is_due(run.step, plan.validation.every_tokens)
     if due and session.validated < run.step:
         show_rows(session, now=True)
+        refuse_leak(run, session.data, is_last)
         session.show("validating", {"step": run.step})
         with session.update.optimizer.averaged():
             row = validate(run, session.data, lambda: signals.code is not None)

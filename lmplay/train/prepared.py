@@ -18,14 +18,17 @@ from lmplay.model.freezing import freeze
 from lmplay.model.scale import Scale, scale
 from lmplay.optim.refusals import refuse_wrong_updates
 from lmplay.plan import Plan
-from lmplay.proofs.device import refuse_wrong
-from lmplay.proofs.proof import most_telling
+from lmplay.proofs.at_size import check_at_size, num_rows
+from lmplay.proofs.device import machine_of, refuse_wrong
+from lmplay.proofs.proof import Proof, most_telling
+from lmplay.proofs.proof_cache import remembered
 from lmplay.proofs.tiny import checked
 from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.request import Request
 from lmplay.train.clock import Clock
 from lmplay.train.display import Display
+from lmplay.train.leak_watch import keep_rows, text_rows
 from lmplay.train.resuming import note_edits
 
 
@@ -68,6 +71,7 @@ def prepare(
         refuse_unproven(experiment, request.config)
         refuse_unknown_names(request, experiment)
     else:
+        refuse_leaked(request, earlier)
         note_edits(request, earlier, display.note)
         source = request.folder.experiment_py.read_text(encoding="utf-8")
         experiment = load_source(source, Path(f"{earlier.file}.py"), request.entry.variant)
@@ -96,6 +100,7 @@ def prove(prepared: Prepared, accelerator: Accelerator, precision: str, display:
     device, experiment = accelerator.device, prepared.experiment
     with accelerator.local_main_process_first():  # which remembers it for the others
         refuse_wrong(device, precision, experiment, prepared.config, display.note)
+        refuse_leak_at_size(prepared, device, precision, display)
     refuse_wrong_updates(prepared.plan.optimizer, device)
 
 
@@ -105,6 +110,36 @@ def refuse_unproven(experiment: Experiment, values: dict[str, object]) -> None:
         raise UserError(
             f"{experiment.name} fails the check: {failed.name}: {failed.detail}",
             hint=f"lmp-trainer --exp {experiment.entry.path} --check shows every proof",
+        )
+
+
+def refuse_leaked(request: Request, earlier: Facts) -> None:
+    """Raise a UserError where a run was stopped because its model saw what it must not."""
+    if earlier.status == "leaked":
+        raise UserError(
+            f"{request.folder.path} does not go on: {earlier.exit_reason}",
+            hint="mend the experiment; --resume none trains it anew and keeps this run aside",
+        )
+
+
+def refuse_leak_at_size(
+    prepared: Prepared, device: torch.device, precision: str, display: Display
+) -> None:
+    """Raise a UserError where a fresh model of the run's own size fails a proof, on its device."""
+    experiment, config, plan = prepared.experiment, prepared.config, prepared.plan
+    tokens_BT = text_rows(prepared.data, num_rows(config.max_len))
+    keep_rows(plan, tokens_BT)
+
+    def found() -> list[Proof]:
+        display.note(f"proving {experiment.name} at its own size, once")
+        return check_at_size(experiment, config, precision, device, tokens_BT)
+
+    text = prepared.data.validation_fingerprint
+    of = [experiment.source, config, text, machine_of(device), precision]
+    if failed := most_telling(remembered(of, found)):
+        raise UserError(
+            f"{experiment.name} fails the check at {failed.where}: {failed.name}: {failed.detail}",
+            hint=f"lmp-trainer --exp {experiment.entry.path} --plan {plan.name} --check",
         )
 
 

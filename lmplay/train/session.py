@@ -31,6 +31,7 @@ from lmplay.train.curves import Curves, NotFinite
 from lmplay.train.display import Display
 from lmplay.train.fault import first_bad_place
 from lmplay.train.initial_model import begin_from
+from lmplay.train.leak_watch import Leaked
 from lmplay.train.loop import Session, train
 from lmplay.train.prepared import Prepared, prepare, prove
 from lmplay.train.reporter import Reporter
@@ -291,6 +292,8 @@ def _ended_by(error: BaseException, session: Session, facts: Facts) -> Facts:
     reason = getattr(error, "problem", str(error)) or type(error).__name__
     if isinstance(error, Stopped | SystemExit | KeyboardInterrupt):
         return facts.stopped(reason)
+    if isinstance(error, Leaked):
+        return facts.leaked(reason)
     return facts.failed(reason, is_numeric)
 
 

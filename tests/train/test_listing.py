@@ -41,7 +41,9 @@ def test_check_on_the_cpu_proves_at_tiny_size_and_at_the_plan_s(place, monkeypat
     proofs = json.loads(capsys.readouterr().out)["proofs"]
 
     assert all(proof["passed"] is not False for proof in proofs)
-    assert {proof["where"] for proof in proofs} == {"TINY", "8 x 32 tokens in bf16"}
+    assert {proof["where"] for proof in proofs} == {
+        *("TINY", "8 x 32 tokens in fp32", "8 x 32 tokens in bf16"),
+    }
 
 
 def test_a_described_plan_says_from_which_step_on_its_batch_and_rows_are_others(place, capsys):

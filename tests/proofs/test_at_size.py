@@ -1,0 +1,187 @@
+"""What TINY cannot show is found at the size of a run: here 80 tokens, where TINY has 16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmplay.catalog.entry import read_source
+from lmplay.model.experiment import load_experiment
+from lmplay.proofs.at_size import Passes, check_at_size, find_leak, num_rows
+
+SOURCE = (Path(__file__).parents[2] / "experiments" / "gpt2ish.py").read_text()
+SIZE = {"vocab_size": 300, "max_len": 80, "num_blocks": 2, "width": 32, "num_heads": 2}
+MASK, APPEND = "is_causal=T > 1", "append(self, k_BHSD, v_BHSD)"
+INIT, BLOCKS = "        self.config = config\n", "        for block in self.blocks:\n"
+
+
+def made(*edits, **values):
+    source = SOURCE
+    for old, new in edits:
+        assert old in source, old
+        source = source.replace(old, new)
+    experiment = load_experiment(read_source(source, Path("idea.py"))[0])
+    return experiment, experiment.config(**SIZE | values)
+
+
+def stream(line):
+    return BLOCKS, f"        {line}\n{BLOCKS}"
+
+
+def part(line):
+    return INIT, f"{INIT}        {line}\n"
+
+
+def method(name, body):
+    lines = "".join(f"        {line}\n" for line in body.splitlines())
+    return (
+        "    def hidden(",
+        f"    def {name}(self, tokens_BT, targets_BT):\n{lines}\n    def hidden(",
+    )
+
+
+def failed(experiment, config, **how):
+    return {p.name: p.detail for p in check_at_size(experiment, config, **how) if p.passed is False}
+
+
+LONG = "x_BTC + (T > 64) * "
+PLANTED = {
+    "a shift the wrong way above 64 tokens": (
+        "causal",
+        [stream(f"x_BTC = {LONG}x_BTC.roll(-1, 1)")],
+    ),
+    "no mask above 64 tokens": ("causal", [(MASK, "is_causal=1 < T <= 64")]),
+    "no mask at a width of its own": ("causal", [(MASK, "is_causal=T > 1 and D < 16"), (
+        "        T = x_BTC.shape[1]\n        q", "        T = x_BTC.shape[1]\n"
+        "        D = x_BTC.shape[2] // self.num_heads\n        q")]),
+    "no mask for large vocabularies": (
+        "causal",
+        [("        T = tokens_BT.shape[1]\n", "        T = tokens_BT.shape[1]\n"
+          "        self.blocks[0].attention.num_heads = 2\n"),
+         stream("x_BTC = x_BTC + (self.config.vocab_size > 256) * x_BTC.flip(1)")],
+    ),
+    "a chunk of 32 sees all of itself": (
+        "causal",
+        [stream("x_BTC = x_BTC + (T % 16 == 0 and T > 32) * x_BTC.unflatten(1, (-1, 16)).mean(2)"
+                ".repeat_interleave(16, 1) if T % 16 == 0 and T > 32 else x_BTC")],
+    ),
+    "a mean of all rows above 64 tokens": (
+        "rows apart",
+        [stream(f"x_BTC = {LONG}x_BTC.mean(0, True)")],
+    ),
+    "the row before, in training": (
+        "rows apart",
+        [stream(f"x_BTC = {LONG}self.training * x_BTC.roll(1, 0)")],
+    ),
+    "rows mixed from the fourth on": (
+        "rows apart",
+        [stream("x_BTC = x_BTC + (len(x_BTC) > 3) * x_BTC.roll(1, 0)")],
+    ),
+    "a cache of 32": ("cache", [(APPEND, "append(self, k_BHSD, v_BHSD, keep=32)")]),
+    "positions that wrap at 64 in generation": (
+        "cache",
+        [("torch.arange(start, start + T,", "torch.arange(start % 64, start % 64 + T,")],
+    ),
+    "nan from position 70 on": (
+        "any shape",
+        [stream("x_BTC = x_BTC * (70 - positions_T).float().sqrt()[:, None]")],
+    ),
+    "an exponent that overflows": (
+        "any shape",
+        [stream("x_BTC = x_BTC * (1.5 * positions_T).float().exp()[:, None]")],
+    ),
+    "a scale by the length above 64": (
+        "any shape",
+        [stream("x_BTC = x_BTC / (T if T > 64 else 1)")],
+    ),
+    "rows of its own likelihood mixed": (
+        "rows apart",
+        [method("log_likelihood", "z_BTV = self(tokens_BT)\n"
+                "z_BTV = z_BTV + (z_BTV.shape[1] > 64) * z_BTV.mean(0, True)\n"
+                "return F.cross_entropy(z_BTV.mT, targets_BT, reduction='none')")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_mistake_that_lives_at_real_sizes_only_is_found(name):
+    proof, edits = PLANTED[name]
+
+    assert set(failed(*made(*edits))) == {proof}
+
+
+HONEST = {
+    "the baseline": [],
+    "dropout that looks at tokens": [stream(
+        "x_BTC = x_BTC + (self.training * torch.rand(len(tokens_BT.unique()), device=x_BTC.device)"
+        ".mean())")],
+    "a convolution by fft": [
+        part("self.taps = nn.Parameter(torch.randn(config.max_len, config.width) / 8)"),
+        stream("f = torch.fft.rfft(x_BTC, n=2 * T, dim=1) * torch.fft.rfft(self.taps[:T], "
+               "n=2 * T, dim=0); x_BTC = x_BTC + torch.fft.irfft(f, n=2 * T, dim=1)[:, :T]"),
+        ("if cache is not None:\n            k_", "if False:\n            k_")],
+    "a running mean": [
+        part("self.register_buffer('seen', torch.zeros(()))"),
+        stream("x_BTC = x_BTC / (1 + self.seen)"),
+        stream("self.seen += self.training * x_BTC.detach().abs().mean()")],
+    "attention to the last 32": [
+        (APPEND, "append(self, k_BHSD, v_BHSD, keep=32)"),
+        ("y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)",
+         "at_S = torch.arange(k_BHSD.shape[2], device=k_BHSD.device)\n"
+         "        back_TS = at_S[-T:, None] - at_S\n"
+         "        near_TS = (back_TS >= 0) & (back_TS < 32)\n"
+         "        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, near_TS)")],
+    "an own likelihood": [method(
+        "log_likelihood",
+        "return F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_idea_passes_at_real_sizes(name, precision):
+    assert not failed(*made(*HONEST[name], ff_dropout=0.2), precision=precision)
+
+
+def test_a_leak_is_found_in_bf16_too():
+    assert "causal" in failed(*made((MASK, "is_causal=1 < T <= 64")), precision="bf16")
+
+
+def test_a_proof_says_at_which_size_it_was_made():
+    experiment, config = made()
+    proofs = check_at_size(experiment, config, "bf16")
+
+    assert {p.where for p in proofs} == {"8 x 80 tokens in fp32", "8 x 80 tokens in bf16"}
+
+
+def test_long_rows_are_fewer_but_two_at_least():
+    assert [num_rows(T) for T in (256, 1024, 2048, 8192, 100_000)] == [8, 8, 4, 2, 2]
+
+
+def passes_of(*edits, seed=0):
+    experiment, config = made(*edits, ff_dropout=0.2)
+    torch.manual_seed(0)
+    tokens_BT = torch.randint(300, (8, 80))
+    return Passes(experiment, experiment.model(config, seed=0), 300, tokens_BT, seed=seed)
+
+
+def test_a_live_model_is_left_as_it_was():
+    passes = passes_of(*HONEST["a running mean"])
+    before = {name: tensor.clone() for name, tensor in passes.model.state_dict().items()}
+
+    assert find_leak(passes) is None
+    assert passes.model.training
+    for name, tensor in passes.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_leak_names_the_position_and_the_cut():
+    proof = find_leak(passes_of(stream("x_BTC = x_BTC + x_BTC.roll(-1, 1)")))
+    words = proof.detail.split()
+
+    assert proof.name == "causal" and proof.detail.startswith("position ")
+    assert int(words[1]) == int(words[words.index("from") + 1]) - 1
+
+
+def test_cuts_differ_from_look_to_look():
+    assert passes_of(seed=1).cut_B.tolist() != passes_of(seed=2).cut_B.tolist()
