@@ -490,7 +490,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     if as_json:
         return print_json(result)
     row = result["validation"]
-    out.print(f"{result['run']}: {result['status']} at {row['tokens']:,} tokens")
+    line = f"{result['run']}: {result['status']} at {row['tokens']:,} tokens"
+    out.print(line, markup=False)  # a path may hold brackets
     per_byte = row["bits_per_byte"]
     told = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
     out.print(f"validation loss {row['loss']:.4f} nats per token{told}")

@@ -60,9 +60,10 @@ def describe(
     diff = catalog.diff(entry)
     if not as_json:
         out.print(entry.docstring, markup=False)
-        out.print(f"\n{entry.name}: {entry.path}")
+        out.print(f"\n{entry.name}: {entry.path}", markup=False)
         if entry.variant:
-            out.print("with " + ", ".join(f"{k}={v!r}" for k, v in entry.variant.items()))
+            values = ", ".join(f"{k}={v!r}" for k, v in entry.variant.items())
+            out.print(f"with {values}", markup=False)
         if diff:
             from rich.syntax import Syntax
 

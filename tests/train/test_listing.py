@@ -80,3 +80,14 @@ def test_describe_says_who_trains_what(place, capsys):
     assert rows["matrix"]["optimizer"] == "Muon" and rows["matrix"]["lr"] == 0.5
     assert rows["vector"]["weight_decay"] == 0.0 and rows["head"]["optimizer"] == "AdamW"
     assert sum(row["parameters"] for row in rows.values()) == told["parameters"]["trained"]
+
+
+def test_a_path_in_brackets_is_shown_whole(tmp_path, capsys):
+    folder = tmp_path / "[red]ideas[/red]"
+    folder.mkdir(parents=True)
+    path = folder / "mine.py"
+    path.write_text(resolve("gpt2ish").source)
+
+    describe(resolve(str(path)), read_plan("quick"), {}, False, False)
+
+    assert str(path) in capsys.readouterr().out
