@@ -38,6 +38,7 @@ _BATCH_CHARACTERS = 1 << 18  # that a core makes to tokens at once
 _BATCH_RECORDS = 1024
 _MOST_BYTES = 16  # of text for a held-out token: several times the usual
 _MUCH_TRAINED_ON = 0.02  # of the lines held out; some are everywhere
+_READ_BACK = 1 << 14  # characters of a held-out text that a tokenizer has to give back
 _POLL_SECONDS = 1.0  # while another process prepares
 
 Progress = Callable[[str, int, int, int | None], object]
@@ -139,7 +140,7 @@ def prepare(
 
 
 def _gives_back(tokenizer: Tokenizer, document: Document) -> bool:
-    texts = [text for text, _ in document.parts(learn_prompt=True)]
+    texts = [text[:_READ_BACK] for text, _ in document.parts(learn_prompt=True)]
     return all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
 
 
