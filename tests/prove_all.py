@@ -8,6 +8,8 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
+
 from lmplay.catalog.entry import read_file
 from lmplay.model.experiment import load_experiment
 from lmplay.proofs.proof_cache import mark
@@ -30,7 +32,7 @@ def proven(path: Path) -> list[str]:
 
 def main() -> None:
     paths = sorted((ROOT / "experiments").glob("[!_]*.py"))
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         marks = sorted(mark for marks in pool.map(proven, paths) for mark in marks)
     (ROOT / "tests" / "proven.json").write_text(json.dumps(marks, indent=0) + "\n")
     print(f"{len(marks)} names are proven")
