@@ -113,8 +113,8 @@ def main(
         Option(
             "--check",
             metavar="",
-            help="Prove what can be proved of the experiment in seconds, and on a GPU that it "
-            "computes it rightly.",
+            help="Prove what can be proved of the experiment in seconds, at tiny size and at that of "
+            "the plan (without --plan, quick); on a GPU also that it computes it rightly.",
         ),
     ] = False,
     write: Annotated[
@@ -320,7 +320,7 @@ def main(
     entries = [catalog.resolve(name) for name in names]
     ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
     changes, of_plan = read_changes(set_ or [], tokens), {}
-    plan_name = "default" if plan is None else plan
+    plan_name = ("quick" if check else "default") if plan is None else plan
     if optimizer is not None:
         from lmplay.optim.known import replaced
 
