@@ -113,8 +113,8 @@ def main(
         Option(
             "--check",
             metavar="",
-            help="Prove what can be proved of the experiment in seconds, at tiny size and at that of "
-            "the plan (without --plan, quick); on a GPU also that it computes it rightly.",
+            help="Prove what can be proved of the experiment in seconds, at tiny size and at the "
+            "plan's (without --plan, quick's); on a GPU also that it computes it rightly.",
         ),
     ] = False,
     write: Annotated[
