@@ -66,17 +66,12 @@ def imported_by(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-OWED = {"grid/grid.py"}  # its greedy search is to be moved
-
-
 @pytest.mark.parametrize("name", [name for name in FILES if not is_command(name)])
 def test_a_file_imports_only_its_own_package_and_those_before_it(name):
     behind = ORDER[ORDER.index(package_of(name)) + 1 :]
     used = {tuple(module.split(".")) for module in imported_by(PACKAGE / name)}
     wrong = {parts for parts in used if parts[0] == "lmplay" and parts[1:2] and parts[1] in behind}
 
-    if wrong and name in OWED:
-        pytest.xfail("known")
     assert not wrong
 
 
