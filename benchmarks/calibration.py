@@ -207,7 +207,7 @@ _TEMPLATE = Facts(
     git_commit=None, precision="fp32", world_size=1, mini_batch_size=1, compiled=False, fsdp=False,
     command=[], started="", status="finished",
     data=DataFacts(
-        fingerprint="", validation_fingerprint="", tokenizer="byte", vocab_size=257,
+        content="", fingerprint="", validation_fingerprint="", tokenizer="byte", vocab_size=257,
         validation_tokens=1, validation_bytes=1,
     ),
 )  # fmt: skip

@@ -146,6 +146,7 @@ def _facts(label: str, seed: int, num_steps: int) -> Facts:
         scale_differs={},
         bound=False,
         data=DataFacts(
+            content="c",
             fingerprint="a",
             validation_fingerprint="b",
             tokenizer="byte",

@@ -1,4 +1,4 @@
-"""x0 lambdas: before each block the token's own embedding is mixed in again.
+"""X0 lambdas: before each block the token's own embedding is mixed in again.
 
 Idea: the stream has to carry the token through all layers; handed in anew, it may forget it. Two
     numbers for each block, of the stream and of the embedding, start at 1 and 0, so the model

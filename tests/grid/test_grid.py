@@ -75,7 +75,8 @@ def test_a_failed_run_is_counted_and_the_others_go_on(place, display):
 def test_a_run_whose_process_is_killed_is_a_failure_and_the_others_go_on(place, display):
     (place / "experiments").mkdir()
     head = "    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:\n"
-    kill = "        if tokens_BT.shape[1] == 32 and not tokens_BT.is_meta:\n            {}\n"
+    begun = 'glob.glob("runs/*/killing/seed-*/train.csv")'  # not where it is proved
+    kill = f"        import glob\n        if {begun} and not tokens_BT.is_meta:\n            {{}}\n"
     line = kill.format("import os; os.kill(os.getpid(), 9)")
     killing = resolve("gpt2ish").source.replace(head, head + line)
     (place / "experiments/killing.py").write_text(killing)

@@ -41,7 +41,7 @@ def test_of_many_keys_that_are_not_there_three_are_named():
         ({"flops_per_token": None}, "flops_per_token should be a number or a whole number"),
         ({"git_commit": 3}, "git_commit should be text or null"),
         ({"config": []}, "config should be an object"),
-        ({"data": {}}, "it lacks data.fingerprint, data.validation_fingerprint, data.tokenizer"),
+        ({"data": {}}, "it lacks data.content, data.fingerprint, data.validation_fingerprint"),
         ({"data": 3}, "data should be an object"),
         ({"budget": {"kind": 1, "baseline": "a", "cost": 1}}, "budget.kind should be text"),
         ({"status": "asleep"}, "status is 'asleep'"),

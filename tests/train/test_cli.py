@@ -241,7 +241,9 @@ def test_two_grids_on_one_folder_share_the_runs(place):
 def test_a_failed_run_of_a_grid_is_in_the_verdict_and_the_exit_code_is_3(place):
     (place / "experiments").mkdir()
     normed = "        x_BTC = self.final_norm(x_BTC)\n"
-    blow_up = "        if self.training and T == 32:\n            x_BTC = x_BTC / 0.0\n"
+    begun = 'glob.glob("runs/*/wild*/seed-*/train.csv")'  # not yet where it is proved
+    blow_up = f"        import glob\n        if self.training and {begun}:\n"
+    blow_up += "            x_BTC = x_BTC / 0.0\n"
     wild = (ROOT / "experiments/gpt2ish.py").read_text().replace(normed, normed + blow_up)
     (place / "experiments/wild.py").write_text(wild)
     done = lmp_trainer(*grid("--json", exp="gpt2ish,wild"))
