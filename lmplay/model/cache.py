@@ -31,6 +31,13 @@ class Cache:
         """Whether any module has kept anything here; without that a step knows no past."""
         return bool(self._buffers or self._states)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept for later passes; room that is not used yet is left out."""
+        kept = [tensor for state in self._states.values() for tensor in state.values()]
+        kept += [buffer.kept for buffers in self._buffers.values() for buffer in buffers]
+        return sum(tensor.nbytes for tensor in kept)
+
     def append(
         self, module: nn.Module, *tensors: Tensor, keep: int | None = None
     ) -> tuple[Tensor, ...]:
@@ -104,6 +111,11 @@ class _Buffer:
         self.data: Tensor | None = None
         self.end = 0
         self.num_new = 0
+
+    @property
+    def kept(self) -> Tensor:
+        num_kept = self.end if self.keep is None else min(self.end, self.keep - 1)
+        return self.data.narrow(-2, self.end - num_kept, num_kept)
 
     def append(self, new: Tensor, keep: int | None) -> Tensor:
         T = new.shape[-2]

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lmplay.model.abilities import follows_progress, has_terms, trains_by_itself
+from lmplay.model.abilities import (
+    follows_progress,
+    has_terms,
+    reader,
+    takes_cache,
+    trains_by_itself,
+)
+from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.folding import folded
 from lmplay.model.freezing import freeze
@@ -68,6 +75,24 @@ def flops_per_token(experiment: Experiment, config, T: int) -> float:
     beginning, middle (twice) and end.
     """
     return _flops_per_token(traced(experiment, config, T)[1], T)
+
+
+def cache_bytes(experiment: Experiment, config, T: int) -> int | None:
+    """What generation keeps of a row of T tokens, in fp32; None where it keeps nothing."""
+    try:
+        return _cache_bytes(experiment, config, T, "meta")
+    except (RuntimeError, NotImplementedError):  # no numbers
+        return _cache_bytes(experiment, config, T, "cpu")
+
+
+def _cache_bytes(experiment: Experiment, config, T: int, device: str) -> int | None:
+    model, cache = experiment.model(config, device=device).eval(), Cache()
+    if not takes_cache(model):
+        return None
+    with torch.no_grad(), Trace(model) as trace:
+        reader(model)(trace.tokens(_distinct_ids(config, T), device), cache=cache)
+        cache.advance(T)
+    return cache.num_bytes if cache.used else None
 
 
 def traced(experiment: Experiment, config, T: int) -> tuple[nn.Module, list[Trace]]:

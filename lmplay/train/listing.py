@@ -72,7 +72,7 @@ def describe(
     from dataclasses import asdict
 
     from lmplay.data.tokenizers import vocabulary_of
-    from lmplay.model.counts import count
+    from lmplay.model.counts import cache_bytes, count
     from lmplay.model.decoding import uses_cache
     from lmplay.model.experiment import load_experiment
     from lmplay.model.freezing import freeze
@@ -88,6 +88,8 @@ def describe(
     frozen = freeze(model, plan.freeze)
     groups = groups_of(plan.optimizer, model, roles_of(experiment, made.config))
     is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
+    lengths = (max(1, made.config.max_len // 2), made.config.max_len)
+    kept = [cache_bytes(experiment, made.config, T) for T in lengths] if is_cached else None
     if as_json:
         return print_json(
             {
@@ -106,6 +108,7 @@ def describe(
                 "trained_by": [_trainer(group) for group in groups],
                 "flops_per_token": flops_per_token,
                 "uses_cache": is_cached,
+                "cache_bytes": kept and dict(zip(map(str, lengths), kept, strict=True)),
             }
         )
     values = ", ".join(f"{key}={value!r}" for key, value in asdict(made.config).items())
@@ -122,7 +125,11 @@ def describe(
     show(table("\nTrained by", columns, rows, right={"parameters", "rate", "decay"}))
     if frozen:
         out.print(f"Frozen: {', '.join(frozen)}", markup=False)
-    if not is_cached:
+    if kept:
+        half, whole = (f"{size:,}" for size in kept)
+        grows = f"; {half} after {lengths[0]:,}" if half != whole else ", as after half of them"
+        out.print(f"Generating keeps {whole} bytes a row after {lengths[1]:,} tokens{grows}.")
+    else:
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
     if show_plan:
         print_json(plan.model_dump())

@@ -92,6 +92,20 @@ def test_length_changes_only_between_passes():
     assert (during, cache.length) == (0, 5)
 
 
+def test_a_cache_counts_the_bytes_that_later_passes_need():
+    cache, module = Cache(), nn.Identity()
+    sizes = []
+    for start, stop in steps(20, 30):
+        cache.append(module, positions(start, stop))
+        cache.append(module, positions(start, stop), keep=7)
+        cache.state(module)["last"] = torch.zeros(5)
+        cache.advance(stop - start)
+        sizes.append(cache.num_bytes)
+
+    of_position = positions(0, 1).nbytes
+    assert sizes == [(20 + step + 6) * of_position + 5 * 4 for step in range(31)]
+
+
 def test_a_cache_knows_whether_it_was_used():
     empty, appended, stateful = Cache(), Cache(), Cache()
     appended.append(nn.Identity(), positions(0, 1))

@@ -3,7 +3,7 @@
 import pytest
 
 from lmplay.catalog.entries import read_source, resolve
-from lmplay.model.counts import count, flops_per_token
+from lmplay.model.counts import cache_bytes, count, flops_per_token
 from lmplay.model.experiment import load_experiment
 
 L, C, V, T = 3, 64, 1000, 128
@@ -226,3 +226,18 @@ def test_frozen_parameters_are_counted_apart_and_their_flops_are_an_upper_bound(
     assert partly.trained + partly.frozen == whole.trained
     assert partly.matmul < whole.matmul and partly.lookup == whole.lookup
     assert partly.folded == whole.folded and partly.flops_per_token == whole.flops_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama", 2 * 2 * 8 * 16 * 4, 2 * 2 * 16 * 16 * 4),  # blocks, keys and values, T, C
+        ("rwkv7", 2 * (16 * 8 + 2 * 16) * 4, 2 * (16 * 8 + 2 * 16) * 4),  # state, two inputs
+        ("llada", None, None),
+    ],
+)
+def test_what_generating_keeps_of_a_row_is_counted_without_a_model(name, first, second):
+    experiment = load_experiment(resolve(name))
+    config = experiment.config(**experiment.tiny)
+
+    assert [cache_bytes(experiment, config, T) for T in (8, 16)] == [first, second]
