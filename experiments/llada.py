@@ -7,7 +7,8 @@ Idea: the baseline without its causal mask reads a row in which a share of the t
     The number that is reported is a bound, "at most so many nats", so a lower one than a causal
     model's proves something and a higher one nothing. Each row is scored under eight draws of masks
     of fixed sizes, which vary less than masks at a rate; they are made from the row's own tokens,
-    so neither its neighbours nor the micro-batch change them. The first token is seen and not
+    so neither its neighbours nor the micro-batch change them. validation.csv has the standard error
+    that these draws leave. The first token is seen and not
     scored, as everywhere. The authors' rows of random length, one in a hundred, are left out.
     A well-known copy divides by the number of masked tokens, which doubles the bound.
 Source: Nie et al. 2025, arXiv:2502.09992, section 2 and appendix; ML-GSAI/LLaDA.
@@ -271,7 +272,11 @@ class Model(nn.Module):
         return self.nats(row_BS, is_masked_BT) / rate_B1
 
     def log_likelihood(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """A bound on the nats of each row, spread over its targets: at most this many on average.
+        """A bound on each row's nats, spread over its targets: on average at most this many."""
+        return self.likelihood_draws(tokens_BT, targets_BT).mean(0)
+
+    def likelihood_draws(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The draws, (draws, B, T), of which that bound is the mean.
 
         n targets are scored; a draw masks l of them, l spread evenly over 1 to n, and counts the
         nats of each n / l times.
@@ -282,14 +287,14 @@ class Model(nn.Module):
         n_B1 = scored_BT.sum(1, keepdim=True).clamp(min=1)
         order_BT = noise_SBT[..., 1:-1].masked_fill(~scored_BT, 2.0).argsort(-1)
         rank_BT = order_BT.argsort(-1)
-        total_BT = torch.zeros(scored_BT.shape, device=row_BS.device)
+        drawn = []
         for draw in range(num_draws):
             share_B1 = (draw + noise_SBT[draw, :, -1:]) / num_draws
             num_masked_B1 = 1 + (n_B1 * share_B1).long().clamp(max=n_B1 - 1)
             is_masked_BT = scored_BT & (rank_BT[draw] < num_masked_B1)
             nats_BT = self.nats(row_BS, is_masked_BT)
-            total_BT = total_BT + nats_BT * (n_B1 / num_masked_B1)
-        return total_BT / num_draws
+            drawn.append(nats_BT * (n_B1 / num_masked_B1))
+        return torch.stack(drawn)
 
     def generate(self, tokens_BT: Tensor, num_tokens: int, choose) -> Tensor:
         """New tokens behind each row: all masked at first, then the surest are fixed step by step.

@@ -31,6 +31,11 @@ def scores_itself(model: Of) -> bool:
     return hasattr(model, "log_likelihood")
 
 
+def draws_likelihood(model: Of) -> bool:
+    """Whether its likelihood is a mean over draws, each of which it gives: so it has an error."""
+    return hasattr(model, "likelihood_draws")
+
+
 def writes_itself(model: Of) -> bool:
     """Whether it generates by its own method."""
     return hasattr(model, "generate")

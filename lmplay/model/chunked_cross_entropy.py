@@ -20,6 +20,7 @@ class Sums(NamedTuple):
     objective: Tensor  # what training minimises; the only one that carries a gradient
     loss: Tensor | None  # cross-entropy in nats; None where training did not compute it
     hits: Tensor | None  # targets that were the likeliest token
+    variance: Tensor | None = None  # of the loss, where it is a mean over draws
 
 
 class Kind(NamedTuple):
@@ -73,24 +74,6 @@ def score(
 def score_logits(logits_NV: Tensor, targets_N: Tensor) -> Sums:
     """Score positions whose logits are there: the ruler, by an fp32 log-softmax."""
     return _sums(*_sums_of_logits(logits_NV, targets_N, None, Kind()))
-
-
-@torch.no_grad()
-def drawn(x_NC: Tensor, head: nn.Module, targets_N: Tensor, draws_N: Tensor) -> Tensor:
-    """Tokens that a model draws by its own probabilities, where there are targets; else IGNORE.
-
-    Args:
-        draws_N: numbers in [0, 1); a token is the first at which the sum of all probabilities up
-            to it is above its number.
-    """
-    parts = []
-    for start in range(0, len(x_NC), CHUNK):
-        rows = slice(start, start + CHUNK)
-        logits_NV = head(x_NC[rows])
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        below_NV = torch.softmax(logits_NV.to(wide), -1).cumsum(-1) <= draws_N[rows, None]
-        parts.append(below_NV.sum(-1).clamp_(max=logits_NV.shape[-1] - 1))
-    return torch.where(targets_N == IGNORE, IGNORE, torch.cat(parts))
 
 
 def _sums(objective: Tensor, nats: Tensor, hits: Tensor) -> Sums:

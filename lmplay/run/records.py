@@ -17,7 +17,15 @@ TRAIN_COLUMNS = (
     "memory",
     "seconds",
 )
-VALIDATION_COLUMNS = ("step", "tokens", "loss", "bits_per_byte", "accuracy", "seconds")
+VALIDATION_COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "loss_error",  # standard error of a loss that is a mean over draws
+    "bits_per_byte",
+    "accuracy",
+    "seconds",
+)
 
 Row = dict[str, float | int | None]
 

@@ -89,7 +89,7 @@ class RecordedRun:
 
     @cached_property
     def validation(self) -> Columns:
-        columns = ["step", "tokens", "loss", "bits_per_byte", "accuracy", "seconds"]
+        columns = ["step", "tokens", "loss", "loss_error", "bits_per_byte", "accuracy", "seconds"]
         return _read_csv(RunFolder(self.path).validation_csv, columns)
 
     @property
@@ -309,18 +309,23 @@ def _marks(pair: Pair, difference: float | None, num_seeds: int) -> list[str]:
     marks += _state_marks(run)
     if pair.comparable and run.finished and not pair.baseline.finished:
         marks.append("not compared: the baseline is not finished")
-    return marks + nature_marks(run)
+    return marks + nature_marks([run])
 
 
-def nature_marks(run: RecordedRun) -> list[str]:
-    """What a reader has to know of a run's size and of its likelihood, whatever its state."""
+def nature_marks(runs: list[RecordedRun]) -> list[str]:
+    """What a reader has to know of runs' size and of their likelihood, whatever their state."""
     marks = [
         f"scale differs: {key}={ours}, the plan's is {theirs}"
+        for run in runs
         for key, (theirs, ours) in run.facts.scale_differs.items()
     ]
-    if run.facts.bound:
+    bounds = [run for run in runs if run.facts.bound]
+    if bounds:
         marks.append("own log_likelihood: exact or a bound, see its docstring")
-    return marks
+    errors = [_number(_last(run.validation), "loss_error") for run in bounds]
+    if there := [error for error in errors if error is not None]:
+        marks[-1] += f"; its draws leave each loss a standard error of {max(there):.1g} at most"
+    return list(dict.fromkeys(marks))
 
 
 def _state_marks(run: RecordedRun) -> list[str]:

@@ -10,7 +10,7 @@ from lmplay.stats.compare import read_run
 from lmplay.stats.judge import verdicts_of
 from lmplay.stats.table import flat
 
-_COLUMNS = ("step", "tokens", "loss", "bits_per_byte", "accuracy", "seconds")
+_COLUMNS = ("step", "tokens", "loss", "loss_error", "bits_per_byte", "accuracy", "seconds")
 
 
 def verdicts(

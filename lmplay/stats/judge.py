@@ -134,7 +134,7 @@ def _row(arm: Arm) -> dict:
             *_edits(counted),
             *ratio_marks,
             *_unequal_seconds(counted),
-            *_nature(runs),
+            *nature_marks(runs),
         ],
     }
     return row
@@ -369,11 +369,6 @@ def _flat(values: dict, before: str = "") -> dict[str, object]:
 def _source(run: RecordedRun) -> bytes:
     path = RunFolder(run.path).experiment_py
     return path.read_bytes() if path.is_file() else b""
-
-
-def _nature(runs: list[RecordedRun]) -> list[str]:
-    """What `compare` marks too: another scale, a likelihood of its own."""
-    return list(dict.fromkeys(mark for run in runs for mark in nature_marks(run)))
 
 
 def _mean(finals: list, key: str) -> float | None:

@@ -178,7 +178,8 @@ def _loss(row: dict) -> str:
 def _scores(row: dict) -> str:
     accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.1%}"
     per_byte = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits per byte"
-    return f"[bold]{row['loss']:.4f}[/bold] nats per token{per_byte}{accuracy}"
+    error = "" if row["loss_error"] is None else f" ± {row['loss_error']:.1g}"
+    return f"[bold]{row['loss']:.4f}[/bold]{error} nats per token{per_byte}{accuracy}"
 
 
 def as_time(seconds: float) -> str:

@@ -32,8 +32,9 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
                 num_targets += batch.num_targets
                 for part in batch.of_rank(rank, run.world_size, size):
                     scored = score(run, part)
-                    hits = scored.loss * float("nan") if scored.hits is None else scored.hits
-                    sums.append(torch.stack([scored.loss, hits]))
+                    missing = torch.full_like(scored.loss, float("nan"))
+                    found = (scored.loss, scored.hits, scored.variance)
+                    sums.append(torch.stack([missing if s is None else s for s in found]))
     except Exception as error:
         if not run.can_go_on(error):
             raise
@@ -42,13 +43,14 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
         run.objective.train()
     if sums is None:  # out here nothing holds on to what filled the memory
         return validate(run, data, stopping)
-    sums_N2 = run.accelerator.gather(torch.stack(sums))
-    nats, hits = sums_N2.cpu().double().sum(0).tolist()
+    sums_N3 = run.accelerator.gather(torch.stack(sums))
+    nats, hits, variance = sums_N3.cpu().double().sum(0).tolist()
     bits = nats / math.log(2)
     return {
         "step": run.step,
         "tokens": run.tokens,
         "loss": nats / num_targets,
+        "loss_error": None if math.isnan(variance) else math.sqrt(variance) / num_targets,
         "bits_per_byte": bits / data.validation_bytes if data.is_lossless else None,
         "accuracy": None if math.isnan(hits) else hits / num_targets,
         "seconds": run.seconds,

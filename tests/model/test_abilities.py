@@ -10,7 +10,7 @@ from lmplay.model import abilities
 PACKAGE = Path(lmplay.__file__).parent
 NAMES = {
     *("hidden", "head", "log_likelihood", "generate", "loss_terms", "training_loss", "at"),
-    *("after_step", "parameter_groups", "fold", "unfold"),
+    *("after_step", "parameter_groups", "fold", "unfold", "likelihood_draws"),
 }
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "abilities.py"]
 

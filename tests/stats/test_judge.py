@@ -416,7 +416,7 @@ def test_upper_bounds_of_some_seeds_and_lower_bounds_of_others_make_no_ratio(mak
 def test_a_model_that_is_there_before_training_has_no_ratio(make_run):
     idea = make_run("ue")
     idea.validation_csv.write_text(
-        "step,tokens,loss,bits_per_byte,accuracy,seconds\n0,0,1,1,0.1,0\n20,2000,1,1,0.1,10\n"
+        "step,tokens,loss,loss_error,bits_per_byte,accuracy,seconds\n0,0,1,,1,0.1,0\n20,2000,1,,1,0.1,10\n"
     )
 
     row = judged(make_run(), idea)[1]
