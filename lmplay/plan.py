@@ -77,8 +77,10 @@ class Dataset(_Strict):
     shards: list[str] | None = Field(
         None, description="Token shards in the layout of modded-nanogpt; wildcards are expanded."
     )
-    builtin: Literal["python-stdlib"] | None = Field(
-        None, description="The source of the Python that is running; needs no download."
+    builtin: Literal["python-stdlib", "recall"] | None = Field(
+        None,
+        description="The source of the Python that is running, or texts of pairs and questions "
+        "about them; needs no download.",
     )
     text: list[str] | None = Field(None, description="Columns joined by a blank line.")
     prompt: list[str] | None = Field(None, description="Columns that make the prompt.")

@@ -52,7 +52,8 @@ def datasets_of(name):
 
 def test_the_plans_of_the_original_are_all_here():
     named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
-    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu noam"
+    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu noam "
+    named += "bytes long recall"
 
     assert set(NAMES) == {*named.split(), *SEVEN}
 
@@ -146,6 +147,24 @@ def test_quick_needs_no_download_and_is_the_recipe_that_was_tried():
     assert plan.validation.tokens == 25_600
 
 
+@pytest.mark.parametrize("name", ["bytes", "long", "recall"])
+def test_plans_of_other_rulers_need_no_download_and_have_quicks_rates(name):
+    plan, quick = read_plan(name), read_plan("quick")
+
+    assert all(d.builtin for d in plan.datasets.values())
+    assert (plan.optimizer, plan.schedule, plan.clip) == (
+        quick.optimizer, quick.schedule, quick.clip
+    )  # fmt: skip
+
+
+def test_long_and_quick_differ_in_the_length_of_rows_only():
+    long, quick = read_plan("long"), read_plan("quick")
+    same = set(Plan.model_fields) - {"name", "description", "sequence_length", "batch_size"}
+
+    assert long.model_dump(include=same) == quick.model_dump(include=same)
+    assert Clock(long).at(0).tokens == Clock(quick).at(0).tokens
+
+
 def test_default_is_the_published_recipe_of_the_original():
     plan = read_plan("default")
 
@@ -158,7 +177,12 @@ def test_default_is_the_published_recipe_of_the_original():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - {"quick", "minute", "small", "shakespeare", "fineweb_edu", "noam"})
+    "name",
+    sorted(
+        set(NAMES)
+        - {"quick", "minute", "small", "shakespeare", "fineweb_edu", "noam"}
+        - {"bytes", "long", "recall"}
+    ),
 )
 def test_the_plans_of_the_original_differ_in_their_data_only(name):
     data = {"name", "description", "datasets", "stages", "tokens"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lmplay.data.local_files import Place, SourceFile, file_rows, of_split, source_files
+from lmplay.data.recall import NUM_TEXTS, TEXT_BYTES, recall_turns
 from lmplay.data.shard_cache import content_hash, remembered, remembers
 from lmplay.data.shard_cache import fingerprint as fingerprint_of
 from lmplay.data.tokenizers import valid
@@ -48,22 +49,26 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 class Document:
     """One record: a text (`prompt`, with no truth), or a prompt and the truth that follows it.
 
-    `row` is the record's place in its source.
+    `row` is the record's place in its source. `turns` are further prompts and truths.
     """
 
     prompt: str
     truth: str | None = None
     row: int = 0
+    turns: tuple[tuple[str, str], ...] = ()
 
     def parts(self, learn_prompt: bool) -> list[tuple[str, bool]]:
         """The texts in order, each with whether it is learned; they are encoded apart."""
         if self.truth is None:
             return [(self.prompt, True)]
-        return [(self.prompt, learn_prompt), (self.truth, True)]
+        found = []
+        for prompt, truth in ((self.prompt, self.truth), *self.turns):
+            found += [(prompt, learn_prompt), (truth, True)]
+        return found
 
     @property
     def text(self) -> str:
-        return self.prompt + (self.truth or "")
+        return "".join(text for text, _ in self.parts(learn_prompt=True))
 
     @cached_property
     def _utf8(self) -> bytes:
@@ -202,6 +207,8 @@ def source_fingerprint(dataset: Dataset, split: Split = "train") -> str:
     if dataset.hub is not None:
         of_hub = dataset.validation_split if split == "validation" else dataset.split
         return fingerprint_of("hub", dataset.hub, dataset.config, dataset.revision, of_hub)
+    if dataset.builtin == "recall":
+        return fingerprint_of("recall", NUM_TEXTS, recall_turns(0))
     if dataset.builtin is not None:
         return _library_fingerprint()
     if dataset.shards is not None:
@@ -244,6 +251,8 @@ def columns_of(dataset: Dataset) -> list:
 
 def expected_bytes(dataset: Dataset) -> int | None:
     """About how many bytes of text training reads, for a progress bar; None where unknown."""
+    if dataset.builtin == "recall":
+        return NUM_TEXTS * TEXT_BYTES
     if dataset.builtin is not None:
         return sum(path.stat().st_size for _, path in _library())
     if dataset.files is not None:
@@ -283,7 +292,9 @@ def _records(dataset: Dataset, split: Split, skip: int = 0) -> Iterator[Document
 
 
 def _sources(dataset: Dataset, split: Split, skip: int):
-    if dataset.builtin is not None:
+    if dataset.builtin == "recall":
+        yield _recalled, range(NUM_TEXTS)
+    elif dataset.builtin is not None:
         rows = ({"text": _source_code(path)} for _, path in _library())
         yield _Renderer(dataset, "the standard library"), rows
     elif dataset.hub is not None:
@@ -381,6 +392,11 @@ def _hub_rows(dataset: Dataset, split: str, skip: int) -> Iterator[dict]:
             return
         yield from batch
         done += len(batch)
+
+
+def _recalled(_, number: int) -> Document:
+    (prompt, truth), *turns = recall_turns(number)
+    return Document(prompt, truth, number, tuple(turns))
 
 
 def _library() -> list[tuple[str, Path]]:
