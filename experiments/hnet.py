@@ -7,9 +7,10 @@ Idea: a router begins a chunk where neighbouring bytes' vectors turn away from o
     that micro-batches do not change it (the authors form it for a batch); it trains the model and
     is never reported.
     The byte level is blocks of attention in a window here, Mamba-2 in the paper; the wide level is
-    llama's. There is one stage. Chunks of different rows end at different places, so generation
-    runs on the whole text at each step; how many chunks there are is known only when they are cut,
-    which a GPU's host waits for, and FLOPs are counted for the length aimed at.
+    llama's. There is one stage. Chunks of different rows end at different places: while
+    generating, the wide blocks take a step where any row begins one, and the others look past the
+    place that they have there. How many chunks there are is known only when they are cut, which a
+    GPU's host waits for, and FLOPs are counted for the length aimed at.
     A well-known copy is a plain stack that throws the router's answer away.
 Source: Hwang, Wang and Gu 2025, arXiv:2507.07955, sections 2 and 3; goombalab/hnet.
 Changed from llama: Config, Attention, Block, Router, smoothed, Model.
@@ -149,7 +150,9 @@ class Attention(nn.Module):
         back_TT = places_T[:, None] - places_T
         return (back_TT >= 0) & (back_TT < self.window)
 
-    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None, is_seen_BS=None
+    ) -> Tensor:
         T = x_BTC.shape[1]
         q_BTC = self.query(x_BTC)
         k_BTC = self.key(x_BTC)
@@ -159,7 +162,12 @@ class Attention(nn.Module):
         v_BHSD = self.split(v_BTC)
         q_BHTD = rotate(q_BHTD, turn)
         k_BHSD = rotate(k_BHSD, turn)
-        if 0 < self.window < T:
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD, keep=self.window or None)
+        if is_seen_BS is not None:
+            mask_B11S = is_seen_BS[:, None, None]
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_B11S)
+        elif 0 < self.window < T:
             mask_TS = self.mask(T, x_BTC.device)
             y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_TS)
         else:
@@ -199,9 +207,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None, is_seen_BS=None
+    ) -> Tensor:
         u_BTC = self.attention_norm(x_BTC)
-        y_BTC = self.attention(u_BTC, turn)
+        y_BTC = self.attention(u_BTC, turn, cache, is_seen_BS)
         x_BTC = x_BTC + y_BTC
         u_BTC = self.mlp_norm(x_BTC)
         y_BTC = self.mlp(u_BTC)
@@ -219,12 +229,16 @@ class Router(nn.Module):
         nn.init.eye_(self.query.weight)
         nn.init.eye_(self.key.weight)
 
-    def forward(self, x_BTL: Tensor) -> Tensor:
+    def forward(self, x_BTL: Tensor, before_B1L: Tensor | None = None) -> Tensor:
+        if before_B1L is not None:
+            x_BTL = torch.cat([before_B1L, x_BTL], dim=1)
         q_BTL = self.query(x_BTL[:, :-1])
         k_BTL = self.key(x_BTL[:, 1:])
         wide = torch.promote_types(x_BTL.dtype, torch.float32)
         p_BT = (1 - F.cosine_similarity(q_BTL.to(wide), k_BTL.to(wide), dim=-1, eps=1e-6)) / 2
-        return F.pad(p_BT, (1, 0), value=1.0)  # the first position begins one
+        if before_B1L is None:
+            p_BT = F.pad(p_BT, (1, 0), value=1.0)  # the first position begins one
+        return p_BT
 
 
 def smoothed(y_BJL: Tensor, p_BJ: Tensor) -> Tensor:
@@ -270,29 +284,35 @@ class Model(nn.Module):
         """Take up what depends on the share of training that is done, 0 to 1."""
         self.progress = progress
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        x_BTL, _ = self.routed(tokens_BT)
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTL, _ = self.routed(tokens_BT, cache)
         return x_BTL
 
-    def routed(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def routed(self, tokens_BT: Tensor, cache=None) -> tuple[Tensor, Tensor]:
         """What the head reads, and the probability that a chunk begins at each position."""
         T, local = tokens_BT.shape[1], self.config.local
-        positions_T = torch.arange(T, device=tokens_BT.device)
+        start = cache.length if cache is not None else 0
+        memory = {} if cache is None else cache.state(self)
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         turn = rotary(positions_T, local.head_width, local.rope_base)
         x_BTL = self.token_table(tokens_BT)
         for block in self.before:
-            x_BTL = block(x_BTL, turn)
+            x_BTL = block(x_BTL, turn, cache)
         x_BTL = self.before_norm(x_BTL)
-        p_BT = self.router(x_BTL)
-        u_BTL = self.chunks(x_BTL, p_BT)
+        p_BT = self.router(x_BTL, memory.get("last"))
+        memory["last"] = x_BTL[:, -1:]
+        if start:
+            u_BTL = self.chunk(x_BTL, p_BT, memory, cache)
+        else:
+            u_BTL = self.chunks(x_BTL, p_BT, memory, cache)
         r_BTL = self.residual(x_BTL)
         x_BTL = u_BTL + r_BTL
         for block in self.after:
-            x_BTL = block(x_BTL, turn)
+            x_BTL = block(x_BTL, turn, cache)
         x_BTL = self.final_norm(x_BTL)
         return x_BTL, p_BT
 
-    def chunks(self, x_BTL: Tensor, p_BT: Tensor) -> Tensor:
+    def chunks(self, x_BTL: Tensor, p_BT: Tensor, memory: dict, cache=None) -> Tensor:
         """What the wide blocks make of the first byte of each chunk, for all bytes of it.
 
         The choice itself has no gradient. A factor that is 1 hands the router one: it grows where
@@ -304,20 +324,46 @@ class Model(nn.Module):
         order_BT = (~starts_BT).to(torch.int8).argsort(dim=1, stable=True)
         at_BJ = order_BT[:, :J]  # of the starts, and then of what nothing looks at
         y_BJL = x_BTL.gather(1, at_BJ[..., None].expand(-1, -1, L))
-        widening_BJW = self.widening.to(y_BJL.dtype).expand(*y_BJL.shape[:2], -1)
-        y_BJC = torch.cat([y_BJL, widening_BJW], dim=-1)
         places_J = torch.arange(J, device=x_BTL.device)
         turn = rotary(places_J, self.config.head_width, self.config.rope_base)
+        y_BJC = self.widened(y_BJL)
         for block in self.blocks:
-            y_BJC = block(y_BJC, turn)
+            y_BJC = block(y_BJC, turn, cache)
         y_BJC = self.chunk_norm(y_BJC)
         p_BJ = p_BT.gather(1, at_BJ).clamp(1e-4, 1 - 1e-4)
         z_BJL = smoothed(y_BJC[..., :L], p_BJ)
         rank_BT = starts_BT.cumsum(1) - 1
         z_BTL = z_BJL.gather(1, rank_BT[..., None].expand(-1, -1, L))
+        memory["is_chunk"], memory["average"] = places_J <= rank_BT[:, -1:], z_BTL[:, -1:]
         sure_BT = torch.where(starts_BT, p_BT, 1 - p_BT)
         gate_BT1 = (sure_BT + (1 - sure_BT).detach())[..., None]
         return gate_BT1 * z_BTL
+
+    def chunk(self, x_B1L: Tensor, p_B1: Tensor, memory: dict, cache) -> Tensor:
+        """The same for one more byte: wide blocks run where a row begins a chunk, or nothing does.
+
+        A row that begins none gets a place there that it will not look at.
+        """
+        starts_B1, z_B1L = p_B1 > 0.5, memory["average"]
+        if not starts_B1.any():
+            return z_B1L
+        rank_B = memory["is_chunk"].sum(1)
+        cos_BD, sin_BD = rotary(rank_B, self.config.head_width, self.config.rope_base)
+        turn = cos_BD[:, None, None], sin_BD[:, None, None]
+        memory["is_chunk"] = torch.cat([memory["is_chunk"], starts_B1], dim=1)
+        y_B1C = self.widened(x_B1L)
+        for block in self.blocks:
+            y_B1C = block(y_B1C, turn, cache, memory["is_chunk"])
+        y_B1C = self.chunk_norm(y_B1C)
+        p_B11 = p_B1.clamp(1e-4, 1 - 1e-4)[..., None]
+        average_B1L = p_B11 * y_B1C[..., : x_B1L.shape[-1]] + (1 - p_B11) * z_B1L
+        memory["average"] = torch.where(starts_B1[..., None], average_B1L, z_B1L)
+        return memory["average"]
+
+    def widened(self, y_BJL: Tensor) -> Tensor:
+        """The bytes' vectors as wide as the blocks over chunks."""
+        widening_BJW = self.widening.to(y_BJL.dtype).expand(*y_BJL.shape[:2], -1)
+        return torch.cat([y_BJL, widening_BJW], dim=-1)
 
     def num_chunks(self, starts_BT: Tensor) -> int:
         """The most in a row; without numbers, what training aims at. A GPU is waited for."""
@@ -325,8 +371,8 @@ class Model(nn.Module):
             return math.ceil(starts_BT.shape[1] / self.config.chunk_length)
         return int(starts_BT.sum(1).max())
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTC = self.hidden(tokens_BT)
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
         logits_BTV = self.head(x_BTC)
         return logits_BTV
 

@@ -385,6 +385,11 @@ class Model(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """Parameters that the optimizer treats apart; the rest goes by role."""
         groups = []
+        taps = [part.taps for part in self.modules() if isinstance(part, ShortConvolution)]
+        groups.append({"params": taps, "role": "conv"})
+        deltas = [part for part in self.modules() if isinstance(part, DeltaAttention)]
+        decays = [w for part in deltas for w in (part.decay_log_scale, part.decay_bias)]
+        groups.append({"params": decays, "weight_decay": 0.0})
         return groups
 
     def after_step(self) -> None:

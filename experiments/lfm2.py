@@ -261,6 +261,8 @@ class Model(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """Parameters that the optimizer treats apart; the rest goes by role."""
         groups = []
+        taps = [part.taps for part in self.modules() if isinstance(part, ShortConvolution)]
+        groups.append({"params": taps, "role": "conv"})
         return groups
 
     def after_step(self) -> None:

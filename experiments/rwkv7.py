@@ -334,6 +334,9 @@ class Model(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """Parameters that the optimizer treats apart; the rest goes by role."""
         groups = []
+        mixes = [block.time for block in self.blocks]
+        groups.append({"params": [mix.bonus for mix in mixes], "weight_decay": 0.0})
+        groups.append({"params": [mix.decay_bias for mix in mixes], "lr_scale": 2.0})
         return groups
 
     def after_step(self) -> None:

@@ -7,7 +7,8 @@ Idea: the byte that begins a word is the hardest to predict, so the wide blocks 
     most are such bytes, so there is room for all and none is left out of the score, as the authors
     do beyond their capacity. It is meant for the tokenizer `byte`. The end of a text is read as
     such a byte. Positions are rotary; widths and depths have llama's blocks. Words of different
-    rows end at different places, so generation runs on the whole text at each step.
+    rows end at different places: while generating, the wide blocks take a step where any row begins
+    one, and the others look past the place that they have there.
     A well-known copy shifts its targets twice and keeps a learning rate that belongs to another
     start.
 Source: Slagle 2024, arXiv:2404.14408, sections 3 and 4.
@@ -144,7 +145,9 @@ class Attention(nn.Module):
         back_TT = places_T[:, None] - places_T
         return (back_TT >= 0) & (back_TT < self.window)
 
-    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None, is_seen_BS=None
+    ) -> Tensor:
         T = x_BTC.shape[1]
         q_BTC = self.query(x_BTC)
         k_BTC = self.key(x_BTC)
@@ -154,7 +157,12 @@ class Attention(nn.Module):
         v_BHSD = self.split(v_BTC)
         q_BHTD = rotate(q_BHTD, turn)
         k_BHSD = rotate(k_BHSD, turn)
-        if 0 < self.window < T:
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD, keep=self.window or None)
+        if is_seen_BS is not None:
+            mask_B11S = is_seen_BS[:, None, None]
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_B11S)
+        elif 0 < self.window < T:
             mask_TS = self.mask(T, x_BTC.device)
             y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_TS)
         else:
@@ -194,9 +202,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None, is_seen_BS=None
+    ) -> Tensor:
         u_BTC = self.attention_norm(x_BTC)
-        y_BTC = self.attention(u_BTC, turn)
+        y_BTC = self.attention(u_BTC, turn, cache, is_seen_BS)
         x_BTC = x_BTC + y_BTC
         u_BTC = self.mlp_norm(x_BTC)
         y_BTC = self.mlp(u_BTC)
@@ -240,22 +250,30 @@ class Model(nn.Module):
         """Take up what depends on the share of training that is done, 0 to 1."""
         self.progress = progress
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
         T, local = tokens_BT.shape[1], self.config.local
-        positions_T = torch.arange(T, device=tokens_BT.device)
+        start = cache.length if cache is not None else 0
+        memory = {} if cache is None else cache.state(self)
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         turn = rotary(positions_T, local.head_width, local.rope_base)
         x_BTL = self.token_table(tokens_BT)
         for block in self.before:
-            x_BTL = block(x_BTL, turn)
-        starts_BT = word_starts(tokens_BT)
-        u_BTL = self.words(x_BTL, starts_BT)
+            x_BTL = block(x_BTL, turn, cache)
+        if start:
+            both_BT = torch.cat([memory["last"], tokens_BT], dim=1)
+            starts_BT = word_starts(both_BT)[:, 1:]
+            u_BTL = self.word(x_BTL, starts_BT, memory, cache)
+        else:
+            starts_BT = word_starts(tokens_BT)
+            u_BTL = self.words(x_BTL, starts_BT, memory, cache)
+        memory["last"] = tokens_BT[:, -1:]
         x_BTL = x_BTL + u_BTL * starts_BT[..., None]
         for block in self.after:
-            x_BTL = block(x_BTL, turn)
+            x_BTL = block(x_BTL, turn, cache)
         x_BTL = self.final_norm(x_BTL)
         return x_BTL
 
-    def words(self, x_BTL: Tensor, starts_BT: Tensor) -> Tensor:
+    def words(self, x_BTL: Tensor, starts_BT: Tensor, memory: dict, cache=None) -> Tensor:
         """What the wide blocks make of the bytes at the starts, for each byte that of its word.
 
         A byte behind a start is none, so half of the bytes and one are room enough for all.
@@ -269,12 +287,29 @@ class Model(nn.Module):
         places_J = torch.arange(y_BJC.shape[1], device=x_BTL.device)
         turn = rotary(places_J, self.config.head_width, self.config.rope_base)
         for block in self.blocks:
-            y_BJC = block(y_BJC, turn)
+            y_BJC = block(y_BJC, turn, cache)
         rank_BT = starts_BT.cumsum(1) - 1
+        memory["is_word"] = places_J <= rank_BT[:, -1:]
         return y_BJC[..., -L:].gather(1, rank_BT[..., None].expand(-1, -1, L))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTC = self.hidden(tokens_BT)
+    def word(self, x_B1L: Tensor, starts_B1: Tensor, memory: dict, cache) -> Tensor:
+        """The same for one more byte: wide blocks run where a row begins a word, or nothing does.
+
+        A row that begins none gets a place there that it will not look at.
+        """
+        if not starts_B1.any():
+            return torch.zeros_like(x_B1L)
+        rank_B = memory["is_word"].sum(1)
+        cos_BD, sin_BD = rotary(rank_B, self.config.head_width, self.config.rope_base)
+        turn = cos_BD[:, None, None], sin_BD[:, None, None]
+        memory["is_word"] = torch.cat([memory["is_word"], starts_B1], dim=1)
+        y_B1C = F.pad(x_B1L, (self.config.width - x_B1L.shape[-1], 0))
+        for block in self.blocks:
+            y_B1C = block(y_B1C, turn, cache, memory["is_word"])
+        return y_B1C[..., -x_B1L.shape[-1] :]
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
         logits_BTV = self.head(x_BTC)
         return logits_BTV
 

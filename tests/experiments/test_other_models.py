@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from lmplay.catalog.entries import resolve
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import load_experiment
+from lmplay.model.objective import Objective
+from lmplay.model.roles import roles_of
+from lmplay.optim.rules import groups_of
+from lmplay.plan import Optimizer, read_plan
 
 
 def model_of(name: str, **values):
@@ -28,6 +32,33 @@ def moved_by(model: nn.Module, tokens_BT: Tensor, position: int) -> list[int]:
     with torch.no_grad():
         distance_BT = (model(changed_BT) - model(tokens_BT)).abs().amax(-1)
     return (distance_BT.amax(0) > 0).nonzero().flatten().tolist()
+
+
+NAMES = [
+    *("avey", "aunet", "ftp", "ftp_blockwise", "hnet", "hourglass", "hymba", "kimi_delta", "lfm2"),
+    *("llada", "megabyte", "rene", "rwkv7", "spacebyte", "tokenformer", "zamba2"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_finds_what_it_trains_and_no_decay_pulls_at_rates_or_gains(name):
+    made = load_experiment(resolve(name))
+    config = made.config(**made.tiny)
+    roles, model = roles_of(made, config), made.model(config, device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = groups_of(read_plan("quick").optimizer, model, roles)
+    decayed = {names[id(p)] for group in groups if group.weight_decay for p in group.params}
+    apart = {name for name in decayed if roles[name] == "vector"}
+    muon = groups_of(Optimizer(name="Muon", lr=0.02), model, roles)
+    orthogonal = {names[id(p)] for g in muon if g.rule.known.name == "Muon" for p in g.params}
+
+    assert {name.rpartition(".")[2] for name in apart} <= {
+        "front",
+        "meta",
+        "mixing",
+    }  # learned rows
+    assert orthogonal == {name for name, role in roles.items() if role == "matrix"}
+    assert all(role == "conv" for name, role in roles.items() if name.endswith("taps"))
 
 
 def test_lfm2s_convolutions_alone_see_as_far_as_their_taps_add_up_to():
@@ -151,13 +182,11 @@ def test_a_delta_state_gives_back_what_was_written_and_keeps_the_second_value_of
 
 
 def num_kept(name: str, T: int, **values) -> int:
-    """Numbers that a cache holds of one row after T tokens."""
+    """Bytes that a cache holds of one row after T tokens."""
     model, cache = model_of(name, **values), Cache()
     model(random_tokens(B=1, T=T), cache=cache)
     cache.advance(T)
-    states = [t for slot in cache._states.values() for t in slot.values()]
-    kept = [t.data[..., : t.end, :] for slot in cache._buffers.values() for t in slot]
-    return sum(tensor.numel() for tensor in [*states, *kept])
+    return cache.num_bytes
 
 
 def test_a_delta_models_memory_does_not_grow_with_the_text():
@@ -354,6 +383,228 @@ def test_hnets_gate_is_one_and_hands_the_router_a_gradient():
     assert model.router.query.weight.grad.abs().max() > 0
 
 
+@torch.no_grad()
+def step_by_step(model: nn.Module, tokens_BT: Tensor, first: int) -> Tensor:
+    """Logits of a pass over the first tokens and one for each after them."""
+    cache, parts = Cache(), []
+    for part_BT in tokens_BT.split([first, *[1] * (tokens_BT.shape[1] - first)], dim=1):
+        parts.append(model(part_BT, cache=cache))
+        cache.advance(part_BT.shape[1])
+    return torch.cat(parts, dim=1)
+
+
+def louder(model: nn.Module, by: float = 0.2) -> nn.Module:
+    """At the start some ways are too faint for fp32."""
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+        weight.data += by * noise
+    return model
+
+
+TEXTS = [
+    b"the cat sat, 1,234 times.",
+    b"a  b\n\nlong-winded words",
+    b"x" * 25,
+    b"    12 34567 (a+b)*c",
+]
+
+
+@pytest.mark.parametrize("name", ["spacebyte", "hnet", "aunet", "hourglass", "megabyte"])
+@pytest.mark.parametrize("first", [1, 6])
+@torch.no_grad()
+def test_bytes_of_rows_whose_words_end_apart_are_written_as_a_whole_text_is_read(name, first):
+    model = louder(model_of(name, vocab_size=257, max_len=64))
+    tokens_BT = torch.tensor([list(text.ljust(25, b"."))[:25] for text in TEXTS])
+
+    torch.testing.assert_close(
+        step_by_step(model, tokens_BT, first), model(tokens_BT), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["avey", "hymba", "ftp", "ftp_blockwise", "kimi_delta", "rwkv7", "rene", "zamba2", "lfm2"],
+)
+@pytest.mark.parametrize("first", [1, 6, 9])
+@torch.no_grad()
+def test_what_is_written_token_by_token_is_what_a_whole_text_gives(name, first):
+    model, tokens_BT = louder(model_of(name, max_len=32)), random_tokens(B=2, T=31)
+
+    torch.testing.assert_close(
+        step_by_step(model, tokens_BT, first), model(tokens_BT), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_aveys_ranker_finds_the_chunk_that_the_last_one_repeats():
+    model = model_of("avey", chunk=4, window_chunks=3, max_len=64)
+    tokens_BT = random_tokens(B=2, T=24)
+    tokens_BT[:, 16:20] = tokens_BT[:, 4:8]  # chunk 4 repeats chunk 1, and chunk 5 asks with it
+    places_BJK, weights_BJK = model.ranked(model.token_table(tokens_BT).unflatten(1, (-1, 4)), 0)
+
+    assert places_BJK[:, 5].tolist() == [[1, 4, 5]] * 2
+    assert places_BJK[:, :2].tolist() == [[[-1, -1, 0], [-1, 0, 1]]] * 2
+    assert weights_BJK.min() > 0 and weights_BJK.max() == 1
+
+
+@torch.no_grad()
+def test_aveys_window_is_the_text_itself_where_it_holds_all_of_it():
+    model, tokens_BT = model_of("avey", chunk=3, window_chunks=6), random_tokens(B=2, T=15)
+    x_BTC = model.token_table(tokens_BT)
+    whole_NRC, is_real_NR = model.windows(x_BTC, 4)
+    weights_BJK = model.ranked(x_BTC.unflatten(1, (-1, 3)), 4)[1].repeat_interleave(3, dim=-1)
+
+    assert is_real_NR.tolist() == [[False] * 3 + [True] * 15] * 2
+    torch.testing.assert_close(whole_NRC[:, 3:], x_BTC * weights_BJK[:, 0, 3:, None])
+
+
+def test_a_mamba_scans_chunks_equal_its_steps_in_output_and_gradient():
+    module = load_experiment(resolve("hymba")).module
+
+    def parts(B=2, T=27, E=6, N=3):
+        draw = torch.Generator().manual_seed(0)
+        x, step = torch.randn(2, B, T, E, generator=draw, dtype=torch.float64)
+        write, read = torch.randn(2, B, T, N, generator=draw, dtype=torch.float64)
+        rate = 4 * torch.rand(E, N, generator=draw, dtype=torch.float64)
+        state = torch.randn(B, E, N, generator=draw, dtype=torch.float64)
+        return [part.requires_grad_() for part in (x, step.square(), write, read, rate, state)]
+
+    def leaves(made: list) -> list:
+        return [part.detach().requires_grad_() for part in made]
+
+    ours, theirs = leaves(parts()), leaves(parts())
+    y_BTE, state = module.scan_chunks(*ours, chunk=8)
+    steps, after = [], theirs[-1]
+    for t in range(27):
+        one, after = module.scan_step(*(part[:, t] for part in theirs[:4]), theirs[4], after)
+        steps.append(one)
+    expected_BTE = torch.stack(steps, dim=1)
+    for output in ((y_BTE, state), (expected_BTE, after)):
+        (output[0].square().sum() + output[1].sum()).backward()
+
+    torch.testing.assert_close(y_BTE, expected_BTE, rtol=1e-11, atol=1e-11)
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_hymbas_layers_see_all_at_both_ends_and_in_the_middle_and_share_in_pairs():
+    make = load_experiment(resolve("hymba")).module.Config
+    kinds = {n: make(vocab_size=61, num_blocks=n).kinds for n in (1, 4, 6, 8, 12)}
+    shared = model_of("hymba").blocks[2].mixer.attention
+
+    assert kinds == {1: "a", 4: "awsa", 6: "awsawa", 8: "awswawsa", 12: "awswswawswsa"}
+    assert [name for name, _ in shared.named_parameters()] == ["query.weight"]
+
+
+@torch.no_grad()
+def test_hymbas_meta_tokens_are_heard_everywhere_and_have_no_logits():
+    model, tokens_BT = louder(model_of("hymba")), random_tokens(B=2, T=16)
+    before_BTV = model(tokens_BT)
+    model.meta[0] += 1
+
+    assert before_BTV.shape[1] == 16
+    assert ((model(tokens_BT) - before_BTV).abs().amax(-1) > 1e-5).all()
+
+
+@torch.no_grad()
+def test_hymba_is_a_scan_or_a_window_where_the_other_is_silent():
+    model, tokens_BT = louder(model_of("hymba", num_meta=0)), random_tokens(B=2, T=12)
+    mixers = [block.mixer for block in model.blocks]
+    for mixer in mixers:
+        mixer.mamba_norm.weight.zero_()
+        mixer.attention.window = 2
+    seen_in_windows = moved_by(model, tokens_BT, 2)
+    for mixer in mixers:
+        mixer.mamba_norm.weight.fill_(1)
+        mixer.attention_norm.weight.zero_()
+
+    assert seen_in_windows == list(range(2, 2 + 1 + 3))  # what two layers share is seen once
+    assert moved_by(model, tokens_BT, 2) == list(range(2, 12))
+
+
+def test_hymba_with_the_longest_steps_stays_finite_in_bf16():
+    model, tokens_BT = model_of("hymba"), random_tokens(B=2, T=16)
+    for block in model.blocks:
+        block.mixer.mamba.step_bias.data.fill_(50.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BTV = model.train()(tokens_BT)
+    logits_BTV.float().square().sum().backward()
+
+    assert logits_BTV.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@torch.no_grad()
+def test_ftps_blocks_hand_on_what_is_far_away_and_its_order():
+    model, tokens_BT = louder(model_of("ftp_blockwise")), random_tokens(B=2, T=14)
+    swapped_BT = tokens_BT[:, [1, 0, *range(2, 14)]]
+    moved_BT = (model(swapped_BT) - model(tokens_BT)).abs().amax(-1)
+
+    assert moved_by(model, tokens_BT, 1) == list(range(1, 14))
+    assert (moved_BT[:, 3:6] > 1e-5).all()
+
+
+@torch.no_grad()
+def test_ftps_places_drawn_give_the_loss_over_all_positions_on_average(monkeypatch):
+    model, row_BS = louder(model_of("ftp")), random_tokens(B=2, T=12)
+    tokens_BT, targets_BT, K = row_BS[:, :-1], row_BS[:, 1:], model.config.num_ahead
+    e_BTC = model.token_table(tokens_BT)
+    vectors_BTNC = model.vectors(e_BTC)
+    expected, weights = 0.0, [0.8**i for i in range(K)]
+    for t in range(11):
+        steps = min(K, 11 - t)
+        x_BKC = model.decoded(e_BTC[:, t : t + steps], vectors_BTNC[:, t])
+        nats_BK = nn.functional.cross_entropy(
+            model.head(x_BKC).mT, targets_BT[:, t : t + steps], reduction="none"
+        )
+        expected += (nats_BK * torch.tensor(weights[:steps])).sum().item() / sum(weights)
+    found = []
+    for place in range(K):
+        monkeypatch.setattr(
+            torch, "randint", lambda *_, place=place, **__: torch.full((2, 1), place)
+        )
+        monkeypatch.setattr(model, "training", True)
+        found.append(Objective(model).train()(tokens_BT, targets_BT).objective.item())
+
+    assert sum(found) / K == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("the cat", [0, 3]),
+        ("a  b\tc", [0, 1, 4]),
+        ("x, y", [0, 1, 2]),
+        ("a1234567", [0, 1, 4, 7]),
+        ("oh... no", [0, 2, 5]),
+        ("h\u00e9 \U0001f600", [0, 3]),
+        ("letters", [0]),
+    ],
+)
+def test_aunets_words_end_where_white_space_signs_and_digits_begin(text, ends):
+    word_ends = load_experiment(resolve("aunet")).module.word_ends
+    found_BT = word_ends(torch.tensor([list(text.encode())]))
+
+    assert found_BT[0].nonzero().flatten().tolist() == ends
+
+
+def test_aunets_words_of_a_prefix_are_the_prefix_of_the_words():
+    word_ends = load_experiment(resolve("aunet")).module.word_ends
+    bytes_BT = random_tokens(B=50, T=40, V=257)
+
+    for T in range(1, 40):
+        assert torch.equal(word_ends(bytes_BT[:, :T]), word_ends(bytes_BT)[:, :T])
+
+
+@torch.no_grad()
+def test_aunets_words_speak_to_their_end_and_what_follows_not_to_themselves():
+    model = louder(model_of("aunet", vocab_size=257, window=1))  # so the wide blocks alone carry
+    texts = [b"abc defg hi", b"abx defg hi", b"abc\ndefg hi"]
+    same, letter, space = (model(torch.tensor([list(text)]))[0] for text in texts)
+
+    assert ((letter - same).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [2]
+    assert ((space - same).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [*range(3, 11)]
+
+
 def llada(T: int = 4, V: int = 5, **values) -> nn.Module:
     model = model_of("llada", vocab_size=V, max_len=T, **values)
     for weight in model.parameters():
@@ -426,3 +677,17 @@ def test_llada_writes_the_surest_tokens_first_and_keeps_the_prompt():
 
     assert new_BT.shape == (2, 7) and new_BT.max() < 9
     assert torch.equal(new_BT, model.generate(prompt_BT, 7, lambda logits: logits.argmax(-1)))
+
+
+@torch.no_grad()
+def test_lladas_error_is_that_of_its_draws():
+    few, many = (llada(num_draws=n, V=50) for n in (16, 256))
+    row_BS = random_tokens(B=20, T=5, V=50)
+    sums = [Objective(m).eval()(row_BS[:, :-1], row_BS[:, 1:]) for m in (few, many)]
+    error, least = (s.variance.item() ** 0.5 for s in sums)
+
+    assert error / least == pytest.approx(16**0.5, rel=0.2)
+    assert abs(sums[0].loss - sums[1].loss).item() < 3 * error
+    assert sums[0].loss.item() == pytest.approx(
+        few.log_likelihood(row_BS[:, :-1], row_BS[:, 1:]).sum().item(), rel=1e-5
+    )
