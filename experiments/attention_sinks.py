@@ -2,10 +2,13 @@
 
 Idea: a softmax must put its weight somewhere, so heads with nothing to find put it on the first
     token, which then grows huge. A learned score for "nothing" gives them a place. It starts at 0,
-    as the softmax that has one added to its denominator.
+    as the softmax that has one added to its denominator; softmax_one leaves it there. A row with
+    one key of score 0 is halved by that, one with a hundred hardly; faint_sinks starts at -4, near
+    llama. The score is not divided by sqrt(D), every row has it, and the cache never does: a sink
+    appended there would be one more for each token.
 Source: OpenAI 2025, arXiv:2508.10925 (gpt-oss), section 2.2; Xiao et al. 2023, arXiv:2309.17453,
     names the sinks; Miller 2023, Attention Is Off By One, has the fixed score.
-Changed from llama: Attention.
+Changed from llama: Config, Attention.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,10 @@ from torch import Tensor, nn
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
 # F hidden width, V vocabulary
 
+VARIANTS = {
+    "softmax_one": {"learned": False},
+    "faint_sinks": {"sink_start": -4.0},
+}
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 
 
@@ -31,6 +38,8 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    sink_start: float = 0.0
+    learned: bool = True  # the sink's score, else it stays where it starts
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
@@ -99,7 +108,11 @@ class Attention(nn.Module):
         self.key = linear(config.width, config.width)
         self.value = linear(config.width, config.width)
         self.output = linear(config.width, config.width, config.output_std)
-        self.sink = nn.Parameter(torch.zeros(config.num_heads))
+        sink_H = torch.full((config.num_heads,), config.sink_start)
+        if config.learned:
+            self.sink = nn.Parameter(sink_H)
+        else:
+            self.register_buffer("sink", sink_H)
 
     def split(self, x_BTC: Tensor) -> Tensor:
         x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))

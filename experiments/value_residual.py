@@ -2,10 +2,11 @@
 
 Idea: the first layer's values are the tokens themselves, before any average; mixed in again, deep
     layers read tokens as well as averages. Two numbers for each later layer, both starting at one
-    half. The first layer's values are not detached (BlaGPT's are, and its run had another MLP,
-    another start and no gates, so its bad number says nothing). Generation keeps the mixed values.
+    half; value_residual_own starts with the layer's own values alone, as llama. The first layer's
+    values are not detached (BlaGPT's are, and its run had another MLP, another start and no gates,
+    so its bad number says nothing). Generation keeps the mixed values.
 Source: Zhou et al. 2024, arXiv:2410.17897, section 3.2 (ResFormer, learnable).
-Changed from llama: Attention, Block, Model.
+Changed from llama: Config, Attention, Block, Model.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
 # F hidden width, V vocabulary
 
+VARIANTS = {
+    "value_residual_own": {"first_share": 0.0},
+}
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 
 
@@ -31,6 +35,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    first_share: float = 0.5  # of the first layer's values at the start, the rest is own
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
@@ -103,7 +108,8 @@ class Attention(nn.Module):
         self.value = linear(config.width, config.width)
         self.output = linear(config.width, config.width, config.output_std)
         if index:
-            self.shares = nn.Parameter(torch.full((2,), 0.5))  # of the first layer's, of its own
+            shares = [config.first_share, 1 - config.first_share]  # of the first layer's, its own
+            self.shares = nn.Parameter(torch.tensor(shares))
 
     def split(self, x_BTC: Tensor) -> Tensor:
         x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))

@@ -25,14 +25,17 @@ def expand(
     budget: str,
     display: Display,
     sizes: tuple[float, ...] = (1.0,),
+    others: tuple[Request, ...] = (),
 ) -> list[Request]:
-    """A request for every seed, size, experiment and rate: all of one seed, then the next seed.
+    """A request for every seed, size, optimizer, experiment and rate: all of one seed, then the
+    next seed.
 
     Args:
         template: of any of them; entry, seed, design and rate are replaced.
         root: the experiment whose budget the league gives to all.
         budget: the league: "tokens", "seconds" or "flops".
         sizes: factors of the plan's size; see `at_size`.
+        others: templates with other optimizers; the league's budget is the first template's.
     Raises:
         UserError: an experiment fails the check, or the plan has no size.
     """
@@ -42,11 +45,13 @@ def expand(
         refuse_unknown_names(template, experiment)
     of_first = []
     for size in sizes:
-        of_size = at_size(replace(template, entry=root), size)
-        for entry in entries:
-            request = replace(of_size, entry=entry, seed=design.first_seed, design=design)
-            request = sized(request, of_size, budget, display)
-            of_first += [_at_rate(request, factor) for factor in design.rates]
+        of_root = at_size(replace(template, entry=root), size)
+        for each in (template, *others):
+            of_size = at_size(replace(each, entry=root), size)
+            for entry in entries:
+                request = replace(of_size, entry=entry, seed=design.first_seed, design=design)
+                request = sized(request, of_root, budget, display)
+                of_first += [_at_rate(request, factor) for factor in design.rates]
     return [replace(first, seed=seed) for seed in design.seeds for first in of_first]
 
 

@@ -76,6 +76,24 @@ def score_logits(logits_NV: Tensor, targets_N: Tensor) -> Sums:
     return _sums(*_sums_of_logits(logits_NV, targets_N, None, Kind()))
 
 
+@torch.no_grad()
+def drawn(x_NC: Tensor, head: nn.Module, targets_N: Tensor, draws_N: Tensor) -> Tensor:
+    """Tokens that a model draws by its own probabilities, where there are targets; else IGNORE.
+
+    Args:
+        draws_N: numbers in [0, 1); a token is the first at which the sum of all probabilities up
+            to it is above its number.
+    """
+    parts = []
+    for start in range(0, len(x_NC), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits_NV = head(x_NC[rows])
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        below_NV = torch.softmax(logits_NV.to(wide), -1).cumsum(-1) <= draws_N[rows, None]
+        parts.append(below_NV.sum(-1).clamp_(max=logits_NV.shape[-1] - 1))
+    return torch.where(targets_N == IGNORE, IGNORE, torch.cat(parts))
+
+
 def _sums(objective: Tensor, nats: Tensor, hits: Tensor) -> Sums:
     return Sums(objective, nats.detach(), hits.detach())
 

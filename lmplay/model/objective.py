@@ -11,7 +11,7 @@ from lmplay.model.abilities import (
     scores_itself,
     trains_by_itself,
 )
-from lmplay.model.chunked_cross_entropy import IGNORE, Sums, score, score_logits
+from lmplay.model.chunked_cross_entropy import IGNORE, Sums, drawn, score, score_logits
 
 # B rows, T positions, C model width, V vocabulary, K targets of a position
 
@@ -36,16 +36,23 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Sums:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, draws_BT: Tensor | None = None
+    ) -> Sums:
         """Sums over the targets that are not IGNORE.
 
         While training, an experiment's own `training_loss` is the objective, and then loss and
         hits are not computed; or the weighted sum of its `loss_terms` is, of which the first gives
         loss and hits. Else, and always in eval mode, all three are the ruler's.
 
+        Args:
+            draws_BT: numbers in [0, 1), for the ruler's sums over tokens that the model itself
+                draws by them in place of the targets.
         Raises:
-            UserError: a term breaks the contract.
+            UserError: a term breaks the contract, or a model that has no logits was to draw.
         """
+        if draws_BT is not None:
+            return self._sum_of_drawn(tokens_BT, targets_BT, draws_BT)
         if self.training and trains_by_itself(self.model):
             return Sums(self._sum_of(self.model.training_loss, tokens_BT, targets_BT), None, None)
         if self.training and has_terms(self.model):
@@ -68,6 +75,19 @@ class Objective(nn.Module):
         nats_SB = torch.where(targets_BT != IGNORE, nats_SBT.float(), 0.0).sum(-1)
         nats = nats_SB.mean(0).sum()
         return Sums(nats, nats.detach(), None, nats_SB.detach().var(0).sum() / len(nats_SB))
+
+    def _sum_of_drawn(self, tokens_BT: Tensor, targets_BT: Tensor, draws_BT: Tensor) -> Sums:
+        if scores_itself(self.model) or trains_by_itself(self.model):
+            raise UserError(
+                "the model draws no next token, which Sophia's estimate of curvature needs",
+                hint="train it with another optimizer",
+            )
+        given = targets_BT.flatten(), draws_BT.flatten()
+        if not has_hidden(self.model):
+            logits_NV = self.model(tokens_BT).flatten(0, 1)
+            return score_logits(logits_NV, drawn(logits_NV, nn.Identity(), *given))
+        x_NC = self.model.hidden(tokens_BT).flatten(0, 1)
+        return score(x_NC, self.model.head, drawn(x_NC, self.model.head, *given))
 
     def _sum_of(self, method, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return _sum_of_scored(method(tokens_BT, targets_BT), targets_BT)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lmplay.model.roles import roles_of
+from lmplay.optim.known import KNOWN
+from lmplay.optim.momentum import momentum_at
 from lmplay.optim.registry import build, is_maskable
 from lmplay.optim.rules import Group, groups_of
 from lmplay.plan import Optimizer
@@ -17,8 +19,9 @@ class JointOptimizer:
     """Optimizers that take their steps together, each over some of the parameters.
 
     Each of its groups has `full_lr`, its rate at the top of the schedule but for `lr_scale`; the
-    rate of a step is set by `set_factor`. What unscales gradients, as a GradScaler, sees one
-    optimizer, so that there is one decision whether a step is taken.
+    rate of a step is set by `set_factor`, what else changes over a run by `set_progress`. What
+    unscales gradients, as a GradScaler, sees one optimizer, so that there is one decision whether a
+    step is taken.
 
     Args:
         members: of torch's kind; no parameter is in two of them.
@@ -42,6 +45,33 @@ class JointOptimizer:
         """Give every group its own rate times the schedule's factor."""
         for group in self.param_groups:
             group["lr"] = group["full_lr"] * factor * group["lr_scale"]
+
+    def set_progress(self, progress: float) -> None:
+        """Tell every group the share of the run's tokens that was trained on before the step."""
+        for group in self.param_groups:
+            group["progress"] = progress
+            if "momentum_ramp" in group:
+                group["momentum"] = momentum_at(group["momentum_ramp"], progress)
+
+    @property
+    def local_parameters(self) -> set[Tensor]:
+        """Those whose optimizer wants each process's own gradient, which nobody has averaged."""
+        groups = [g for g in self.param_groups if KNOWN[g["optimizer"]].local_gradients]
+        return {p for group in groups for p in group["params"]}
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether the next step needs an estimate of the curvature."""
+        return any(each.needs_curvature for each in self._curved())
+
+    def take_curvature(self, of_each: dict[Tensor, Tensor]) -> None:
+        """An estimate of the curvature's diagonal for the next step, by parameter."""
+        for each in self._curved():
+            each.take_curvature(of_each)
+
+    def _curved(self) -> list:
+        plain = [getattr(member, "base", member) for member in self.members]
+        return [each for each in plain if hasattr(each, "take_curvature")]
 
     def step(self) -> None:
         """Take one step of all members."""
@@ -129,13 +159,18 @@ def _signature(group: dict) -> tuple:
 
 
 def make_optimizer(
-    wanted: Optimizer, model: nn.Module, roles: dict[str, str], num_steps: int | None = None
+    wanted: Optimizer,
+    model: nn.Module,
+    roles: dict[str, str],
+    num_steps: int | None = None,
+    spread: bool = False,
 ) -> JointOptimizer:
     """The optimizer of a plan over the trained parameters of a model.
 
     Args:
         roles: of every parameter, by its name.
         num_steps: of the run, for an optimizer that changes over it.
+        spread: as `build` says; all processes must take part.
     Raises:
         UserError: as `groups_of` and `registry.build` do.
     """
@@ -145,16 +180,20 @@ def make_optimizer(
         own_role = rule.role if rule.known.by_role else None
         key = (rule.known.name, own_role, repr(sorted(rule.options.items())))
         alike.setdefault(key, []).append(group)
-    return JointOptimizer([_member(groups, num_steps) for groups in alike.values()])
+    names = {id(p): name for name, p in model.named_parameters()}
+    return JointOptimizer([_member(groups, num_steps, names, spread) for groups in alike.values()])
 
 
 def optimizer_of(run: Run, num_steps: int) -> JointOptimizer:
     """The optimizer of a run's plan over its model, for a run of this many steps."""
     roles = roles_of(run.experiment, run.config)
-    return make_optimizer(run.plan.optimizer, run.model, roles, num_steps)
+    spread = run.world_size > 1 and not run.fsdp
+    return make_optimizer(run.plan.optimizer, run.model, roles, num_steps, spread)
 
 
-def _member(groups: list[Group], num_steps: int | None) -> torch.optim.Optimizer:
+def _member(
+    groups: list[Group], num_steps: int | None, names: dict[int, str], spread: bool
+) -> torch.optim.Optimizer:
     rule = groups[0].rule
     given = [
         {
@@ -165,10 +204,13 @@ def _member(groups: list[Group], num_steps: int | None) -> torch.optim.Optimizer
             "weight_decay": group.weight_decay,
             "role": group.rule.role,
             "optimizer": rule.known.name,
+            "progress": 0.0,
         }
         for group in groups
     ]
+    for one, group in zip(given, groups, strict=True) if rule.known.needs_names else []:
+        one["names"] = [names[id(p)] for p in group.params]
     options = rule.options
     if rule.known.steps_option and num_steps is not None:
         options = {rule.known.steps_option: num_steps} | options
-    return build(rule.known, options, given, rule.key)
+    return build(rule.known, options, given, rule.key, spread)

@@ -1,12 +1,15 @@
 """Every optimizer that a plan can name, as data: what it is, what it takes, where it comes from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Optimizer
 
-_FROM_LIBRARY = ("pytorch_optimizer", "lmplay.optim.soap", "lmplay.optim.schedule_free")
+_FROM_LIBRARY = (
+    "pytorch_optimizer", "lmplay.optim.soap", "lmplay.optim.schedule_free", "lmplay.optim.sophia",
+    "lmplay.optim.kron",
+)  # fmt: skip
 EXTRA = 'pip install "lmplay[optimizers]"'
 MATRIX = frozenset({"matrix"})
 WITH_ROWS = frozenset({"matrix", "table", "head"})
@@ -35,6 +38,10 @@ class KnownOptimizer:
     holds_weights: bool = False  # in a ball or an average: nothing else may move them
     lr_is_absolute: bool = False  # not to be scaled with the plan's rate
     steps_option: str = ""  # gets the number of steps of the run
+    needs_names: bool = False  # of its parameters, for what their places in the model say
+    local_gradients: bool = False  # each process's own, which nobody has averaged
+    by_matrix: bool = False  # processes may share the work, each taking some whole matrices
+    is_comparable: bool = True  # some gradients alone say what its steps are on any device
 
     @property
     def kind(self) -> type:
@@ -72,13 +79,35 @@ def _library(name: str, summary: str, paper: str, state: str, lr: float, **more)
     return KnownOptimizer(name, summary, paper, state, lr, **more)
 
 
-def _matrix(name: str, summary: str, paper: str, state: str) -> KnownOptimizer:
-    return KnownOptimizer(
-        name, summary, paper, state, 1e-3, 0.1, source="lmplay.optim.muon", takes=MATRIX
+def _matrix(name: str, summary: str, paper: str, state: str, **more) -> KnownOptimizer:
+    more = {"source": "lmplay.optim.muon", "by_matrix": True, **more}
+    return KnownOptimizer(name, summary, paper, state, 1e-3, 0.1, takes=MATRIX, **more)
+
+
+def _on_ball(name: str, summary: str, of: KnownOptimizer, lr: float) -> KnownOptimizer:
+    """Another optimizer's steps, at a rate of its own; the rest is trained as AdamW would."""
+    return replace(
+        of, name=name, summary=summary, paper="2606.16899", lr=lr, fixed={"hyperball": True},
+        attribute=of.name, takes=MATRIX, rest_lr=1e-3 / lr, is_elementwise=False,
+    )  # fmt: skip
+
+
+def _decaying(name: str, summary: str, paper: str, decay: str, **more) -> KnownOptimizer:
+    fixed = {"decay": decay}
+    return replace(
+        _ADAMW, name=name, summary=summary, paper=paper, attribute="AdamW", fixed=fixed, **more
     )
 
 
 _LMO = {"spectral": 2, "sign": 4, "bias": 5, "column": 6}  # numbers, for checkpoints hold no enums
+_ADAMW = _torch("AdamW", "Adam whose decay is no gradient", "1711.05101", "8", 1e-3,
+                weight_decay=0.1, options=REST)  # fmt: skip
+_MUON = _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4")
+_SOAP = _library(
+    "SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "24 to 42", 3e-3,
+    weight_decay=0.1, takes=MATRIX, is_elementwise=False, rest_lr=1 / 3, by_matrix=True,
+    source="lmplay.optim.soap", options={"betas": [0.95, 0.95], "max_precondition_dim": 2048},
+)  # fmt: skip
 _ALL = [
     _torch("SGD", "the gradient, with momentum", "Robbins and Monro 1951", "4", 0.3,
            options={"momentum": 0.9}),
@@ -87,8 +116,15 @@ _ALL = [
     _torch("Adadelta", "RMSprop that finds its own unit", "1212.5701", "8", 1.0),
     _torch("Adam", "momentum over the root of recent squares", "1412.6980", "8", 1e-3,
            options=REST),
-    _torch("AdamW", "Adam whose decay is no gradient", "1711.05101", "8", 1e-3,
-           weight_decay=0.1, options=REST),
+    _ADAMW,
+    _decaying("AdamWIndependent", "AdamW whose decay does not know the rate", "2309.14322",
+              "independent", weight_decay=1e-4),
+    _decaying("AdamC", "AdamW whose decay falls with the rate's square", "2506.02285", "corrected"),
+    _decaying("AdamCWD", "AdamW that decays where its step goes that way too", "2510.12402",
+              "cautious"),
+    replace(_ADAMW, name="CAdamW", summary="AdamW's steps where they go against the gradient",
+            paper="2411.16085", attribute="AdamW", fixed={"cautious": True}, is_elementwise=False),
+    _on_ball("AdamH", "AdamW on matrices that keep their length", _ADAMW, 0.014),
     _torch("Adamax", "Adam by the largest recent gradient", "1412.6980", "8", 2e-3),
     _torch("NAdam", "Adam with Nesterov's momentum", "Dozat 2016", "8", 1e-3, weight_decay=0.1,
            options={"betas": [0.9, 0.95], "decoupled_weight_decay": True}),
@@ -98,7 +134,16 @@ _ALL = [
     KnownOptimizer("Rprop", "by the gradient's sign alone", "Riedmiller and Braun 1993", "8", 1e-4),
     KnownOptimizer("Adafactor", "Adam's squares as rows times columns", "1804.04235", "0", 1e-2,
                    options={"eps": [1e-16, 1e-3]}),  # torch's own is not scale-free
-    _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4"),
+    _MUON,
+    _on_ball("MuonH", "Muon on matrices that keep their length", _MUON, 0.018),
+    _matrix("MuonPlus", "Muon whose rows and columns become of one length", "2602.21545", "4",
+            source="lmplay.optim.muon_plus"),
+    _matrix("TEON", "Muon on pairs of neighbouring layers", "2601.23261", "4",
+            source="lmplay.optim.teon", needs_names=True, by_matrix=False),
+    _matrix("RMNP", "momentum whose rows become of one length", "2603.20527", "4",
+            source="lmplay.optim.rmnp"),
+    _matrix("KMaxwell", "Muon on averages of several ages", "modded-nanogpt 359", "24",
+            source="lmplay.optim.k_maxwell"),
     _matrix("NorMuon", "Muon whose rows are of one size", "2510.05491", "4"),
     _matrix("AdaMuon", "Muon over the root of its recent squares (v1)", "2507.11005", "8"),
     KnownOptimizer("AdamMini", "AdamW with one divisor for each row", "2406.16793", "4", 1e-3,
@@ -128,10 +173,19 @@ _ALL = [
     _library("ScheduleFreeAdamW", "AdamW judged by its average; wants a constant rate",
              "2405.15682", "8", 2e-3, weight_decay=0.1, source="lmplay.optim.schedule_free",
              is_elementwise=False, holds_weights=True, options={"betas": [0.9, 0.99]}),
-    _library("SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "24 to 42", 3e-3,
-             weight_decay=0.1, takes=MATRIX, is_elementwise=False, rest_lr=1 / 3,
-             source="lmplay.optim.soap",
-             options={"betas": [0.95, 0.95], "max_precondition_dim": 2048}),
+    _SOAP,
+    replace(_SOAP, name="PaLMSOAP", summary="SOAP whose average of squares grows longer",
+            attribute="PaLMSOAP", options={"max_precondition_dim": 2048}),
+    _library("Kron", "gradients made white by triangular factors (PSGD)", "2402.04553", "5 to 12",
+             5e-4, weight_decay=0.6, takes=MATRIX, rest_lr=2.0, is_elementwise=False,
+             is_comparable=False, source="lmplay.optim.kron",
+             options={"max_size_triangular": 2048},
+             fixed={"precondition_dtype": None}),  # the weight's own; a checkpoint holds no types
+    _library("Sophia", "momentum over curvature, clipped; one more pass in ten steps", "2305.14342",
+             "8", 6e-4, weight_decay=0.2, source="lmplay.optim.sophia", is_elementwise=False,
+             is_comparable=False, options={"betas": [0.965, 0.99]}),
+    KnownOptimizer("DeMo", "signs of what processes tell each other of their momentum",
+                   "2411.19870", "4", 1e-3, 0.1, source="lmplay.optim.demo", local_gradients=True),
     _library("Scion", "steps of one norm, weights inside a ball", "2502.07529", "4", 2**-12,
              attribute="SCION", is_elementwise=False, lr_is_absolute=True,
              holds_weights=True,

@@ -3,14 +3,18 @@
 Each looks at a step after it was taken, so that it is the same for every optimizer.
 """
 
+from itertools import compress
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lmplay.optim.muon import length
+
 Decay = Literal["decoupled", "independent", "corrected", "cautious"]
 DECAYS = get_args(Decay)
 LEAST_SHARE = 1e-3  # of a tensor that agrees with its gradient, as the others are scaled up by it
+_OFF_BALL = ("table", "head", "conv", "vector")
 MODIFIERS = ("cautious", "decay", "hyperball")  # their options, for any optimizer
 
 
@@ -27,10 +31,11 @@ class Modified:
             decay, whatever the rate (Wortsman et al. 2023, arXiv:2309.14322); "corrected", by the
             first times the factor (Defazio 2025, arXiv:2506.02285); "cautious", as the first, where
             the step and the decay go the same way (Chen et al. 2025, arXiv:2510.12402).
-        hyperball: the step has the rate times the weight's length, and leaves that as it was; for
-            tensors of two dimensions or more that are not all zero.
+        hyperball: the step has the rate times the weight's length, and leaves that as it was (Wen
+            et al. 2026, arXiv:2606.16899); for matrices, each of a stack for itself, which decay
+            then leaves alone. Tables, heads, convolutions and vectors step as ever.
     Raises:
-        ValueError: a value is unknown.
+        ValueError: a value is unknown, or a matrix that would keep its length is all zero.
     """
 
     def __init__(
@@ -45,6 +50,11 @@ class Modified:
         if not isinstance(cautious, bool) or not isinstance(hyperball, bool):
             raise ValueError("cautious and hyperball are true or false")
         self.base, self.cautious, self.decay, self.hyperball = base, cautious, decay, hyperball
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self._is_on_ball(group, p) and not p.flatten(-2).any(-1).all():
+                    shape = tuple(p.shape)
+                    raise ValueError(f"a matrix of shape {shape} is all zero, and would stay so")
         self.defaults: dict = {}  # without a kernel that reads a flag
 
     @property
@@ -90,8 +100,10 @@ class Modified:
             torch._foreach_mul_(moves, agrees)
         if self.cautious or self.hyperball:
             for p, before, move in zip(params, old, moves, strict=True):
-                self._place(p, before, move, group["lr"])
-        if decay:
+                self._place(group, p, before, move)
+        free = [not self._is_on_ball(group, p) for p in params]
+        params, old, moves = (list(compress(each, free)) for each in (params, old, moves))
+        if decay and params:
             rate = group["lr"]
             factor = rate / (group["full_lr"] * group["lr_scale"])
             by = {"independent": factor, "corrected": rate * factor}.get(self.decay, rate) * decay
@@ -101,14 +113,17 @@ class Modified:
                 falling = [before * (same >= 0) for before, same in zip(old, falling, strict=True)]
             torch._foreach_add_(params, falling, alpha=-by)
 
-    def _place(self, p: Tensor, before: Tensor, move: Tensor, lr: float) -> None:
-        if self.hyperball and p.dim() > 1:
-            length, moved = before.norm(), move.norm()
-            is_ball = (length > 0) & (moved > 0)
-            made = before - move * torch.where(is_ball, lr * length / moved, 1.0)
-            p.copy_(made * torch.where(is_ball, length / made.norm(), 1.0))
+    def _place(self, group: dict, p: Tensor, before: Tensor, move: Tensor) -> None:
+        if self._is_on_ball(group, p):
+            radius, moved = length(before), length(move)
+            moves = moved > 0
+            made = before - move * torch.where(moves, group["lr"] * radius / moved, 0.0)
+            p.copy_(made * torch.where(moves, radius / length(made), 1.0))
         else:
             p.copy_(before - move)
+
+    def _is_on_ball(self, group: dict, p: Tensor) -> bool:
+        return self.hyperball and p.dim() > 1 and group.get("role") not in _OFF_BALL
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

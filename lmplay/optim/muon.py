@@ -6,14 +6,18 @@ Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural netw
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from lmplay.machine import resolve_precision
 
 # O output rows of a matrix, I its inputs, N matrices of one shape
 
 Coefficients = Sequence[tuple[float, float, float]]
 EPS = 1e-7
+LARGE = 256  # rows and columns from which a CPU's products in bf16 repay turning numbers into it
 # of X becoming a X + (b A + c A A) X with A = X X', once for each round; the second lets all
 # singular values above 0.001 end near one, if none begins above one
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
@@ -36,8 +40,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are brought near one, at the size that `scale` says.
 
     Stacks of matrices, as of experts, are orthogonalised each for itself. Matrices of one shape go
-    through the products together: on CUDA in bf16, elsewhere as they are, since few other machines
-    multiply bf16 faster.
+    through the products together: in bf16 on CUDA, and on a CPU that has it in hardware where they
+    are LARGE; else as they are.
 
     Args:
         params: groups of parameters with two dimensions or more; the last two are the matrix.
@@ -85,22 +89,27 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            averages = [self._average(p) for p in params]
-            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            averages = self._averages(group, params, grads)
             ahead = averages
             if group["nesterov"]:
                 ahead = torch._foreach_lerp(grads, averages, group["momentum"])
-            made = orthogonalised(ahead, *ITERATIONS[group["iteration"]])
+            made = self._directions(group, params, ahead)
             moves = [self._move(group, p, o_OI) for p, o_OI in zip(params, made, strict=True)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, moves, alpha=-group["lr"])
         return loss
 
-    def _average(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+    def _averages(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Of the gradients, this step's too."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        return averages
+
+    def _directions(self, group: dict, params: list[Tensor], ahead: list[Tensor]) -> list[Tensor]:
+        return orthogonalised(ahead, *ITERATIONS[group["iteration"]])
 
     def _move(self, group: dict, parameter: Tensor, o_OI: Tensor) -> Tensor:
         return o_OI * SCALES[group["scale"]](*o_OI.shape[-2:])
@@ -136,7 +145,7 @@ class NorMuon(Muon):
         square_O1 = o_OI.square().mean(-1, keepdim=True)
         state["second_moment"].lerp_(square_O1, 1 - group["beta2"])
         even_OI = o_OI / (state["second_moment"].sqrt() + EPS)
-        return super()._move(group, parameter, even_OI * (_length(o_OI) / _length(even_OI)))
+        return super()._move(group, parameter, even_OI * (length(o_OI) / length(even_OI)))
 
 
 class AdaMuon(Muon):
@@ -169,7 +178,7 @@ class AdaMuon(Muon):
         state["second_moment"].lerp_(o_OI.square(), 1 - group["beta2"])
         made_OI = o_OI / (state["second_moment"].sqrt() + group["eps"])
         size = (o_OI.shape[-1] * o_OI.shape[-2]) ** 0.5
-        return made_OI * (0.2 * size / _length(made_OI))
+        return made_OI * (0.2 * size / length(made_OI))
 
 
 def orthogonalised(matrices: list[Tensor], coefficients: Coefficients, room: float) -> list[Tensor]:
@@ -189,11 +198,11 @@ def orthogonalised(matrices: list[Tensor], coefficients: Coefficients, room: flo
     for indices in alike.values():
         shape, kind = matrices[indices[0]].shape, matrices[indices[0]].dtype
         x_NOI = torch.stack([matrices[i] for i in indices]).reshape(-1, *shape[-2:])
-        if x_NOI.is_cuda and kind != torch.float64:
+        if kind != torch.float64 and _is_bf16_fast(x_NOI.device.type, min(shape[-2:])):
             x_NOI = x_NOI.bfloat16()
         is_tall = shape[-2] > shape[-1]
         x_NOI = x_NOI.mT if is_tall else x_NOI
-        x_NOI = x_NOI / (_length(x_NOI) * room + EPS)
+        x_NOI = x_NOI / (length(x_NOI) * room + EPS)
         for a, b, c in coefficients:
             A_NOO = x_NOI @ x_NOI.mT
             B_NOO = torch.baddbmm(A_NOO, A_NOO, A_NOO, beta=b, alpha=c)
@@ -204,5 +213,13 @@ def orthogonalised(matrices: list[Tensor], coefficients: Coefficients, room: flo
     return made
 
 
-def _length(x_OI: Tensor) -> Tensor:
+def length(x_OI: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix, shape (..., 1, 1)."""
     return x_OI.norm(dim=(-2, -1), keepdim=True)
+
+
+@cache
+def _is_bf16_fast(device: str, size: int) -> bool:
+    if device == "cpu":
+        return size >= LARGE and resolve_precision("amp", torch.device(device)) == "bf16"
+    return device == "cuda"

@@ -20,8 +20,8 @@ def refuse_fsdp(wanted: Optimizer) -> None:
         if not rule.known.is_elementwise or whole:
             fit = [known.name for known in KNOWN.values() if known.is_elementwise]
             raise UserError(
-                f"--shard: {rule.known.name} needs whole weights, and each process has a slice of "
-                "them",
+                f"--shard: {rule.known.name} needs whole weights and gradients, and each process "
+                "has slices",
                 hint=f"these do not: {', '.join(fit)}",
             )
 
@@ -29,12 +29,14 @@ def refuse_fsdp(wanted: Optimizer) -> None:
 def refuse_wrong_updates(wanted: Optimizer, device: torch.device) -> None:
     """Raise a UserError where a few updates on this device are not those on the CPU.
 
-    The CPU itself is not compared with itself, and an optimizer that draws random numbers is left
-    out: every device draws others.
+    The CPU itself is not compared with itself. An optimizer that draws random numbers is left out,
+    since every device draws others, and so is one that needs more of a step than its gradients.
     """
     if device.type == "cpu":
         return
     for rule in _rules(wanted):
+        if not rule.known.is_comparable:
+            continue
         if told := wrong_update(rule, device):
             raise UserError(
                 f"{device.type} updates weights wrongly by {rule.known.name}: {told}",
@@ -57,11 +59,7 @@ def wrong_update(rule: Rule, device: torch.device) -> str | None:
     gradients = [
         [torch.randn(weight.shape, generator=draw) for weight in weights] for _ in range(3)
     ]
-    with torch.random.fork_rng(devices=[]):
-        before = torch.random.get_rng_state()
-        exact = _updated(rule, weights, gradients, torch.device("cpu"))
-        if not torch.equal(before, torch.random.get_rng_state()):
-            return None
+    exact = _updated(rule, weights, gradients, torch.device("cpu"))
     for weight, right, found in zip(
         weights, exact, _updated(rule, weights, gradients, device), strict=True
     ):

@@ -153,9 +153,9 @@ def main(
     optimizer: Annotated[
         str | None,
         Option(
-            help="Train with another optimizer than the plan's, such as muon, at its own defaults; "
-            "'list' shows them all.",
-            metavar="NAME",
+            help="Train with another optimizer than the plan's, such as muon, at its own defaults, "
+            "or with each of several and hold the others against the first; 'list' shows them all.",
+            metavar="NAMES",
         ),
     ] = None,
     gpus: Annotated[
@@ -319,27 +319,40 @@ def main(
         return _write(_one(names, "--write"), write)
     entries = [catalog.resolve(name) for name in names]
     ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
-    changes, of_plan = read_changes(set_ or [], tokens), {}
+    changes, by_optimizer = read_changes(set_ or [], tokens), [{}]
+    changes_by_optimizer = [changes]
     plan_name = ("quick" if check else "default") if plan is None else plan
     if optimizer is not None:
         from lmplay.optim.known import replaced
 
-        of_plan = {"optimizer": replaced(read_plan(plan_name, {}, data).optimizer, optimizer)}
-        changes = changes.of_optimizer(of_plan["optimizer"]["name"])
+        own = read_plan(plan_name, {}, data).optimizer
+        by_optimizer = [{"optimizer": replaced(own, name)} for name in optimizer.split(",")]
+        changes_by_optimizer = [
+            changes.of_optimizer(each["optimizer"]["name"]) for each in by_optimizer
+        ]
     config = changes.of_config
-    resolved = read_plan(plan_name, changes.of_plan | of_plan, data, validation_data)
+    plans = [
+        read_plan(plan_name, changes.of_plan | of_plan, data, validation_data)
+        for of_plan in by_optimizer
+    ]
     if margin is not None:
-        resolved = resolved.model_copy(update={"margin": margin})
+        plans = [each.model_copy(update={"margin": margin}) for each in plans]
+    resolved = plans[0]
+    optimizers = [each.optimizer.name for each in plans]
+    if len(set(optimizers)) < len(optimizers):
+        raise UserError("--optimizer names one twice", hint="more runs of one: --seeds N")
     rungs = tuple(_factors("--sizes", sizes))
-    is_grid = len(entries) > 1 or any(
+    is_grid = len(entries) + len(plans) > 2 or any(
         option is not None for option in (seeds, rates, sizes, greedy)
     )
     design = design_of(seeds or "1", seed, _factors("--rates", rates)) if is_grid else None
-    rival = _baseline(entries, baseline) if is_grid or budget != "tokens" else None
+    own_baseline = names[0] if len(plans) > 1 and len(names) == 1 else None
+    rival = _baseline(entries, baseline or own_baseline) if is_grid or budget != "tokens" else None
     for entry in [*entries, *ideas, *([rival] if rival else [])]:
         refuse_unfit(entry, resolved, config)
     if is_described:
         _one(names, "--describe")
+        _one(optimizers, "--describe", "optimizer")
         return describe(
             entries[0] if exp is not None or plan is None else None,
             resolved,
@@ -349,10 +362,13 @@ def main(
         )
     if check:
         _one(names, "--check")
+        _one(optimizers, "--check", "optimizer")
         return print_check(entries[0], resolved, config, device, precision, as_json)
     for dataset in resolved.datasets.values():
         for path in [*(dataset.files or []), *(dataset.validation_files or [])]:
             existing(path)
+    if ideas:
+        _one(optimizers, "--greedy", "optimizer")
     if ideas and len(rungs) > 1:
         raise UserError("--greedy and --sizes are two questions", hint="ask one after the other")
     if ideas and design.looks[-1] < 2:
@@ -368,6 +384,8 @@ def main(
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
     note(f"{what} on {resolved.name}: loading torch")
+    from dataclasses import replace
+
     from lmplay.run.request import Request
     from lmplay.train.initial_model import find_initial
 
@@ -376,7 +394,7 @@ def main(
     request = Request(
         entry=entries[0],
         plan=resolved,
-        changes=changes.values,
+        changes=changes_by_optimizer[0].values,
         config=config,
         seed=seed,
         device=device,
@@ -394,14 +412,18 @@ def main(
     elif is_grid:
         if rival.name not in [entry.name for entry in entries]:
             entries.insert(0, rival)
-        train_all(request, entries, rival, budget, rungs, as_json)
+        others = tuple(
+            replace(request, plan=plan, changes=its.values)
+            for its, plan in zip(changes_by_optimizer[1:], plans[1:], strict=True)
+        )
+        train_all(request, entries, rival, budget, rungs, others, as_json)
     else:
         _train(request, rival, budget, as_json)
 
 
-def _one(names: list[str], option: str) -> str:
+def _one(names: list[str], option: str, what: str = "experiment") -> str:
     if len(names) > 1:
-        raise UserError(f"{option} takes one experiment, not {len(names)}", hint="name one")
+        raise UserError(f"{option} takes one {what}, not {len(names)}", hint="name one")
     return names[0]
 
 

@@ -27,12 +27,14 @@ def train_all(
     baseline: Entry,
     budget: str,
     sizes: tuple[float, ...],
+    others: tuple["Request", ...],
     as_json: bool,
 ) -> None:
     """Train every experiment by the template's design, and print the verdicts.
 
     Args:
         template: of all runs; entry and seed are replaced.
+        others: templates of which each has another optimizer.
         budget: the league, sized to what the baseline takes.
         sizes: factors of the plan's size.
     """
@@ -41,7 +43,9 @@ def train_all(
     failures: dict[str, str] = {}
     with _grid_display(template) as display:
         league = baseline, budget
-        rows, pairs = _verdicts(template, entries, baseline, league, failures, display, sizes)
+        rows, pairs = _verdicts(
+            template, entries, baseline, league, failures, display, sizes, others
+        )
     ladder = ladder_rows(pairs)
     if as_json:
         document = {"verdicts": rows, "ladder": ladder, "failures": failures}
@@ -113,11 +117,13 @@ def _verdicts(
     failures: dict[str, str],
     display: "GridDisplay",
     sizes: tuple[float, ...] = (1.0,),
+    others: tuple["Request", ...] = (),
 ) -> tuple[list[dict], list["Pair"]]:
     """Train what is missing, look by look.
 
     Returns:
-        The verdict row of each entry at each size, in order, and what they are made from.
+        The verdict row of each entry at each size and by each optimizer, in order, and what they
+        are made from.
     """
     from lmplay.grid.grid import run_grid
     from lmplay.grid.requests import arm_of, declare, expand
@@ -127,8 +133,13 @@ def _verdicts(
     from lmplay.stats.page import write_page
 
     design = template.design
-    requests = expand(template, entries, design, *league, display, sizes)
-    of_baseline = [arm_of(each) for each in requests if each.entry.name == baseline.name]
+    requests = expand(template, entries, design, *league, display, sizes, others)
+    base_optimizer = template.plan.optimizer.name
+    of_baseline = [
+        arm_of(each)
+        for each in requests
+        if (each.entry.name, each.plan.optimizer.name) == (baseline.name, base_optimizer)
+    ]
     base, baselines = of_baseline[sizes.index(1) * len(design.rates)], set(of_baseline)
     labels = list(dict.fromkeys(map(arm_of, requests)))
     declare(requests, baselines)

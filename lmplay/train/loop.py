@@ -13,6 +13,7 @@ from lmplay.run.records import Record
 from lmplay.run.run import Run
 from lmplay.train.buffers import Buffers
 from lmplay.train.clock import Clock
+from lmplay.train.curvature import estimate_curvature
 from lmplay.train.curves import Curves
 from lmplay.train.leak_watch import refuse_leak
 from lmplay.train.saving import save
@@ -80,11 +81,15 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
     share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
     size = run.mini_batch_size * (plan.max_len // batch.tokens_BT.shape[1])  # more short rows
     parts = batch.of_rank(run.accelerator.process_index, run.world_size, size)
+    # where an optimizer wants each process's own gradients, none are averaged here
+    synced = None if session.update.local else parts[-1]
     try:
+        if session.update.optimizer.needs_curvature:
+            estimate_curvature(run, session.update.optimizer, batch, size)
         for part in parts:
             if session.signals.code is not None and run.world_size == 1:
                 return drop_step(session, rng, buffers)
-            with nullcontext() if part is parts[-1] else run.no_sync():
+            with nullcontext() if part is synced else run.no_sync():
                 scored = score(run, part)
                 run.accelerator.backward(scored.objective * share)
             session.curves.add(scored)

@@ -21,7 +21,8 @@ class Update:
     MOST_OVERFLOWS in a row are as bad as one elsewhere.
 
     Args:
-        run: whose gradients are used; they are already summed over its processes.
+        run: whose gradients are used; they are already averaged over its processes, but where an
+            optimizer wants each process's own: then none are.
         optimizer: over the parameters of the run's model.
         clip: largest norm of the whole gradient; None for no limit.
     """
@@ -34,6 +35,7 @@ class Update:
         self.healthy = torch.ones((), dtype=torch.bool, device=run.device)
         self.overflows = torch.zeros((), dtype=torch.int32, device=run.device)  # in a row
         self.taken = self.healthy  # whether the latest step changed anything
+        self.local = optimizer.local_parameters
 
     def __call__(self, objective: Tensor, factor: float) -> Tensor:
         """Take one step and clear the gradients.
@@ -47,10 +49,15 @@ class Update:
         if self.run.world_size > 1:
             objective = self.run.accelerator.reduce(objective)
         self.optimizer.set_factor(factor)
+        self.optimizer.set_progress(self.run.progress)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.run.model.parameters() if p.grad is not None]
+        if self.local and self.run.world_size > 1:
+            average_gradients([p for p in parameters if p not in self.local])
         norm = gather_state(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        if self.local and self.run.world_size > 1:
+            norm = self.run.accelerator.reduce(norm, "mean")  # one is not finite: so is this
         most = 1 if self.scaler is None else MOST_OVERFLOWS
         self.overflows = torch.where(torch.isfinite(norm), 0, self.overflows + 1)
         self.healthy = self.healthy & torch.isfinite(objective) & (self.overflows < most)
@@ -78,3 +85,10 @@ class Update:
         """Take up the scaler's numbers from a checkpoint."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Give every process the mean of all processes' gradients; all must take part."""
+    for p in parameters:
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= torch.distributed.get_world_size()

@@ -9,6 +9,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.requests import arm_of, at_size, declare, expand
+from lmplay.optim.known import replaced
 from lmplay.plan import read_plan
 from lmplay.run.design import design_of
 from lmplay.run.request import Request
@@ -64,6 +65,29 @@ def test_rates_are_runs_of_one_arm_whose_plan_and_label_say_the_rate(template):
     ]
     assert [each.plan.optimizer.lr for each in requests] == [0.01, 0.02, 0.04]
     assert {arm_of(each) for each in requests} == {"gpt2ish,lr=0.02"}
+
+
+def test_optimizers_are_arms_of_their_own(template):
+    others = [
+        replace(
+            template,
+            plan=read_plan("words", {"optimizer": replaced(template.plan.optimizer, name)}),
+            changes={"optimizer": name},
+        )
+        for name in ("Muon", "Lion")
+    ]
+    requests = expand(
+        template, [template.entry], design_of("1", 0, [1, 2]), template.entry, "tokens",
+        GridDisplay("words"), others=others,
+    )  # fmt: skip
+
+    assert [each.plan.optimizer.name for each in requests] == [
+        "AdamW", "AdamW", "Muon", "Muon", "Lion", "Lion",
+    ]  # fmt: skip
+    assert [arm_of(each) for each in requests[::2]] == [
+        "gpt2ish,lr=0.02", "gpt2ish,optimizer=Muon", "gpt2ish,optimizer=Lion",
+    ]  # fmt: skip
+    assert requests[3].plan.optimizer.lr == 2 * requests[2].plan.optimizer.lr
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from lmplay.plan import Optimizer
 from lmplay.run.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from lmplay.run.folder import RunFolder
 
-ROLES = {"table.weight": "table", "layer.weight": "matrix", "layer.bias": "vector"}
+ROLES = {"table.weight": "table", "blocks.0.query.weight": "matrix"}
+ROLES |= {"blocks.1.query.weight": "matrix", "layer.weight": "matrix", "layer.bias": "vector"}
 ROLES |= {"head.weight": "head"}
 # rates at which this small problem is learned in 60 steps; of the others the default times ten
 RATES = {"SGD": 1.0, "ASGD": 1.0, "Adadelta": 10.0, "Prodigy": 1.0, "Scion": 0.002, "Rprop": 1e-3}
-RATES |= {"SOAP": 0.01, "MARS": 0.01, "LAMB": 0.01, "AdEMAMix": 0.003}
+RATES |= {"SOAP": 0.01, "PaLMSOAP": 0.01, "MARS": 0.01, "LAMB": 0.01, "AdEMAMix": 0.003}
 
 
 class Bigrams(nn.Module):
@@ -28,10 +29,16 @@ class Bigrams(nn.Module):
     def __init__(self):
         super().__init__()
         self.table, self.layer = nn.Embedding(12, 8), nn.Linear(8, 16)
+        self.blocks = nn.ModuleList([nn.Module(), nn.Module()])
+        for block in self.blocks:
+            block.query = nn.Linear(8, 8, bias=False)
         self.head = nn.Linear(16, 12, bias=False)
 
     def forward(self, tokens_T):
-        return self.head(torch.tanh(self.layer(self.table(tokens_T))))
+        x_TC = self.table(tokens_T)
+        for block in self.blocks:
+            x_TC = x_TC + block.query(x_TC)
+        return self.head(torch.tanh(self.layer(x_TC)))
 
 
 def of(name, lr=None, seed=0, num_steps=60, **options):
@@ -50,7 +57,10 @@ def take_steps(model, optimizer, steps, num_steps=60):
     for step in steps:
         loss = nn.functional.cross_entropy(model(tokens_T), (5 * tokens_T + 1) % 12)
         loss.backward()
+        if optimizer.needs_curvature:
+            optimizer.take_curvature({p: p.grad.square() for p in model.parameters()})
         optimizer.set_factor(1 - step / num_steps)
+        optimizer.set_progress(step / num_steps)
         optimizer.step_if(torch.tensor(True))
         optimizer.zero_grad()
     return loss.item()

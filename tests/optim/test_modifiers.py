@@ -1,6 +1,7 @@
 """What a change to the step of any optimizer does, and where it does nothing."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -114,15 +115,70 @@ def test_on_a_ball_matrices_keep_their_length_and_turn_by_the_rate(name):
     assert_close(state["0.bias"], bare["0.bias"])
 
 
-def test_a_matrix_of_zeros_leaves_zero_on_a_ball_too():
-    weight = nn.Linear(3, 3, bias=False)
-    nn.init.zeros_(weight.weight)
-    wanted = Optimizer(name="AdamW", lr=0.1, options={"hyperball": True})
-    optimizer = make_optimizer(wanted, weight, {"weight": "matrix"})
-    weight.weight.grad = torch.ones(3, 3)
-    optimizer.step()
+def on_ball(start_OI, *moves, role="matrix", lr=0.1, **options):
+    """A weight after steps of SGD on a ball, which are `moves` times the rate."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(start_OI.clone())
+    wanted = Optimizer(name="SGD", lr=lr, options={"hyperball": True, **options})
+    optimizer = make_optimizer(wanted, layer, {"weight": role})
+    for move in moves:
+        layer.weight.grad = move.clone()
+        optimizer.set_factor(1.0)
+        optimizer.step()
+    return layer.weight.detach()
 
-    assert (weight.weight < -0.09).all()
+
+def test_the_published_example_of_a_ball():
+    made = on_ball(torch.tensor([[3.0, 4.0]], dtype=F64), torch.tensor([[0.0, 2.0]], dtype=F64))
+
+    assert_close(made, torch.tensor([[3.2540, 3.7963]], dtype=F64), atol=5e-5, rtol=0)
+
+
+def test_on_a_ball_only_directions_count():
+    draw = torch.Generator().manual_seed(2)
+    start, *moves = torch.randn(101, 4, 6, generator=draw, dtype=F64)
+    path = on_ball(start, *moves)
+
+    assert path.norm().item() == pytest.approx(start.norm().item(), rel=1e-10)
+    assert_close(on_ball(start, *(1000 * move for move in moves)), path)
+    assert_close(on_ball(5 * start, *moves), 5 * path)
+    assert_close(on_ball(start, moves[0], lr=1e-30), start)
+    assert_close(on_ball(start, start), start)  # a step along the weight moves nothing
+    sideways = moves[0] - (moves[0] * start).sum() / start.square().sum() * start
+    turned = on_ball(start, sideways)
+    cosine = (turned * start).sum() / start.square().sum()
+    assert torch.acos(cosine).item() == pytest.approx(math.atan(0.1), rel=1e-6)
+
+
+def test_the_matrices_of_a_stack_keep_their_own_lengths():
+    draw = torch.Generator().manual_seed(3)
+    start_EOI = torch.randn(2, 4, 6, generator=draw, dtype=F64)
+    move_EOI = (
+        torch.randn(2, 4, 6, generator=draw, dtype=F64) * torch.tensor([1, 0.01])[:, None, None]
+    )
+    made_EOI = on_ball(start_EOI, move_EOI)
+
+    for made, start, move in zip(made_EOI, start_EOI, move_EOI, strict=True):
+        assert_close(made, on_ball(start, move))
+
+
+def test_tables_and_heads_are_on_no_ball():
+    start, move = torch.ones(3, 3, dtype=F64), torch.eye(3, dtype=F64)
+    for role in ("table", "head"):
+        assert_close(on_ball(start, move, role=role), start - 0.1 * move)
+
+
+def test_decay_does_nothing_on_a_ball():
+    bare, _ = made(weight_decay=0.0, hyperball=True)
+    decayed, _ = made(weight_decay=0.5, hyperball=True)
+
+    assert_close(decayed["0.weight"], bare["0.weight"])
+    assert not torch.equal(decayed["1.weight"], bare["1.weight"])  # a table
+
+
+def test_a_matrix_of_zeros_would_keep_its_length_and_is_refused():
+    with pytest.raises(UserError, match="all zero"):
+        on_ball(torch.zeros(3, 3))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,57 @@ def test_soap_without_a_rotation_is_adam_that_skips_a_step():
         assert_close(path[t - 1], w, rtol=0.02, atol=0.02)
 
 
+def test_palm_soap_without_a_rotation_has_palm_s_average_and_no_correction():
+    path, _ = trained("PaLMSOAP", max_precondition_dim=1)
+    w, m, v = start((5, 4)), 0.0, 0.0
+    for t, g in enumerate(gradients((5, 4))):
+        if t:  # the first step only looks
+            beta2 = 1 - t**-0.8
+            m, v = 0.95 * m + 0.05 * g, beta2 * v + (1 - beta2) * g * g
+            w = (w - LR * m / (v.sqrt() + 1e-8)) * (1 - LR * DECAY)
+        assert_close(path[t], w, rtol=1e-9, atol=1e-9)
+
+
+def test_kron_does_what_its_paper_says():
+    from pytorch_optimizer.optimizer.utils.psgd import norm_lower_bound
+
+    path, _ = trained("Kron")
+    w, m = start((5, 4)), 0.0
+    left, right = (torch.eye(size, dtype=F64) for size in (5, 4))
+    for t, g in enumerate(gradients((5, 4)), 1):
+        m = 0.9 * m + 0.1 * g
+        with torch.random.fork_rng():
+            torch.manual_seed(t - 1)
+            probe = torch.randn(5, 4, dtype=F64)
+        ahead = m / (1 - 0.9**t)
+        a = left @ ahead @ right.T
+        b = torch.linalg.inv(left).T @ probe @ torch.linalg.inv(right)
+        for Q, one, two in ((left, a @ a.T, b @ b.T), (right, a.T @ a, b.T @ b)):
+            size = norm_lower_bound(one + two)
+            Q -= 0.1 * torch.triu(one - two) / size @ Q
+        u = left.T @ left @ ahead @ right.T @ right
+        u = u * (1.1 / (u.square().mean().sqrt() + 1e-6)).clamp(max=1)
+        w = w - LR * (u + DECAY * w)
+        assert_close(path[t - 1], w, rtol=1e-4, atol=1e-4)
+
+
+def test_kron_draws_by_its_step_alone_and_nobody_notices():
+    import numpy as np
+
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        path, _ = trained("Kron")
+        found.append(path)
+        drawn = torch.rand(1).item(), np.random.random()
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        assert drawn == (torch.rand(1).item(), np.random.random())
+
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_soap_learns_a_turned_problem_as_it_learns_a_straight_one_and_adam_does_not():
     draw = torch.Generator().manual_seed(3)
     turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=draw, dtype=F64))

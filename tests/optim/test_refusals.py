@@ -53,9 +53,6 @@ class Other(torch.optim.AdamW):
         is_other = self is not self.stepped[0]
         weights = [weight for group in self.param_groups for weight in group["params"]]
         before = [weight.detach().clone() for weight in weights]
-        if self.fault == "draws":
-            for weight in weights:
-                weight.grad = torch.randn_like(weight)
         if self.fault == "nothing is decayed" and is_other:
             for group in self.param_groups:
                 group["weight_decay"] = 0.0
@@ -80,14 +77,6 @@ def test_a_device_that_updates_otherwise_is_found_out(monkeypatch, fault):
     assert told.startswith("they are off by")
 
 
-def test_an_optimizer_that_draws_random_numbers_is_left_out(monkeypatch):
-    replaced(monkeypatch, "draws")
-    before = torch.random.get_rng_state()
-
-    assert wrong(Optimizer(name="AdamW", lr=0.01)) is None
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_the_cpu_is_not_compared_with_itself_and_every_rule_is_asked_elsewhere(monkeypatch):
     asked = []
     monkeypatch.setattr(refusals, "wrong_update", lambda rule, device: asked.append(rule) or "off")
@@ -103,6 +92,15 @@ def test_the_cpu_is_not_compared_with_itself_and_every_rule_is_asked_elsewhere(m
     refuse_wrong_updates(wanted, torch.device("mps"))
 
     assert sorted(asked) == ["AdamW", "SGD"]
+    asked.clear()
+    refuse_wrong_updates(Optimizer(name="Kron", lr=0.1), torch.device("mps"))
+    assert asked == ["AdamW"]  # which trains the rest; every device would draw other probes
+
+
+@pytest.mark.parametrize("name", [n for n, k in KNOWN.items() if k.by_matrix or k.local_gradients])
+def test_slices_are_refused_whoever_shares_work_or_gradients(name):
+    with pytest.raises(UserError, match=f"--shard: {name} needs whole weights"):
+        refuse_fsdp(Optimizer(name=name, lr=0.1))
 
 
 @pytest.mark.parametrize(

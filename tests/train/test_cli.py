@@ -65,6 +65,8 @@ def lmp_trainer(*args, **options):
         (["--set", "optimizer.lrr=1"], ["optimizer.lrr", "did you mean"]),
         (["--plan", "quick", "--optimizer", "muno"], ["--optimizer", "did you mean 'Muon'?"]),
         (["--optimizer", "sgd", "--set", "optimizer.name=Adam"], ["two answers", "give one"]),
+        (["--plan", "quick", "--optimizer", "muon,Muon"], ["--optimizer names one twice"]),
+        (["--plan", "quick", "--optimizer", "adamw,muon", "--describe"], ["one optimizer, not 2"]),
         (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
         (["--set", "width"], ["no key=value"]),
         (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),

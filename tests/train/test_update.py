@@ -30,6 +30,7 @@ def update(kind=KINDS[0], fp16=False, clip=None):
         model=model,
         accelerator=SimpleNamespace(scaler=scaler),
         world_size=1,
+        progress=0.0,
         device=torch.device("cpu"),
     )
     return Update(run, make_optimizer(kind, model, {"weight": "matrix"}), clip)

@@ -1,0 +1,295 @@
+"""Manifold hyper-connections: the streams' mixing matrices are doubly stochastic.
+
+Idea: as hyper_connections, but products of free matrices over depth can grow. A matrix of shares
+    whose rows and columns sum to 1 keeps the mean of the streams, and no product of such has a
+    norm above 1. It is made from scores by dividing rows and columns by their sums in turn
+    (Sinkhorn), rows last, so that rows are exact and columns nearly; mhc_lite weighs the N!
+    permutations by one softmax instead: exact, and one product for 40 small steps. Strengths of
+    reading are 0 to 1, of writing 0 to 2; all depend on all streams of a position, normed together.
+    The start is llama's, but for its eps. The small scale multiplies what depends on the position:
+    with the bias under it, or with biases of zero as in a reported bug, the matrix is no identity
+    but nearly the mean of all streams.
+Source: Xie et al. 2025, arXiv:2512.24880, equations 6 to 9; lite: Yang and Gao 2026,
+    arXiv:2601.05732. The streams' mean is read, which a norm takes for their sum.
+Changed from llama: Config, sinkhorn, Connection, Block, Model.
+"""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, N streams, E = N C
+
+VARIANTS = {
+    "mhc_2": {"num_streams": 2},
+    "mhc_lite": {"lite": True},
+}
+TINY = {
+    "vocab_size": 61,
+    "max_len": 16,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "num_rounds": 5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
+    rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    num_streams: int = 4
+    lite: bool = False  # weighs all permutations, else alternates over rows and columns
+    num_rounds: int = 20  # of rows and columns
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+        if min(self.num_streams, self.num_rounds) < 1 or (self.lite and self.num_streams > 6):
+            raise ValueError(
+                f"num_streams={self.num_streams} (at most 6 with lite) and num_rounds="
+                f"{self.num_rounds} start at 1"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        return -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+def rotary(positions_T: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which each position turns the D / 2 pairs of a head."""
+    pairs_D = torch.arange(0, D, 2, device=positions_T.device, dtype=torch.float32)
+    rates_D = base ** (-pairs_D / D)
+    angles_TD = positions_T[:, None] * rates_D
+    angles_TD = torch.cat([angles_TD, angles_TD], dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def rotate(x_BHTD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each position turned by its own angles; channel i is paired with channel i + D / 2."""
+    cos_TD, sin_TD = turn
+    first, second = x_BHTD.chunk(2, dim=-1)
+    crossed_BHTD = torch.cat([-second, first], dim=-1)
+    turned_BHTD = x_BHTD * cos_TD + crossed_BHTD * sin_TD
+    return turned_BHTD.to(x_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H, with rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = linear(config.width, config.width)
+        self.key = linear(config.width, config.width)
+        self.value = linear(config.width, config.width)
+        self.output = linear(config.width, config.width, config.output_std)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        q_BHTD = rotate(q_BHTD, turn)
+        k_BHSD = rotate(k_BHSD, turn)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """A hidden layer gated by another, then back to width C."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = linear(config.width, config.hidden_width)
+        self.up = linear(config.width, config.hidden_width)
+        self.down = linear(config.hidden_width, config.width, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        g_BTF = self.gate(x_BTC)
+        g_BTF = F.silu(g_BTF)
+        h_BTF = self.up(x_BTC)
+        h_BTF = g_BTF * h_BTF
+        y_BTC = self.down(h_BTF)
+        return y_BTC
+
+
+def sinkhorn(scores_BTNN: Tensor, num_rounds: int) -> Tensor:
+    """Positive matrices whose rows sum to 1 and columns nearly do, large where scores are."""
+    for _ in range(num_rounds):
+        scores_BTNN = scores_BTNN.log_softmax(-2)
+        scores_BTNN = scores_BTNN.log_softmax(-1)
+    return scores_BTNN.exp()
+
+
+class Connection(nn.Module):
+    """One layer's place on the N streams: what it reads, how they mix, how much it adds to each."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        N, C = config.num_streams, config.num_streams * config.width
+        self.N, self.eps, self.num_rounds = N, config.norm_eps, config.num_rounds
+        self.orders = list(permutations(range(N))) if config.lite else []
+        num_mixes = len(self.orders) or N * N
+        self.read = linear(C, N, 0.0)
+        self.write = linear(C, N, 0.0)
+        self.mix = linear(C, num_mixes, 0.0)
+        self.scales = nn.Parameter(torch.full((3,), 0.01))  # of these three
+        self.read_bias = nn.Parameter(torch.full((N,), -3.0))
+        self.read_bias.data[layer % N] = 3.0
+        self.write_bias = nn.Parameter(torch.zeros(N))
+        self.mix_bias = nn.Parameter(torch.full((num_mixes,), -8.0 if config.lite else -3.0))
+        if config.lite:
+            self.mix_bias.data[0] = 0.0  # the identity
+        else:
+            self.mix_bias.data[:: N + 1] = 3.0  # the diagonal
+
+    def mixes(self, scores: Tensor) -> Tensor:
+        """A doubly stochastic matrix for each position; row j: where stream j comes from."""
+        if not self.orders:
+            return sinkhorn(scores.unflatten(-1, (self.N, self.N)), self.num_rounds)
+        orders = torch.tensor(self.orders, device=scores.device)
+        matrices = (orders[..., None] == torch.arange(self.N, device=scores.device)).to(scores)
+        return (scores.softmax(-1) @ matrices.flatten(1)).unflatten(-1, (self.N, self.N))
+
+    def forward(self, s_BTNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer reads, the mixed streams, and its strengths of writing, (..., N, 1)."""
+        wide_BTE = s_BTNC.flatten(2).to(torch.promote_types(s_BTNC.dtype, torch.float32))
+        u_BTE = F.rms_norm(wide_BTE, wide_BTE.shape[-1:], eps=self.eps)
+        read_BTN = torch.sigmoid(self.scales[0] * self.read(u_BTE) + self.read_bias)
+        write_BTN = 2 * torch.sigmoid(self.scales[1] * self.write(u_BTE) + self.write_bias)
+        mix_BTNN = self.mixes(self.scales[2] * self.mix(u_BTE) + self.mix_bias)
+        x_BTC = (read_BTN[..., None] * s_BTNC).sum(-2)
+        mixed_BTNC = mix_BTNN @ s_BTNC
+        return x_BTC.to(s_BTNC.dtype), mixed_BTNC.to(s_BTNC.dtype), write_BTN[..., None]
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed sum of the streams and adds to them."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+        self.attention_connection = Connection(config, 2 * index)
+        self.mlp_connection = Connection(config, 2 * index + 1)
+
+    def forward(self, s_BTNC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        x_BTC, s_BTNC, writes = self.attention_connection(s_BTNC)
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, turn, cache)
+        s_BTNC = s_BTNC + (writes * y_BTC[..., None, :]).to(s_BTNC.dtype)
+        x_BTC, s_BTNC, writes = self.mlp_connection(s_BTNC)
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        s_BTNC = s_BTNC + (writes * y_BTC[..., None, :]).to(s_BTNC.dtype)
+        return s_BTNC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
+        x_BTC = self.token_table(tokens_BT)
+        s_BTNC = x_BTC[..., None, :].expand(-1, -1, self.config.num_streams, -1)
+        for block in self.blocks:
+            s_BTNC = block(s_BTNC, turn, cache)
+        x_BTC = s_BTNC.mean(-2)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        groups = []
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update: nothing here."""
