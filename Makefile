@@ -1,7 +1,7 @@
 # make demo   install, train three runs on the quick plan, sample, plot: within ten minutes
 # make test   install, ruff, the whole test suite
 # make bench  install, measure against other trainers, write bench/results.md: a quarter of an hour
-# make proofs prove all bundled names, so that the suite need not: after a change of the proofs
+# make proofs test all changed experiments whole and remember it, so that the suite need not
 # make check  ruff and the fast tests: before each commit
 
 PYTHON ?= python3
@@ -40,7 +40,7 @@ check:
 	$(BIN)/pytest -n 2 -m "not slow"
 
 proofs: .venv/installed
-	$(BIN)/python tests/prove_all.py
+	LMP_PROVE=1 $(BIN)/pytest -n 2 -m every_experiment
 
 clean:
 	rm -rf .venv build dist

@@ -1,18 +1,95 @@
 """What all tests share. A process has one thread: models this small only get slower with more."""
 
+import functools
+import hashlib
 import json
 import os
 import random
 import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
 
+from lmplay.catalog.entry import read_file
 from lmplay.run.facts import DataFacts, Facts
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for every subprocess
 settings.register_profile("lmplay", deadline=None)  # a busy machine is no failure
 settings.load_profile("lmplay")
+
+ROOT = Path(__file__).parent.parent
+LEDGER = ROOT / "tests" / "proven.json"  # experiment files and the hash of all that their tests run
+DAYS = 8  # in which every unchanged file has its turn
+RUN = ("*.py", "catalog/*.py", "model/*.py", "proofs/*.py", "optim/*.py", "export/*.py")
+
+
+@functools.cache
+def bundled() -> dict[str, str]:
+    """The experiment files, and the hash of each with its parents, these tests and lmplay."""
+    paths = [path for pattern in RUN for path in sorted((ROOT / "lmplay").glob(pattern))]
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    paths += [path for path in tests if b"mark.every_experiment" in path.read_bytes()]
+    harness = hashlib.sha256(version("torch").partition("+")[0].encode())
+    for path in paths:
+        harness.update(path.read_bytes())
+    files = {path.stem: read_file(path)[0] for path in (ROOT / "experiments").glob("[!_]*.py")}
+
+    def hash_of(name: str) -> str:
+        whole, entry = harness.copy(), files.get(name)
+        while entry:
+            whole.update(entry.source.encode())
+            entry = files.get(entry.parent)
+        return whole.hexdigest()[:16]
+
+    return {name: hash_of(name) for name in sorted(files)}
+
+
+@functools.cache
+def is_due(name: str) -> bool:
+    """Whether what an unchanged file was tested for is tested again now; a changed one always is.
+
+    Args:
+        name: of an experiment file, or several with plus signs; an idea of the tests own is due
+            as the baseline is.
+    """
+    known, files = json.loads(LEDGER.read_text()), bundled()
+    parts = [part if part in files else "gpt2ish" for part in name.split("+")]
+    if any(files[part] != known.get(part) for part in parts):
+        return True
+    has_its_turn = (date.today().toordinal() + crc32(name.encode())) % DAYS == 0
+    return "LMP_ALL" in os.environ or (has_its_turn and "LMP_PROVE" not in os.environ)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of experiments that are not due."""
+    due, rest = [], []
+    for item in items:
+        names = item.callspec.params.values() if item.get_closest_marker("every_experiment") else ()
+        paths = [getattr(value, "path", value) for value in names]
+        named = [path.stem for path in paths if isinstance(path, Path)]
+        named += ["+".join(path) for path in paths if isinstance(path, tuple)]
+        (due if all(map(is_due, named)) else rest).append(item)
+    config.hook.pytest_deselected(items=rest)
+    items[:] = due
+
+
+def pytest_report_header():
+    """Say what is left out."""
+    num_due = sum(map(is_due, bundled()))
+    return (
+        f"{num_due} of {len(bundled())} experiment files: changed, or their turn (LMP_ALL=1: all)"
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """After `make proofs`, remember what has passed."""
+    is_worker = hasattr(session.config, "workerinput")
+    if "LMP_PROVE" in os.environ and exitstatus == 0 and not is_worker:
+        LEDGER.write_text(json.dumps(bundled(), indent=0) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,9 @@ there."""
 import ast
 import dataclasses
 import functools
-import json
-import os
 import re
-from datetime import date
 from operator import attrgetter
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 import torch
@@ -22,8 +18,7 @@ from lmplay.catalog.entry import Entry, read_file
 from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.folding import folded
 from lmplay.model.objective import Objective
-from lmplay.proofs.proof_cache import mark
-from lmplay.proofs.tiny import check, depends_on
+from lmplay.proofs.tiny import check
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = [read_file(path)[0] for path in sorted(FOLDER.glob("[!_]*.py"))]
@@ -102,19 +97,10 @@ def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
     return model.eval()
 
 
-# what `make proofs` proved, by the hash of all that it ran: a proof that nothing has changed since
-# is made anew on every eighth day only
-LEDGER = set(json.loads((Path(__file__).parent / "proven.json").read_text()))
-TODAY = date.today().toordinal()
-
-
 @every_name
+@pytest.mark.every_experiment
 def test_every_proof_holds(entry: Entry):
-    made = load_experiment(entry)
-    is_due = "LMP_ALL" in os.environ or (TODAY + crc32(entry.name.encode())) % 8 == 0
-    if mark(depends_on(made)) in LEDGER and not is_due:
-        return
-    failed = [proof for proof in check(made) if proof.passed is False]
+    failed = [proof for proof in check(load_experiment(entry)) if proof.passed is False]
 
     assert not failed
 
@@ -144,6 +130,7 @@ def target_of(entry: Entry, model: nn.Module, **values) -> nn.Module:
 
 
 @every_folding
+@pytest.mark.every_experiment
 def test_a_trained_model_answers_as_the_one_that_it_folds_to(entry: Entry):
     model = tiny(entry.name)
     start = {key: weight.clone() for key, weight in model.state_dict().items()}
@@ -158,6 +145,7 @@ def test_a_trained_model_answers_as_the_one_that_it_folds_to(entry: Entry):
 
 
 @every_folding
+@pytest.mark.every_experiment
 def test_folding_gives_the_size_and_the_shapes_of_what_it_folds_to(entry: Entry):
     model = on_meta(entry.name)
     plain = target_of(entry, model, device="meta").state_dict()

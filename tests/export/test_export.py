@@ -54,6 +54,7 @@ LEFT_TO_RIGHT = [entry for entry in FILES if "def log_likelihood(" not in entry.
 
 
 @pytest.mark.parametrize("entry", LEFT_TO_RIGHT, ids=attrgetter("name"))
+@pytest.mark.every_experiment
 def test_every_experiment_answers_and_writes_in_transformers_as_in_lmplay(
     entry, make_run, opened, tmp_path
 ):
@@ -67,6 +68,7 @@ def test_every_experiment_answers_and_writes_in_transformers_as_in_lmplay(
 
 
 @pytest.mark.parametrize("entry", FOLDING, ids=attrgetter("name"))
+@pytest.mark.every_experiment
 def test_what_folds_is_exported_as_it_was_trained_too(entry, make_run, opened, tmp_path):
     folder = make_run(str(entry.path))
     made = export(folder, None, "hf", False, tmp_path / "out")

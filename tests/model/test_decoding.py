@@ -74,6 +74,7 @@ def texts(*args, **kwargs):
 
 
 @EVERY_EXPERIMENT
+@pytest.mark.every_experiment
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 4, 16], [40, 3, 16]], ids=str)
 def test_greedy_text_with_the_cache_is_that_of_the_full_forward(path, lengths):
     model = tiny(path)
@@ -164,6 +165,7 @@ def test_a_model_that_keeps_nothing_in_the_cache_runs_on_the_whole_text():
 
 
 @EVERY_EXPERIMENT
+@pytest.mark.every_experiment
 def test_every_experiment_that_takes_a_cache_uses_it(path):
     assert uses_cache(tiny(path)) is ("cache=None" in path.read_text())
 
@@ -248,6 +250,7 @@ def test_a_penalty_that_cannot_be_used_is_told():
 
 
 @EVERY_EXPERIMENT
+@pytest.mark.every_experiment
 def test_a_row_depends_on_its_number_and_not_on_its_neighbours(path):
     model = tiny(path)
     prompts = [random_prompt(length, length) for length in (3, 9, 1, 20)]

@@ -47,6 +47,7 @@ def distance(one_N, other_N):
 
 
 @every_file
+@pytest.mark.every_experiment
 def test_one_seed_gives_one_start_and_another_seed_another(entry):
     start, again, other = (state_of(entry, seed) for seed in (3, 3, 4))
     plain, drawn_again = (state_of(entry, None) for _ in range(2))
@@ -58,6 +59,7 @@ def test_one_seed_gives_one_start_and_another_seed_another(entry):
 
 
 @every_file
+@pytest.mark.every_experiment
 def test_numbers_are_spread_as_the_file_says(entry):
     plain, own = pooled(entry.path, True), pooled(entry.path, False)
 
@@ -66,6 +68,7 @@ def test_numbers_are_spread_as_the_file_says(entry):
 
 
 @pytest.mark.parametrize("entry", [e for e in FILES if e.parent], ids=attrgetter("name"))
+@pytest.mark.every_experiment
 def test_what_parent_and_child_share_starts_equal(entry):
     parent = parent_of(entry)
     mine, theirs = state_of(entry, 3), state_of(parent, 3)

@@ -129,6 +129,7 @@ FILES = [entry for entry in entries(print).values() if entry.name == entry.file]
 
 
 @pytest.mark.parametrize("entry", FILES, ids=[entry.name for entry in FILES])
+@pytest.mark.every_experiment
 def test_every_parameter_has_one_role_and_the_plain_ones_are_right(entry, monkeypatch):
     experiment = load_experiment(entry)
     config = experiment.config(**experiment.tiny)
