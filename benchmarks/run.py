@@ -50,7 +50,7 @@ SHORT = {
         "--num-tokens",
         "4",
         "--sides",
-        "lmplay,static,dynamic",
+        "lmplay,static",
     ],
     "scaling": ["--short", "--axes", "width", "--seconds", "0"],
     "prepare": ["--megabytes", "0.2", "--seconds", "0", "--batches", "3"],
