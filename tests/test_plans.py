@@ -52,7 +52,9 @@ def datasets_of(name):
 
 def test_the_plans_of_the_original_are_all_here():
     named = "default wiki_en_es l_wiki_en_es pretrain bigpretrain hugepretrain instruction_ft "
-    named += "l_instruction_ft full_v1 full all quick minute small shakespeare fineweb_edu noam "
+    named += (
+        "l_instruction_ft full_v1 full all quick minute tiny small shakespeare fineweb_edu noam "
+    )
     named += "bytes long recall"
 
     assert set(NAMES) == {*named.split(), *SEVEN}
@@ -180,7 +182,7 @@ def test_default_is_the_published_recipe_of_the_original():
     "name",
     sorted(
         set(NAMES)
-        - {"quick", "minute", "small", "shakespeare", "fineweb_edu", "noam"}
+        - {"quick", "minute", "tiny", "small", "shakespeare", "fineweb_edu", "noam"}
         - {"bytes", "long", "recall"}
     ),
 )

@@ -104,7 +104,7 @@ _ADAMW = _torch("AdamW", "Adam whose decay is no gradient", "1711.05101", "8", 1
                 weight_decay=0.1, options=REST)  # fmt: skip
 _MUON = _matrix("Muon", "momentum made orthogonal", "2502.16982; Jordan et al. 2024", "4")
 _SOAP = _library(
-    "SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "24 to 42", 3e-3,
+    "SOAP", "Adam in the eigenbasis of Shampoo", "2409.11321", "10 to 24", 3e-3,
     weight_decay=0.1, takes=MATRIX, is_elementwise=False, rest_lr=1 / 3, by_matrix=True,
     source="lmplay.optim.soap", options={"betas": [0.95, 0.95], "max_precondition_dim": 2048},
 )  # fmt: skip
@@ -135,6 +135,8 @@ _ALL = [
     KnownOptimizer("Adafactor", "Adam's squares as rows times columns", "1804.04235", "0", 1e-2,
                    options={"eps": [1e-16, 1e-3]}),  # torch's own is not scale-free
     _MUON,
+    _matrix("MuonPolar", "Muon by the rounds of Polar Express", "2505.16932", "4",
+            attribute="Muon", fixed={"iteration": "polar_express"}),
     _on_ball("MuonH", "Muon on matrices that keep their length", _MUON, 0.018),
     _matrix("MuonPlus", "Muon whose rows and columns become of one length", "2602.21545", "4",
             source="lmplay.optim.muon_plus"),

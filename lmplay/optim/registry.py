@@ -31,7 +31,7 @@ def build(
     Raises:
         UserError: it has no such option, has no decay, refuses a value, or is not installed.
     """
-    arguments = _arguments(known.kind)
+    arguments = arguments_of(known.kind)
     if "weight_decay" not in arguments and "decay" not in options:
         if any(group["weight_decay"] for group in groups):
             raise UserError(f"{key}.weight_decay: {known.name} has none", hint="set it to 0")
@@ -73,13 +73,13 @@ def build(
         raise UserError(f"{key}: {known.name} refuses: {error}") from None
 
 
-def _arguments(kind: type) -> set[str]:
+def arguments_of(kind: type) -> set[str]:
     """Names of what a class takes besides the parameters, and of what ours hand on to ours."""
     given = inspect.signature(kind).parameters.values()
     names = {one.name for one in given if one.kind is not one.VAR_KEYWORD} - {"params"}
     parent = kind.__base__
     hands_on = len(names) + 1 < len(given) and parent.__module__.startswith("lmplay.")
-    return names | _arguments(parent) if hands_on else names
+    return names | arguments_of(parent) if hands_on else names
 
 
 def has_fused_kernel(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:

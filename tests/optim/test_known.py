@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from lmplay.errors import UserError
 from lmplay.optim.joint import make_optimizer
 from lmplay.optim.known import KNOWN, find, replaced
+from lmplay.optim.registry import arguments_of
 from lmplay.plan import Optimizer
 from lmplay.run.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from lmplay.run.folder import RunFolder
@@ -58,7 +59,7 @@ def take_steps(model, optimizer, steps, num_steps=60):
         loss = nn.functional.cross_entropy(model(tokens_T), (5 * tokens_T + 1) % 12)
         loss.backward()
         if optimizer.needs_curvature:
-            optimizer.take_curvature({p: p.grad.square() for p in model.parameters()})
+            optimizer.take_curvature({p: 1e3 * p.grad.square() for p in model.parameters()})
         optimizer.set_factor(1 - step / num_steps)
         optimizer.set_progress(step / num_steps)
         optimizer.step_if(torch.tensor(True))
@@ -131,6 +132,53 @@ def test_what_a_model_is_judged_by_leaves_training_as_it_was(tmp_path):
     for one, own in ((model, optimizer), (resumed, its)):
         take_steps(one, own, range(20, 30))
     assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_stays_finite_whatever_the_size_of_gradients_and_where_they_are_zero(name, scale):
+    model, optimizer = of(name)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(8):
+        for p in model.parameters():
+            p.grad = scale * torch.randn(p.shape, generator=draw) * (step != 4)
+            p.grad[:1] = 0  # as of a token that is never there
+        if optimizer.needs_curvature:
+            optimizer.take_curvature({p: p.grad.square() for p in model.parameters()})
+        optimizer.set_factor(1.0)
+        optimizer.step()
+
+    for key, value in model.state_dict().items():
+        assert value.isfinite().all() and value.abs().max() < 100, key
+
+
+CHANGED = {"momentum": 0.5, "betas": [0.5, 0.6, 0.7], "eps": 0.1, "beta": 0.5, "beta1": 0.5,
+           "beta2": 0.5, "rho": 0.5, "gamma": 0.5, "nesterov": False, "scale": "original",
+           "iteration": "polar_express", "top": 1, "block": 2, "low": 1e-3, "high": 1e-2,
+           "sides": "row", "even": True, "buffers": 3, "ages": [40.0, 30.0], "begin": 0.9,
+           "layers": 1, "period": 2, "alpha": 1.0, "rounds": 3}  # fmt: skip
+OTHERWISE = {("Adafactor", "eps"): [1e-3, 0.5], ("BiClip", "low"): 1e-5,
+             ("SGD", "nesterov"): True, ("Scion", "scale"): 3.0}  # fmt: skip
+
+
+def offered(name):
+    known = find(name, "optimizer")
+    taken = arguments_of(known.kind) - {"lr", "weight_decay", *known.fixed}
+    return [(name, option) for option in sorted(taken & CHANGED.keys())]
+
+
+@pytest.mark.parametrize(("name", "option"), [pair for name in KNOWN for pair in offered(name)])
+def test_no_option_is_swallowed(name, option):
+    value = OTHERWISE.get((name, option), CHANGED[option])
+    if option == "betas":
+        value = value[: len(find(name, "optimizer").options.get("betas", [0, 0]))]
+    ends = []
+    for options in ({}, {option: value}):
+        model, optimizer = of(name, **options)
+        take_steps(model, optimizer, range(20), 20)
+        ends.append(model.state_dict())
+
+    assert any(not torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 @pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if known.weight_decay])

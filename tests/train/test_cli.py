@@ -396,6 +396,9 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(place):
 @pytest.mark.slow
 def test_two_processes_train_as_one(place):
     plain = ["--set", "embed_dropout=0", "--set", "ff_dropout=0", "--plan", "words.json"]
+    # matrices are spread over the processes; curvature is estimated in all of them
+    plain += ["--set", "optimizer.roles.matrix.name=Muon"]
+    plain += ["--set", "optimizer.roles.head.name=Sophia"]
     one = lmp_trainer(*plain, "--out-dir", "one")
     two = subprocess.run(
         torchrun(*plain, "--out-dir", "two"), capture_output=True, text=True, timeout=400

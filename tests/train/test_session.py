@@ -157,6 +157,19 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(place, monkeypa
     assert_equal_runs(folder_of(run("b")), uninterrupted)
 
 
+@pytest.mark.parametrize("optimizer", ["Sophia", "DeMo", "KMaxwell"])
+def test_optimizers_that_the_loop_knows_of_go_on_as_if_never_stopped(place, monkeypatch, optimizer):
+    changes = {"optimizer": {"name": optimizer, "lr": 0.01, "options": {"momentum_warmup": 0.5}}}
+    if optimizer != "KMaxwell":
+        del changes["optimizer"]["options"]
+    uninterrupted = folder_of(run("a", changes=changes))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 5)
+        run("b", changes=changes)
+
+    assert_equal_runs(folder_of(run("b", changes=changes)), uninterrupted)
+
+
 def test_three_stops_in_one_run_change_nothing(place, monkeypatch):
     uninterrupted = folder_of(run("a"))
     for _ in range(3):
@@ -207,11 +220,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_restarted(place,
     assert raised.value.code == BAD_CHECKPOINT
 
 
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_the_micro_batch_does_not_change_the_curve(place, size):
-    plain = {"embed_dropout": 0.0, "ff_dropout": 0.0}
-    reference = read_rows(folder_of(run("a", config=plain)).train_csv)
-    rows = read_rows(folder_of(run("b", config=plain, mini_batch_size=size)).train_csv)
+@pytest.mark.parametrize(
+    ("size", "optimizer"), [(1, "AdamW"), (3, "AdamW"), (5, "AdamW"), (3, "Sophia"), (3, "MARS")]
+)
+def test_the_micro_batch_does_not_change_the_curve(place, size, optimizer):
+    given = {"config": {"embed_dropout": 0.0, "ff_dropout": 0.0}}
+    given["changes"] = {"optimizer": {"name": optimizer, "lr": 0.01}}
+    reference = read_rows(folder_of(run("a", **given)).train_csv)
+    rows = read_rows(folder_of(run("b", mini_batch_size=size, **given)).train_csv)
 
     for row, expected in zip(rows, reference, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
