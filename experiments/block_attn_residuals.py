@@ -8,7 +8,9 @@ Idea: the stream is the plain sum of all that was written; a layer far up cannot
     norm does not see, so that the start is llama whatever its eps. full_attn_residuals keeps every
     layer apart: more memory, and no better as the paper has it.
     A block is the sum of its own outputs: kept as the stream so far, blocks would overlap, and the
-    start would be another model. A layer that begins a block sees the one before it closed.
+    start would be another model. A layer that begins a block sees the one before it closed. Scores
+    are divided by sqrt(C), which the paper does not do: without it each mix makes what rounding
+    does to its sources several times as large, and there is one for each layer.
 Source: Kimi Team 2026, arXiv:2603.15031, equations 1 to 6; keys are normed, values are not.
 Changed from llama: Config, DepthMix, Block, Model.
 """
@@ -166,7 +168,8 @@ class DepthMix(nn.Module):
         s_MBTC = torch.stack(sources)
         wide_MBTC = s_MBTC.to(torch.promote_types(s_MBTC.dtype, torch.float32))
         k_MBTC = F.rms_norm(wide_MBTC, wide_MBTC.shape[-1:], eps=self.eps)
-        shares_MBT = (k_MBTC @ self.query).softmax(0) * len(sources)
+        scores_MBT = k_MBTC @ self.query * k_MBTC.shape[-1] ** -0.5
+        shares_MBT = scores_MBT.softmax(0) * len(sources)
         x_BTC = (shares_MBT[..., None] * wide_MBTC).sum(0)
         return x_BTC.to(s_MBTC.dtype)
 
@@ -188,6 +191,7 @@ class Block(nn.Module):
 
     def added(self, sources: list[Tensor], y_BTC: Tensor, layer: int) -> list[Tensor]:
         """The sources with the output of a layer, which may be the first of a new one."""
+        y_BTC = y_BTC.to(sources[0].dtype)  # sums are as exact as llama's
         if layer % self.block_size == 0:
             return [*sources, y_BTC]
         return [*sources[:-1], sources[-1] + y_BTC]

@@ -44,21 +44,23 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
-    gate_rank: int = 128
+    gate_rank: int | None = None  # None is a sixth of the width, 16 at least
     gate_activation: str = "silu"  # or "relu"
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
-        if self.gate_rank < 1 or self.gate_activation not in ("silu", "relu"):
-            raise ValueError(
-                f"gate_rank={self.gate_rank} starts at 1, gate_activation="
-                f"{self.gate_activation!r} is silu or relu"
-            )
+        if self.gate_activation not in ("silu", "relu"):
+            raise ValueError(f"gate_activation={self.gate_activation!r} is silu or relu")
 
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def rank(self) -> int:
+        """Of the maps that make a gate."""
+        return max(16, self.width // 6) if self.gate_rank is None else self.gate_rank
 
     @property
     def hidden_width(self) -> int:
@@ -168,8 +170,8 @@ class NormGate(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.activation = getattr(F, config.gate_activation)
-        self.down = linear(config.width, config.gate_rank)
-        self.up = linear(config.gate_rank, config.width, 0.0)
+        self.down = linear(config.width, config.rank)
+        self.up = linear(config.rank, config.width, 0.0)
 
     def forward(self, u_BTC: Tensor) -> Tensor:
         r_BTR = self.down(u_BTC)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 VARIANTS = {
     "over_encoding_2": {"max_n": 2},
-    "over_encoding_big": {"table_rows": 400000},
+    "over_encoding_big": {"rows_per_token": 8},
 }
 TINY = {
     "vocab_size": 61,
@@ -31,7 +31,7 @@ TINY = {
     "num_blocks": 2,
     "width": 16,
     "num_heads": 2,
-    "table_rows": 50,
+    "rows_per_token": 1,
 }
 
 
@@ -48,15 +48,15 @@ class Config:
     tied: bool = False  # the head is the token table
     max_n: int = 3  # tokens that look up a row together, from 2 on
     tables_per_n: int = 2
-    table_rows: int = 100_000  # about, of each
+    rows_per_token: int = 2  # of each table, for each token of the vocabulary
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
-        if min(self.max_n - 1, self.tables_per_n, self.table_rows) < 1:
+        if min(self.max_n - 1, self.tables_per_n, self.rows_per_token) < 1:
             raise ValueError(
                 f"max_n={self.max_n} starts at 2, tables_per_n={self.tables_per_n} and "
-                f"table_rows={self.table_rows} at 1"
+                f"rows_per_token={self.rows_per_token} at 1"
             )
         if self.width % ((self.max_n - 1) * self.tables_per_n):
             raise ValueError(f"width={self.width} cannot be shared among the tables")
@@ -197,7 +197,7 @@ class NgramEmbedding(nn.Module):
         self.sizes = [n for n in range(2, config.max_n + 1) for _ in range(config.tables_per_n)]
         width = config.width // len(self.sizes)
         self.tables = nn.ModuleList(
-            nn.Embedding(config.table_rows + 2 * index + 1, width)
+            nn.Embedding(config.rows_per_token * config.vocab_size + 2 * index + 1, width)
             for index in range(len(self.sizes))
         )
         self.output = linear(config.width, config.width)

@@ -21,14 +21,7 @@ from torch import Tensor, nn
 VARIANTS = {
     "wide_residual_direct": {"direct": True},
 }
-TINY = {
-    "vocab_size": 61,
-    "max_len": 16,
-    "num_blocks": 2,
-    "width": 16,
-    "num_heads": 2,
-    "stream_width": 24,
-}
+TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +35,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
-    stream_width: int = 1536
+    stream_multiple: int = 2  # of the width that layers have
     direct: bool = False  # layers read the stream itself, else what a matrix makes of it
 
     def __post_init__(self):
@@ -52,6 +45,10 @@ class Config:
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def stream_width(self) -> int:
+        return self.stream_multiple * self.width
 
     @property
     def read_width(self) -> int:

@@ -16,6 +16,8 @@ from lmplay.catalog.entry import definitions, read_source
 from lmplay.catalog.merge import Conflict, edits_of, merge
 from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
+from lmplay.proofs.specimen import Specimen
+from lmplay.proofs.stacking import holds_every_idea
 from lmplay.proofs.tiny import check, checked
 
 BASE = [f"line {i}\n" for i in range(12)]
@@ -481,6 +483,12 @@ def test_an_idea_that_a_merge_swallowed_fails_the_check():
         found = {proof.name: proof for proof in check(load_experiment(swallowed))}
 
         assert found["ideas"].passed is False and name in found["ideas"].detail
+
+
+def test_an_idea_whose_start_of_zero_and_one_is_its_parent_is_found_in_a_stack():
+    specimen = Specimen.tiny(load_experiment(resolve("x0_lambdas+gated_attention")))
+
+    assert "without any of them it does something else" in holds_every_idea(specimen)
 
 
 @pytest.mark.parametrize("name", ["squared_relu", "query_scale"])

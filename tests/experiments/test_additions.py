@@ -74,7 +74,7 @@ IS_LLAMA = [
     ("ssmax_centred", {}),
     ("token_superposition", {}),
     ("value_residual_own", {}),
-    ("wide_residual", {"direct": True, "stream_width": 32}),
+    ("wide_residual", {"direct": True, "stream_multiple": 1}),
 ]
 
 
@@ -106,7 +106,7 @@ def test_a_query_weighs_the_directions_of_its_sources():
     """The numbers are those of two sources worked out by hand."""
     module = module_of("block_attn_residuals")
     mix = module.DepthMix(module.Config(vocab_size=2, width=2, num_heads=1))
-    mix.query.data.copy_(torch.tensor([1.0, 0.0]))
+    mix.query.data.copy_(torch.tensor([2**0.5, 0.0]))  # the score is divided by it
     sources = [torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 2.0]]])]
 
     torch.testing.assert_close(
@@ -246,7 +246,7 @@ def test_a_wide_stream_costs_what_the_formula_says(direct, ratio, cost):
     def num_in_blocks(model):
         return sum(w.numel() for k, w in model.named_parameters() if "blocks" in k and w.dim() > 1)
 
-    wide = made("wide_residual", direct=direct, stream_width=32 * ratio, mlp_multiple=8)
+    wide = made("wide_residual", direct=direct, stream_multiple=ratio, mlp_multiple=8)
     plain = made("llama", mlp_multiple=8)
     F_ = 88
     expected = 4 * 32 * 32 * ratio + 3 * 32 * F_ * ratio
@@ -688,6 +688,22 @@ def test_skewed_loads_even_out():
     assert worst() < 0.3 * before
 
 
+def test_quantiles_even_out_a_skewed_load_within_four_steps():
+    one = shaken(made("moe_quantile", num_experts=8)).blocks[0].mlp.train()
+    x_NC = normal(2048, 32) + 2 * one.router.weight[0].detach() / one.router.weight[0].norm()
+
+    def worst() -> float:
+        chosen, _ = one.route(x_NC)
+        load = torch.bincount(chosen.flatten(), minlength=8)
+        return (load.max() / load.float().mean() - 1).item()
+
+    before = worst()
+    for _ in range(4):
+        one.balance()
+        after = worst()
+    assert before > 1 and after < 0.15
+
+
 def test_xielu_has_the_values_slopes_and_ends_of_its_formula():
     f = module_of("xielu").XIELU(True)
     x = torch.tensor([-5.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
@@ -706,14 +722,16 @@ def test_xielu_has_the_values_slopes_and_ends_of_its_formula():
 
 
 def test_rows_of_ngrams_are_the_digits_modulo_the_table():
-    """V = 50257, worked out; and what stands before the first token is no token."""
+    """The ids are worked out; and what stands before the first token is no token."""
     module = module_of("over_encoding")
-    values = {"vocab_size": 50256, "width": 4, "num_heads": 1, "table_rows": 400_000}
+    values = {"vocab_size": 50256, "width": 4, "num_heads": 1, "rows_per_token": 8}
     with torch.device("meta"):
         table = module.NgramEmbedding(module.Config(**values))
     rows = table.rows(torch.tensor([[5, 9, 5, 9]]))
-    assert rows[0].tolist()[0][1:] == [251294, 52317, 251294]  # base 50257, modulo 400001
-    assert [t.num_embeddings for t in table.tables] == [400_001, 400_003, 400_005, 400_007]
+    sizes = [402_049, 402_051, 402_053, 402_055]
+    assert [t.num_embeddings for t in table.tables] == sizes
+    assert rows[0][0, 1:].tolist() == [251_294, 452_318 % 402_049, 251_294]  # digits of base 50257
+    assert rows[2][0, 2].item() == (5 + 9 * 50257 + 5 * 50257**2) % 402_053
 
     small = made("over_encoding").ngrams
     rows = torch.stack(

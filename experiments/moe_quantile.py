@@ -1,0 +1,300 @@
+"""Quantile balancing: the bias of each expert is the one that would have evened out the last step.
+
+Idea: moe's bias creeps against the load by a fixed step, hundreds of times until it is even. The
+    bias that gives an expert its share can be read off: of each token, how far the expert's logit
+    lies above the best one that was not chosen; of all tokens, the value that the expert's share of
+    them exceeds. Its negative is the next bias. Scores are compared as logits; weights are moe's.
+    A quantile is no sum over rows, as what a step's parts and processes add to a buffer must be; a
+    histogram is, and its bins are a 32nd of a nat wide.
+Source: the marin project's mixture (github.com/marin-community/marin, "QB"); the rest is moe's.
+Changed from moe: Config, Mixture, Model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, E experts, K of them for a position, N = B T, M = K + 1, or bins
+
+TINY = {
+    "vocab_size": 61,
+    "max_len": 16,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "mlp_multiple": 32,
+    "num_experts": 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
+    rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    num_experts: int = 16
+    experts_per_token: int = 2
+    expert_split: int = 4  # an expert's hidden width is that of llama's MLP over this
+    shared: bool = True  # one more expert, for every token
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+        if not 1 <= self.experts_per_token < self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is not 1 to {self.num_experts - 1}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Of an expert."""
+        whole = -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
+        return whole // self.expert_split
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+def rotary(positions_T: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which each position turns the D / 2 pairs of a head."""
+    pairs_D = torch.arange(0, D, 2, device=positions_T.device, dtype=torch.float32)
+    rates_D = base ** (-pairs_D / D)
+    angles_TD = positions_T[:, None] * rates_D
+    angles_TD = torch.cat([angles_TD, angles_TD], dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def rotate(x_BHTD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each position turned by its own angles; channel i is paired with channel i + D / 2."""
+    cos_TD, sin_TD = turn
+    first, second = x_BHTD.chunk(2, dim=-1)
+    crossed_BHTD = torch.cat([-second, first], dim=-1)
+    turned_BHTD = x_BHTD * cos_TD + crossed_BHTD * sin_TD
+    return turned_BHTD.to(x_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H, with rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = linear(config.width, config.width)
+        self.key = linear(config.width, config.width)
+        self.value = linear(config.width, config.width)
+        self.output = linear(config.width, config.width, config.output_std)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        q_BHTD = rotate(q_BHTD, turn)
+        k_BHSD = rotate(k_BHSD, turn)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """A hidden layer gated by another, then back to width C."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = linear(config.width, config.hidden_width)
+        self.up = linear(config.width, config.hidden_width)
+        self.down = linear(config.hidden_width, config.width, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        g_BTF = self.gate(x_BTC)
+        g_BTF = F.silu(g_BTF)
+        h_BTF = self.up(x_BTC)
+        h_BTF = g_BTF * h_BTF
+        y_BTC = self.down(h_BTF)
+        return y_BTC
+
+
+MOST, BINS = 16, 1024  # of the histogram: from -MOST to MOST
+
+
+class Mixture(nn.Module):
+    """K of E small MLPs for each position, weighed by their scores, and one for all positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_chosen = config.experts_per_token
+        self.router = linear(config.width, config.num_experts)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.num_experts))
+        self.shared = MLP(config) if config.shared else None
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("counts", torch.zeros(config.num_experts, BINS, dtype=torch.int64))
+
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """The K experts of each position, and their weights, which sum to 1."""
+        wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
+        with torch.autocast(x_NC.device.type, enabled=False):  # in bf16 many scores are equal
+            logits_NE = self.router(wide_NC)
+        best_NM = (logits_NE + self.bias).topk(self.num_chosen + 1, dim=-1)
+        chosen_NK = best_NM.indices[:, :-1]
+        if self.training:
+            self.count(logits_NE.detach() - best_NM.values[:, -1:].detach())
+        scores_NK = torch.sigmoid(logits_NE.gather(-1, chosen_NK))
+        shares_NK = scores_NK / scores_NK.sum(-1, keepdim=True)
+        return chosen_NK, shares_NK
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_NC = x_BTC.flatten(0, 1)
+        chosen_NK, shares_NK = self.route(x_NC)
+        experts_E = torch.arange(len(self.experts), device=x_BTC.device)
+        load_E = (chosen_NK[..., None] == experts_E).sum((0, 1))
+        if load_E.is_meta:  # which has no numbers: as if the load were even
+            sizes = [len(part) for part in chosen_NK.flatten().tensor_split(len(self.experts))]
+        else:
+            sizes = load_E.tolist()
+        order = chosen_NK.flatten().argsort(stable=True)  # pairs of position and expert, by expert
+        pairs = x_NC[:, None].expand(-1, self.num_chosen, -1).flatten(0, 1)[order]
+        parts = zip(self.experts, pairs.split(sizes), strict=True)
+        found = torch.cat([expert(part) for expert, part in parts])
+        y_NKC = found[order.argsort()].unflatten(0, chosen_NK.shape)
+        y_NC = (y_NKC * shares_NK[..., None]).sum(1)
+        y_BTC = y_NC.unflatten(0, x_BTC.shape[:2]).to(x_BTC.dtype)
+        if self.shared is not None:
+            y_BTC = y_BTC + self.shared(x_BTC)
+        return y_BTC
+
+    def count(self, margins_NE: Tensor) -> None:
+        """Add to the histogram of how far each expert lies above the best that is not chosen."""
+        bins_EN = ((margins_NE.T + MOST) * (BINS / (2 * MOST))).long().clamp(0, BINS - 1)
+        self.counts.scatter_add_(1, bins_EN, torch.ones_like(bins_EN))
+
+    def balance(self) -> None:
+        """Set each bias so that the share K / E of the positions would have chosen the expert."""
+        above_EM = self.counts.flip(1).cumsum(1).float()  # from the highest bin down
+        wanted = above_EM[:, -1:] * (self.num_chosen / len(self.counts))
+        last_E1 = (above_EM < wanted).sum(1, keepdim=True).clamp(max=BINS - 1)
+        inside_E1 = self.counts.flip(1).gather(1, last_E1)
+        missing_E1 = wanted - (above_EM.gather(1, last_E1) - inside_E1)
+        place_E1 = last_E1 + missing_E1 / inside_E1.clamp(min=1)  # in bins, from the top
+        self.bias.copy_((place_E1 * (2 * MOST / BINS) - MOST)[:, 0])
+        self.counts.zero_()
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = Mixture(config)
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, turn, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
+        x_BTC = self.token_table(tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, turn, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        groups = []
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update."""
+        for block in self.blocks:
+            block.mlp.balance()
