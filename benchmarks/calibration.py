@@ -2,14 +2,20 @@
 
     python benchmarks/calibration.py             # losses drawn from a normal distribution
     python benchmarks/calibration.py --runs 60   # losses drawn from as many runs trained here
+    python benchmarks/calibration.py --controls  # where nothing can be better, and where much is
 
 Tables of runs are made up as a grid would leave them: every run declares its design, has a loss of
 its own, and pairs with the baseline's run of its seed. They are judged as those of a folder are:
 looks, screen, Holm, rates, margins. Where no idea differs every "better" and "worse" is false; of
 ideas that differ it is counted how many are found. The runs to draw from are gpt2ish at tiny size
 on the text that comes with Python, one seed each, at the plan's rate times 0.5, 1 and 2.
+
+The controls are trained and judged as any grid. Negative: the same text with its bytes shuffled
+within each document, where no idea about what stands where can help. Positive: on the text itself a
+rate of a tenth must be worse.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -23,15 +29,19 @@ import typer
 from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
+from lmplay.data.sources import documents
+from lmplay.plan import Dataset, read_plan
 from lmplay.run.design import Design, Rate, design_of
 from lmplay.run.facts import DataFacts, Facts
 from lmplay.run.folder import find_runs
 from lmplay.stats.compare import RecordedRun, pair_runs, read_run
-from lmplay.stats.judge import judge
+from lmplay.stats.judge import judge, verdicts_of
+from lmplay.stats.table import print_verdicts
 
 PLAN = Path(__file__).with_suffix(".json")
 RATES = (0.5, 1.0, 2.0)
 WRONG = ("better", "worse")
+IDEAS = ("apos", "focus", "lra", "value_norm")  # about what stands where
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -145,16 +155,38 @@ def measured(case: Case, pool_NR: np.ndarray, tables: int) -> dict:
 
 def trained(out_dir: Path, runs: int) -> np.ndarray:
     """The final validation losses of `runs` seeds at the three rates, training what is missing."""
-    command = [sys.executable, "-m", "lmplay.train", "--exp", "gpt2ish", "--plan", str(PLAN)]
-    command += ["--seeds", str(runs), "--rates", ",".join(f"{rate:g}" for rate in RATES)]
-    command += ["--out-dir", str(out_dir), "--device", "cpu", "--json"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a model this small is slower on two
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread)
+    rates = ",".join(f"{rate:g}" for rate in RATES)
+    train(["--exp", "gpt2ish", "--seeds", str(runs), "--rates", rates], out_dir)
     losses = np.full((runs, len(RATES)), np.nan)
     for run in map(read_run, find_runs([out_dir / PLAN.stem])):
         if run.facts.rate and run.seed < runs and run.final:
             losses[run.seed, RATES.index(run.facts.rate.factor)] = run.final["loss"]
     return losses[np.isfinite(losses).all(axis=1)]
+
+
+def controls(out_dir: Path, seeds: str) -> list[dict]:
+    """The verdicts of both controls."""
+    lines = out_dir / "shuffled.jsonl"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    with lines.open("w", encoding="utf-8") as file:
+        for document in documents(Dataset(builtin="python-stdlib"), "train", 0.0):
+            letters = draw.permutation(list(document.text.encode("ascii", "replace")))
+            file.write(json.dumps({"text": bytes(letters.tolist()).decode()}) + "\n")
+    lr = read_plan(str(PLAN)).optimizer.lr
+    negative = ["--exp", ",".join(("gpt2ish", *IDEAS)), "--data", str(lines)]
+    positive = ["--exp", "gpt2ish"], ["--exp", "gpt2ish", "--set", f"optimizer.lr={lr / 10:g}"]
+    for arguments in (negative, *positive):
+        train([*arguments, "--seeds", seeds], out_dir)
+    return verdicts_of(find_runs([out_dir]))
+
+
+def train(arguments: list[str], out_dir: Path) -> None:
+    """What is missing of a grid on the tiny plan."""
+    command = [sys.executable, "-m", "lmplay.train", "--plan", str(PLAN), *arguments]
+    command += ["--out-dir", str(out_dir), "--device", "cpu", "--json"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a model this small is slower on two
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread)
 
 
 def normal(runs: int = 100_000) -> np.ndarray:
@@ -168,12 +200,19 @@ def main(
     runs: Annotated[int, Option(help="Seeds to train and draw from; 0 trains none.")] = 0,
     tables: Annotated[int, Option(help="Tables of each kind.", min=100, metavar="N")] = 2000,
     out_dir: Annotated[Path, Option(help="Folder of the runs.", metavar="PATH")] = Path("runs"),
+    with_controls: Annotated[
+        bool, Option("--controls", metavar="", help="Train the two controls instead.")
+    ] = False,
+    seeds: Annotated[str, Option(help="Of the controls, as lmp-trainer's --seeds.")] = "5",
     as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure how often verdicts are wrong, and how often they find what is there.
 
     Example: python benchmarks/calibration.py --runs 60 --out-dir runs
     """
+    if with_controls:
+        rows = controls(out_dir / "controls", seeds)
+        return print_json({"schema_version": 1, "rows": rows}) if as_json else print_verdicts(rows)
     pool_NR = trained(out_dir, runs) if runs else normal()
     rows = []
     for case in CASES:

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -49,11 +50,17 @@ def precision_option(without: str) -> object:
     )
 
 
-def known_margin(nats: float | None) -> float | None:
-    """The callback of --margin."""
-    if nats is not None and not 0 < nats < float("inf"):
-        raise UserError(f"--margin {nats:g}: no margin", hint="above 0, such as 0.01")
-    return nats
+def known_margin(text: str | None) -> float | str | None:
+    """The callback of --margin: nats as a number, a share of the compute as it is."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        share = float(text.removesuffix("%"))
+        if 0 < share < float("inf"):
+            return text if text.endswith("%") else share
+    raise UserError(
+        f"--margin {text}: no margin", hint="above 0: nats such as 0.01, or a share such as 5%"
+    )
 
 
 def note(text: str) -> None:

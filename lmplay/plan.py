@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     ValidationError,
     model_validator,
 )
@@ -233,8 +234,10 @@ class Plan(_Strict):
     )
     validation: Validation
     checkpoints: Checkpoints
-    margin: float | None = Field(
-        None, gt=0, description="Nats per token within which two final losses count as equal."
+    margin: PositiveFloat | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | None = Field(
+        None,
+        description="Within which two final losses count as equal: nats per token, or as 5% what "
+        "that much more compute is worth.",
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import numpy as np
 
 from lmplay.run.design import Design
 from lmplay.stats.compare import Pair, RecordedRun, why_not_comparable
+from lmplay.stats.ladder import margin_in_nats
 from lmplay.stats.looks import level_of, spent_at
 from lmplay.stats.rates import Lowest, lowest
 from lmplay.stats.verdict import ALPHA, Paired, holm, holm_levels, is_equal_within, paired
@@ -93,18 +94,19 @@ def is_companion(run: RecordedRun) -> bool:
 
 
 def judged_arms(
-    members: list[list[Pair]], companions: Companions, margin: float | None
+    members: list[list[Pair]], companions: Companions, margin: float | str | None
 ) -> list[Arm]:
     """The arms of one plan after every complete look, taken in the order of the looks.
 
     Args:
         members: the pairs of each label.
-        margin: nats per token within which a difference counts as none; without it, the plan's.
+        margin: within which a difference counts as none, nats per token or a share of the compute
+            ("5%"); without it, the plan's.
     """
     arms = [_arm(pairs, companions) for pairs in members]
     for arm in arms:
         plans = arm.pairs[0].run.facts.plan.get("margin")
-        arm.margin = plans if margin is None else margin
+        arm.margin = margin_in_nats(plans if margin is None else margin, arm.pairs)
     rivals = [arm for arm in arms if not arm.is_baseline]
     if rivals and all(len(arm.rates) > 1 for arm in rivals):
         for arm in arms:  # the baseline has the rates of the others

@@ -14,14 +14,15 @@ _COLUMNS = ("step", "tokens", "loss", "loss_error", "bits_per_byte", "accuracy",
 
 
 def verdicts(
-    *paths: str | PathLike, baseline: str | None = None, margin: float | None = None
+    *paths: str | PathLike, baseline: str | None = None, margin: float | str | None = None
 ) -> pd.DataFrame:
     """A row for each experiment of each plan, as `lmp-plotstats --csv` has it.
 
     Args:
         paths: runs' folders, or folders above them.
         baseline: the label that the others are held against; without it, gpt2ish if it is there.
-        margin: nats per token within which a difference counts as none; without it, the plan's.
+        margin: within which a difference counts as none, nats per token or a share of the compute
+            ("5%"); without it, the plan's.
     Raises:
         UserError: there is no run, or none of this label.
     """

@@ -38,7 +38,7 @@ _NO_SETTINGS = ("name", "description", "datasets", "tokens", "checkpoints", "mar
 
 
 def verdicts_of(
-    folders: list[RunFolder], baseline: str | None = None, margin: float | None = None
+    folders: list[RunFolder], baseline: str | None = None, margin: float | str | None = None
 ) -> list[dict]:
     """The verdict rows of the runs in these folders; `judge` says what a row holds.
 
@@ -49,7 +49,7 @@ def verdicts_of(
     return judge(pair_runs([read_run(folder) for folder in folders], baseline), margin)
 
 
-def judge(pairs: list[Pair], margin: float | None = None) -> list[dict]:
+def judge(pairs: list[Pair], margin: float | str | None = None) -> list[dict]:
     """The verdict rows of these runs: one for each plan and label.
 
     `mean`, `sd`, `bits_per_byte` and `accuracy` are of the last validation of the runs that count:
@@ -62,7 +62,8 @@ def judge(pairs: list[Pair], margin: float | None = None) -> list[dict]:
     the sentences that a reader of the numbers has to know. A number that is not there is None.
 
     Args:
-        margin: nats per token within which a difference counts as none; without it, the plan's.
+        margin: within which a difference counts as none, nats per token or a share of the compute
+            ("5%"); without it, the plan's.
     Returns:
         For each plan the baseline, then the others, the best difference first, then what cannot be
         compared. Where a plan has several baselines, each stands above its own.

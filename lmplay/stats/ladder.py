@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmplay.stats.compare import Pair, tokens_per_second, unsized
+from lmplay.stats.compare import Pair, RecordedRun, tokens_per_second, unsized
 from lmplay.stats.verdict import mean_interval
 
 NATS_PER_BYTE = 0.39  # that no model saves: 1.69 nats for a token of about 4.3 bytes
 PINS = (0.5, 1.0, 1.5)  # factors of it, since few sizes do not tell it
+EXPONENT = 0.154  # of compute, in the loss above that floor: 0.34 x 0.28 / (0.34 + 0.28)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,31 @@ def ladder_rows(pairs: list[Pair]) -> list[dict]:
     return rows
 
 
+def margin_in_nats(margin: float | str | None, pairs: list[Pair]) -> float | None:
+    """A margin in nats per token; a share r of the compute is alpha (L - E) ln(1 + r) of them.
+
+    L is the mean of the baseline's final losses, E what no model saves of the text.
+
+    Args:
+        margin: nats per token, or a share such as "5%".
+        pairs: of one label.
+    Source: Hoffmann et al. 2022, arXiv:2203.15556, section 3.3: alpha from the two exponents there.
+    """
+    if not isinstance(margin, str):
+        return margin
+    baselines = [p.baseline for p in pairs if p.baseline is not None and p.baseline.final]
+    if not baselines:
+        return None
+    above = float(np.mean([b.final["loss"] for b in baselines])) - _floor(baselines[0])
+    nats = EXPONENT * above * np.log1p(float(margin.removesuffix("%")) / 100)
+    return float(f"{nats:.2g}") if nats > 0 else None
+
+
+def _floor(run: RecordedRun) -> float:
+    data = run.facts.data
+    return NATS_PER_BYTE * data.validation_bytes / data.validation_tokens
+
+
 def _rungs(pairs: list[Pair]) -> list[_Rung]:
     by_size: dict[float, dict[int, Pair]] = {}
     for pair in pairs:
@@ -72,8 +98,7 @@ def _rungs(pairs: list[Pair]) -> list[_Rung]:
 
 
 def _worth(pairs: list[Pair], rungs: list[_Rung]) -> dict:
-    data = pairs[0].baseline.facts.data
-    floor = NATS_PER_BYTE * data.validation_bytes / data.validation_tokens
+    floor = _floor(pairs[0].baseline)
     trends = {}
     for pin in PINS:
         made = _logs(rungs, floor * pin)

@@ -223,11 +223,11 @@ def main(
         ),
     ] = None,
     margin: Annotated[
-        float | None,
+        str | None,
         Option(
-            help="Nats per token within which two final losses count as equal. Without it, the "
-            "plan's, if it has one.",
-            metavar="NATS",
+            help="Within which two final losses count as equal: nats per token, or with a % what "
+            "that much more compute is worth. Without it, the plan's, if it has one.",
+            metavar="NATS|SHARE%",
             callback=known_margin,
         ),
     ] = None,

@@ -6,7 +6,7 @@ import pytest
 from lmplay.run.design import design_of
 from lmplay.stats.compare import pair_runs, read_run
 from lmplay.stats.judge import judge
-from lmplay.stats.ladder import NATS_PER_BYTE, ladder_rows
+from lmplay.stats.ladder import EXPONENT, NATS_PER_BYTE, ladder_rows
 
 SIZES = (0.5, 1, 2, 4)
 ALPHA, SCALE = 0.15, 12.0
@@ -81,3 +81,17 @@ def test_a_loss_below_the_floor_gives_no_worth(make_run):
     (row,) = ladder_rows(pair_runs(runs, "gpt2ish"))
 
     assert row["sizes"] == [] and row["alpha"] is None
+
+
+def test_a_margin_in_compute_is_what_the_baseline_would_gain_from_it(make_run):
+    law = NATS_PER_BYTE + SCALE * (2e9) ** -EXPONENT
+    more = NATS_PER_BYTE + SCALE * (2e9 * 1.05) ** -EXPONENT
+    runs = []
+    for label, loss in (("gpt2ish", law), ("ue", law + 1e-4)):
+        for seed in range(4):
+            losses = [5.0] * 19 + [loss + 1e-5 * seed * (label == "ue")]
+            runs.append(read_run(make_run(label, seed=seed, losses=losses, design=design_of("4"))))
+    row = judge(pair_runs(runs, "gpt2ish"), margin="5%")[1]
+
+    assert row["margin"] == pytest.approx(law - more, rel=0.05)
+    assert row["verdict"] == f"equal within {row['margin']:g}"

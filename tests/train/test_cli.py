@@ -89,6 +89,7 @@ def lmp_trainer(*args, **options):
         (["--rates", "1,2", "--plan", "quick"], ["--rates 1,2", "0.5,1,2"]),
         (["--sizes", "1,2", "--plan", "quick"], ["--sizes 1,2", "0.5,1,2"]),
         (["--margin", "0", "--plan", "quick"], ["--margin 0"]),
+        (["--margin", "-5%", "--plan", "quick"], ["--margin -5%", "such as 5%"]),
         (["--exp", "gpt2ish", "--set", "budget=1", "--plan", "quick"], ["--set budget"]),
         (["--exp", "ue,ue8x", "--plan", "quick"], ["names one experiment twice"]),
         (["--exp", "ue+ue", "--plan", "quick"], ["ue is in it twice"]),
