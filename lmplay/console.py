@@ -3,6 +3,7 @@
 import atexit
 import gc
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Option
+from typer.exceptions import TyperException
 
 from lmplay.errors import UserError
 from lmplay.machine import DEVICES, PRECISIONS, known_device, known_precision
@@ -65,7 +67,7 @@ def known_margin(text: str | None) -> float | str | None:
 
 def note(text: str) -> None:
     """One line on stderr."""
-    err.print(text, markup=False)
+    err.print(harmless(text), markup=False)
 
 
 def table(
@@ -128,19 +130,23 @@ Version = Annotated[
 def run_app(app: typer.Typer) -> None:
     """Run a command as a console script does: the exit code of a UserError is its own.
 
-    Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left. A
-    disk that is full or fails is told in words (code 1). Long options may be written with
-    underscores, as in the original lmplay.
+    Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left; what
+    it refuses is told as all errors are (code 2). A disk that is full or fails is told in words
+    (code 1). Long options may be written with underscores, as in the original lmplay.
     """
     gc.freeze()  # what is loaded stays: it is not searched for garbage again
     open_streams()
     try:
         try:
-            app(args=[_hyphenated(arg) for arg in sys.argv[1:]])
+            sys.exit(app(args=list(map(_hyphenated, sys.argv[1:])), standalone_mode=False) or 0)
         except SystemExit as end:
             if not end.code:  # else that says more
                 _flush()
             raise
+    except TyperException as error:
+        if message := error.format_message():  # else it was help that was shown
+            _tell(UserError(_plainly(message), hint="-h shows the options"))
+        sys.exit(error.exit_code)
     except UserError as error:
         _tell(error)
         sys.exit(error.code)
@@ -161,11 +167,18 @@ def _flush() -> None:
         raise error
 
 
+def _plainly(message: str) -> str:
+    """Typer's words without those of what it is made of: "--seed should be less than 9"."""
+    message = re.sub(r"^Invalid value for '([^']+)': Input should be ", r"\1 should be ", message)
+    message = re.sub(r"^Invalid value for '([^']+)': (Value error, )?", r"\1: ", message)
+    return (message[0].lower() + message[1:]).removesuffix(".")
+
+
 def _tell(error: UserError) -> None:
     err.quiet = False  # also where another process of the group does the talking
-    err.print(Text.assemble(("error:", "red"), f" {error.problem}"))
+    err.print(Text.assemble(("error:", "red"), f" {harmless(error.problem)}"))
     if error.hint:
-        err.print(Text(error.hint, style="dim"))
+        err.print(Text(harmless(error.hint), style="dim"))
 
 
 def _plain_lines(made: Table) -> list[str]:

@@ -21,6 +21,13 @@ class UserError(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The start of a hint, "did you mean 'ue16x'? ", or nothing where no name is near."""
-    matches = get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {matches[0]!r}? " if matches else ""
+    """The start of a hint, "did you mean 'ue16x'? ", or nothing where no name is near.
+
+    Letters that changed places are the likeliest slip, and capitals are none.
+    """
+    known = {each.lower(): each for each in names}
+    letters = sorted(name.lower())
+    swapped = (each for each in known if sorted(each) == letters)
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.55)
+    found = next(swapped, close[0] if close else None)
+    return f"did you mean {known[found]!r}? " if found else ""

@@ -513,6 +513,8 @@ def _explained(error: ValidationError, raw: dict, path: Path, changes: dict) -> 
     first, where = same[0], _printable(".".join(place))
     is_changed = any(where == key or where.startswith(f"{key}.") for key in changes)
     blamed = where if is_changed else f"{path}: {where}" if where else str(path)
+    if not where and changes:  # a rule over several keys, of which it names one
+        blamed = f"{path} with {', '.join(changes)} changed"
     if first["type"] == "extra_forbidden":
         known = _keys_at(place[:-1])
         hint = f"{nearest(place[-1][:60], known)}the keys here are {', '.join(known)}"

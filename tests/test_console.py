@@ -1,8 +1,10 @@
 """What all commands share: tables that fit, and text that is safe to show."""
 
 import sys
+from typing import Annotated, Literal
 
 import pytest
+import typer
 from rich.console import Console
 
 from lmplay import console
@@ -60,13 +62,53 @@ def test_harmless_text_keeps_tabs_newlines_and_letters():
     assert harmless("a\tb\nc\x1b\r\x00ü日") == "a\tb\nc\ufffd\ufffd\ufffdü日"
 
 
-def test_an_error_with_brackets_is_shown_as_it_is(monkeypatch, capsys):
-    def app(args):
-        raise console.UserError("no [bold] key in [a\\", hint="try [red]", code=4)
-
-    monkeypatch.setattr(sys, "argv", ["lmp"])
+def refused_by(app, args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lmp", *args])
     with pytest.raises(SystemExit) as left:
         console.run_app(app)
+    return left.value.code, capsys.readouterr().err
 
-    assert left.value.code == 4
-    assert capsys.readouterr().err == "error: no [bold] key in [a\\\ntry [red]\n"
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--seed", "-1"], "--seed should be greater than or equal to 0"),
+        (["--seed", "1e3"], "--seed should be a valid integer"),
+        (["--kind", "c"], "--kind: 'c' is not one of 'a', 'b'"),
+        (["--kin", "a"], "no such option: --kin (Possible options: --kind)"),
+        (["--kind"], "option '--kind' requires an argument"),
+        (["x"], "got unexpected extra argument(s) (x)"),
+    ],
+)
+def test_what_typer_refuses_is_told_as_any_other_error(args, told, monkeypatch, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def main(
+        seed: Annotated[int, typer.Option(min=0)] = 0,
+        kind: Annotated[Literal["a", "b"], typer.Option()] = "a",
+    ):
+        pass
+
+    code, said = refused_by(app, args, monkeypatch, capsys)
+
+    assert code == 2 and said.startswith(f"error: {told}")
+    assert said.endswith("\n-h shows the options\n") and "Value error" not in said
+
+
+def test_control_characters_of_a_damaged_file_never_reach_the_terminal(monkeypatch, capsys):
+    def app(**_):
+        raise console.UserError("it begins with \x1b[2J", hint="see a\x07")
+
+    assert refused_by(app, [], monkeypatch, capsys)[1] == (
+        "error: it begins with \ufffd[2J\nsee a\ufffd\n"
+    )
+
+
+def test_an_error_with_brackets_is_shown_as_it_is(monkeypatch, capsys):
+    def app(**_):
+        raise console.UserError("no [bold] key in [a\\", hint="try [red]", code=4)
+
+    assert refused_by(app, [], monkeypatch, capsys) == (
+        4, "error: no [bold] key in [a\\\ntry [red]\n"
+    )  # fmt: skip

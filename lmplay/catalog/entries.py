@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lmplay.catalog.entry import Entry, read_file, read_source
+from lmplay.catalog.entry import Entry, below_docstring, read_file, read_source
 from lmplay.errors import UserError, nearest
 from lmplay.roots import files, looks_like_path
 
@@ -146,14 +146,10 @@ def named_in(entry: Entry, name: str) -> Entry:
 
 
 def diff(entry: Entry) -> str:
-    """The unified diff against the parent's file; empty for a root."""
+    """The unified diff against the parent's file, both below their docstrings; "" for a root."""
     parent = parent_of(entry)
     if parent is None:
         return ""
-    lines = difflib.unified_diff(
-        parent.source.splitlines(keepends=True),
-        entry.source.splitlines(keepends=True),
-        f"{parent.file}.py",
-        f"{entry.file}.py",
-    )
+    old, new = (below_docstring(one.source) for one in (parent, entry))
+    lines = difflib.unified_diff(old, new, f"{parent.file}.py", f"{entry.file}.py")
     return "".join(lines)

@@ -101,6 +101,12 @@ def definitions(source: str) -> dict[str, str]:
     return found
 
 
+def below_docstring(source: str) -> list[str]:
+    """The lines of an experiment behind its docstring, with their ends."""
+    docstring = ast.parse(source).body[0]
+    return source.splitlines(keepends=True)[docstring.end_lineno :]
+
+
 def section(docstring: str, name: str) -> str:
     """What follows `name:`, on that line and the indented ones below; empty if it is not there."""
     found = re.search(rf"^{name}: (.+(?:\n[ \t]+\S.*)*)", docstring, re.MULTILINE)

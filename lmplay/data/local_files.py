@@ -28,6 +28,17 @@ _MARKS = {  # the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_FOREIGN = {  # how files begin that are no text, whatever they are called
+    b"%PDF-": "a PDF",
+    b"PK\3\4": "a zip archive, as office documents are",
+    b"\x1f\x8b": "packed by gzip, and lacks the suffix .gz",
+    b"BZh": "packed by bzip2",
+    b"\xfd7zXZ": "packed by xz",
+    b"(\xb5/\xfd": "packed by zstd",
+    b"PAR1": "a Parquet file, and lacks the suffix .parquet",
+}
+_READABLE = "text, JSONL, Parquet and Arrow can be read, packed by gzip too"
+_COPY = "copy or download it again, or leave it out"
 _TABLES = (".parquet", ".arrow")
 _LINES = (".jsonl", ".ndjson", ".json")
 
@@ -107,9 +118,13 @@ def existing(text: str) -> Path:
         is_there = bool(text) and (path.is_file() or path.is_dir())
     except (OSError, RuntimeError) as error:  # a name too long, nobody's home
         raise UserError(f"{text!r} cannot be a file: {getattr(error, 'strerror', error)}") from None
+    if text and not is_there and os.path.lexists(path):
+        what = "a link that leads nowhere" if path.is_symlink() else "no file and no folder"
+        raise UserError(f"{text!r} is {what}", hint="name a file or a folder of text")
     if not is_there:
-        hint = f"a path is relative to {Path.cwd()}; {_beside(path)}"
-        raise UserError(f"there is no file {text!r}", hint=hint.removesuffix("; "))
+        where = "" if path.is_absolute() else f"a path is relative to {Path.cwd()}"
+        hint = "; ".join(filter(None, [where, _beside(path)]))
+        raise UserError(f"there is no file {text!r}", hint or f"see {_nearest_folder(path)}")
     return path
 
 
@@ -153,13 +168,17 @@ def file_rows(
         for place.number, row in enumerate(rows, start=1):
             yield row
     except UnicodeError as error:
+        encoding, why = _encoding(file.path), getattr(error, "reason", error)
+        if encoding != "utf-8-sig":
+            problem = f"{file.path} is not whole, though its mark says {encoding.upper()}: {why}"
+            raise UserError(problem, hint=_COPY) from None
         raise UserError(
-            f"{file.path} is not {_encoding(file.path).removesuffix('-sig').upper()}: "
-            f"{_bad_byte(file.path)}{getattr(error, 'reason', error)}",
+            f"{file.path} is not UTF-8: {_bad_byte(file.path)}{why}",
             hint=f"convert it first: {_conversion(file)}",
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {file.path}: {error}") from None
+        why = " ".join(str(error).split())  # arrow writes several lines
+        raise UserError(f"cannot read {file.path}: {why}", hint=_COPY) from None
 
 
 def passages(file: TextIO) -> Iterator[str]:
@@ -186,6 +205,11 @@ def _beside(path: Path) -> str:
     except OSError:
         return ""
     return nearest(path.name, names).strip()
+
+
+def _nearest_folder(path: Path) -> Path:
+    """How far the way to a file leads."""
+    return next(folder for folder in path.parents if folder.is_dir())
 
 
 def _cut(text: str) -> int:
@@ -224,8 +248,8 @@ def _judged(file: SourceFile) -> SourceFile:
 
 
 def _no_text(file: SourceFile) -> str | None:
-    is_text = file.kind in _TABLES or _looks_like_text(file.path)
-    return None if is_text else "no text: it holds a NUL byte"
+    what = None if file.kind in _TABLES else _instead_of_text(file.path)
+    return what and f"no text: it is {what}"
 
 
 def _split_name(name: str, held_out: str | None) -> str | None:
@@ -237,14 +261,17 @@ def _split_name(name: str, held_out: str | None) -> str | None:
     return "other" if held_out is not None and split == "validation" else split
 
 
-def _looks_like_text(path: Path) -> bool:
+def _instead_of_text(path: Path) -> str | None:
+    """What a file is that holds no text."""
     try:
         if _encoding(path) != "utf-8-sig":
-            return True
+            return None
         with _open_binary(path) as file:
-            return b"\0" not in file.read(8192)
+            start = file.read(8192)
     except (OSError, EOFError, zlib.error):
-        return True  # reading it says what is wrong
+        return None  # reading it says what is wrong
+    found = next((what for mark, what in _FOREIGN.items() if start.startswith(mark)), None)
+    return found or ("binary, with a NUL byte" if b"\0" in start else None)
 
 
 def _encoding(path: Path) -> str:
@@ -275,11 +302,12 @@ def _conversion(file: SourceFile) -> str:
     """The command that makes UTF-8 of a file; the new one is still read as what it is."""
     path, packed = file.path, file.path.suffix.lower() == ".gz"
     name = path.with_suffix("").name if packed else path.name
-    stem, dot, suffix = name.partition(".")
-    new = path.with_name(f"{stem}-utf8{dot}{suffix}")
+    stem, dot, suffix = name.partition(".")  # which tell the split and the kind
+    new = path.with_name(f"{stem}.utf8{dot}{suffix}")
     read = f"gzip -dc {shlex.quote(str(path))} | iconv" if packed else "iconv"
     given = "" if packed else f" {shlex.quote(str(path))}"
-    return f"{read} -f latin1 -t utf-8{given} > {shlex.quote(str(new))}, and name that"
+    made = f"{read} -f latin1 -t utf-8{given} > {shlex.quote(str(new))}"
+    return f"{made}, and name that, or in a folder take the old one out"
 
 
 def _open_binary(path: Path):
@@ -287,9 +315,8 @@ def _open_binary(path: Path):
 
 
 def _open(path: Path) -> TextIO:
-    if not _looks_like_text(path):
-        hint = "text, JSONL, Parquet and Arrow can be read"
-        raise UserError(f"{path} holds no text: there is a NUL byte in it", hint)
+    if what := _instead_of_text(path):
+        raise UserError(f"{path} holds no text: it is {what}", hint=_READABLE)
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding=_encoding(path))
     return open(path, encoding=_encoding(path))
@@ -308,17 +335,24 @@ def _json_rows(file: TextIO, place: Place) -> Iterator[dict]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON: {error}", _json_hint(place, line)) from None
+            why = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else str(error)
+            raise UserError(f"{place} is not JSON: {why}", _json_hint(place, line)) from None
         if not isinstance(row, dict):
             raise UserError(f"{place} is no JSON object", _json_hint(place, line))
         yield row
 
 
 def _json_hint(place: Place, line: str) -> str:
-    if place.number == 1 and line.startswith("["):
-        path = shlex.quote(str(place.source))
-        return f"one object a line is needed: jq -c '.[]' {path} > lines.jsonl, and name that"
-    return "one object a line is needed; mend that line or take it out"
+    """The command that makes lines of a list, or of objects that go over several lines."""
+    objects = {"[": "'.[]'", "{": "."}.get(line[:1])
+    if place.number > 1 or not objects or not line.rstrip().endswith(("[", "{", ",", "]")):
+        return "one object a line is needed; mend that line or take it out"
+    path = Path(str(place.source))
+    old, new = (shlex.quote(str(p)) for p in (path, path.with_name(f"{path.stem}.lines.jsonl")))
+    read = f"gzip -dc {old} | jq -c {objects}"
+    if path.suffix.lower() != ".gz":
+        read = f"jq -c {objects} {old}"
+    return f"one object a line is needed: {read} > {new}, and name that"
 
 
 def _parquet_rows(path: Path, choose) -> Iterator[dict]:

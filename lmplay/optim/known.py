@@ -207,13 +207,13 @@ def find(name: str, key: str) -> KnownOptimizer:
     """The optimizer called `name`.
 
     Args:
-        key: of the plan, for the message.
+        key: what named it, such as optimizer.name, for the message.
     Raises:
         UserError: there is none.
     """
     if name not in KNOWN:
         hint = nearest(name, KNOWN) + "--optimizer list shows them all"
-        raise UserError(f"{key}.name: no optimizer called {name!r}", hint=hint)
+        raise UserError(f"{key}: no optimizer called {name!r}", hint=hint)
     return KNOWN[name]
 
 
@@ -230,7 +230,7 @@ def replaced(plans_own: Optimizer, name: str) -> dict[str, object]:
     new = find(by_case.get(name.lower(), name), "--optimizer")
     if new.name == plans_own.name:
         return plans_own.model_dump(mode="json")
-    old = find(plans_own.name, "optimizer")
+    old = find(plans_own.name, "optimizer.name")
     lr, decay = new.lr, new.weight_decay
     if not new.lr_is_absolute and not old.lr_is_absolute:
         lr *= plans_own.lr / old.lr

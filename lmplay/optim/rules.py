@@ -46,7 +46,7 @@ def rule_of(wanted: Optimizer, role: str) -> Rule:
     Raises:
         UserError: there is no optimizer of that name.
     """
-    main, own = find(wanted.name, "optimizer"), wanted.roles.get(role)
+    main, own = find(wanted.name, "optimizer.name"), wanted.roles.get(role)
     key = "optimizer" if own is None else f"optimizer.roles.{role}"
     name = own.name if own is not None else None
     is_rest = name is None and not main.takes_role(role)
@@ -60,7 +60,7 @@ def rule_of(wanted: Optimizer, role: str) -> Rule:
     return Rule(
         role,
         key,
-        find(name, key),
+        find(name, f"{key}.name"),
         lr if own is None or own.lr is None else own.lr,
         own.weight_decay if is_own else wanted.weight_decay,
         is_own,

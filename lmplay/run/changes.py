@@ -64,6 +64,7 @@ def refuse_unfit(entry: Entry, plan: Plan, changes: dict[str, object]) -> None:
             raise UserError(problem, hint="call the field of Config otherwise")
         if key not in entry.fields:
             known = [*entry.fields, *Plan.model_fields, "optimizer.lr", "schedule.name"]
+            known.remove("name")  # the file's own
             hint = nearest(key, known) + f"{entry.name} has {', '.join(entry.fields)}"
             raise UserError(f"--set {key}: neither in Config nor in the plan", hint=hint)
     for key in ("vocab_size", "end"):

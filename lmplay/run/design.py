@@ -80,8 +80,10 @@ def design_of(seeds: str, first_seed: int = 0, rates: list[float] | None = None)
     if not match:
         raise UserError(f"--seeds {seeds}: no design", hint=hint)
     screen, first, last = (None if part is None else int(part) for part in match.groups())
+    if last is not None and last <= first:
+        raise UserError(f"--seeds {seeds}: the looks do not rise", hint=hint)
     least = 1 if screen is last is None else 2
-    if min(first, screen or first) < least or (last is not None and last <= first):
+    if min(first, screen or first) < least:
         raise UserError(f"--seeds {seeds}: too few seeds", hint=hint)
     looks = _planned(first, last or first)
     return Design(

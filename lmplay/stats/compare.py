@@ -21,6 +21,7 @@ Columns = dict[str, np.ndarray]  # of a CSV file, float64, equally long
 Row = dict[str, float]
 
 _FORGOTTEN = 60  # half-lives after which a weight is lost in float64
+_MOST = 1e30  # what no run of ours writes; one that is not finite is a gap, as in a failed run
 _EXPONENTS = 500  # half-lives that one block of `smooth` spans: 2**500 is far from overflow
 
 
@@ -435,7 +436,15 @@ def _read_csv(path: Path, names: list[str]) -> Columns:
         return {name: np.empty(0) for name in names}
     (batch,) = table.combine_chunks().to_batches()
     tensor = batch.to_tensor(null_to_nan=True, row_major=False)  # a column.to_numpy() loads pandas
-    return dict(zip(names, tensor.to_numpy().T, strict=True))
+    values_RC = tensor.to_numpy()
+    columns = dict(zip(names, values_RC.T, strict=True))
+    for name in ("step", "tokens", "seconds"):
+        values = columns[name]
+        if not np.isfinite(values).all() or values[0] < 0 or (np.diff(values) < 0).any():
+            raise damaged(path, f"its {name} are no numbers that rise")
+    if (np.isfinite(values_RC) & (np.abs(values_RC) > _MOST)).any():
+        raise damaged(path, f"it has a number beyond {_MOST:g}")
+    return columns
 
 
 def _interpolate(curve: Curve, x: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ def _plan_names() -> list[str]:
 def _rows(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         problem = f"--mini-batch-size {text}: not a number of rows"
         raise UserError(problem, hint="1 or more, or auto")
     return int(text)
@@ -97,7 +97,8 @@ def main(
         str | None,
         Option(
             help="Training plan: a name or a .json file; 'list' shows them all, 'schema' prints "
-            "the JSON Schema. Without it, default, which downloads; quick needs no download.",
+            "the JSON Schema. Without it, default, which downloads; quick, which does not, with "
+            "--describe or --check.",
             metavar="NAME|FILE",
             autocompletion=_plan_names,
         ),
@@ -321,7 +322,7 @@ def main(
     ideas = [] if greedy is None else [catalog.resolve(name) for name in greedy.split(",")]
     changes, by_optimizer = read_changes(set_ or [], tokens), [{}]
     changes_by_optimizer = [changes]
-    plan_name = ("quick" if check else "default") if plan is None else plan
+    plan_name = ("quick" if check or is_described else "default") if plan is None else plan
     if optimizer is not None:
         from lmplay.optim.known import replaced
 

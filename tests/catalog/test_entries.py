@@ -165,6 +165,7 @@ def test_the_diff_against_the_parent_names_what_differs(root):
     diff = catalog.diff(catalog.resolve("value_norm"))
 
     assert "--- gpt2ish.py" in diff and "+++ value_norm.py" in diff
+    assert "Changed from" not in diff  # the docstring stands above it
     assert catalog.diff(catalog.resolve("gpt2ish")) == ""
 
 

@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 
 import pytest
@@ -206,8 +208,11 @@ def test_a_file_named_alone_is_trained_on_whatever_its_name(tmp_path):
         ("a.jsonl", b'["text"]\n', "line 1 is no JSON object"),
         ("a.json", b'[\n{"text": "a"}]\n', "line 1 is not JSON"),
         ("a.txt", b"caf\xe9 au lait", "is not UTF-8"),
-        ("a.txt", b"a\0b", "holds no text"),
-        ("a.txt", "text".encode("utf-16")[:-1], "is not UTF-16"),
+        ("a.txt", b"a\0b", "holds no text: it is binary, with a NUL byte"),
+        ("a.txt", "text".encode("utf-16")[:-1], "is not whole, though its mark says UTF-16"),
+        ("a.pdf", b"%PDF-1.4\n%\xe2\xe3\n", "holds no text: it is a PDF"),
+        ("a.docx", b"PK\3\4word", "holds no text: it is a zip archive"),
+        ("a.txt", gzip.compress(b"text"), "it is packed by gzip, and lacks the suffix"),
         ("a.parquet", b"PAR1 not really", "no whole Parquet"),
         ("a.arrow", b"ARROW1 not really", "no whole Arrow"),
         ("a.txt.gz", b"not packed", "cannot read"),
@@ -327,12 +332,56 @@ def test_the_way_to_convert_a_file_leads_to_a_good_end(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)
-    command = caught.value.hint.removeprefix("convert it first: ").removesuffix(", and name that")
+    command = caught.value.hint.removeprefix("convert it first: ").partition(", and name that")[0]
 
     subprocess.run(["bash", "-c", command], check=True)
 
     (made,) = [path for path in tmp_path.iterdir() if path.name != name]
     assert read(made) == [json.loads(text) if name == "a.jsonl" else {"text": text}]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.parametrize("text", ['[{"text": "a"},\n{"text": "b"}]\n', '{\n"text": "a"}\n'])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_way_to_make_lines_of_json_leads_to_a_good_end(tmp_path, text, packed):
+    path = tmp_path / ("my file.json.gz" if packed else "my file.json")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.raises(UserError, match="line 1 is not JSON") as caught:
+        read(path)
+    command = caught.value.hint.removeprefix("one object a line is needed: ")
+
+    subprocess.run(["bash", "-c", command.removesuffix(", and name that")], check=True)
+
+    (made,) = [other for other in tmp_path.iterdir() if other != path]
+    assert read(made) == [{"text": letter} for letter in "ab" if f'"{letter}"' in text]
+
+
+@pytest.mark.parametrize("name", ["link", "pipe"])
+def test_what_is_there_and_is_no_file_is_not_said_to_be_missing(tmp_path, name):
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(UserError, match=r"leads nowhere|no file and no folder") as caught:
+        source_files([str(tmp_path / name)])
+
+    assert "did you mean" not in caught.value.hint
+
+
+def test_only_a_relative_path_is_said_to_be_one(tmp_path):
+    with pytest.raises(UserError) as caught:
+        source_files([str(tmp_path / "nowhere" / "a.txt")])
+
+    assert caught.value.hint == f"see {tmp_path}"
+
+
+def test_a_converted_file_keeps_its_split(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        read(tmp_path / "train.txt")
+
+    assert f"> {tmp_path / 'train.utf8.txt'}" in caught.value.hint
+    (tmp_path / "train.utf8.txt").write_text("x")
+    assert {file.split for file in source_files([str(tmp_path)])} == {"train"}
 
 
 def test_whoever_finds_fault_with_a_row_knows_its_place(tmp_path):

@@ -221,6 +221,7 @@ def test_an_unknown_one_gets_the_nearest():
         replaced(Optimizer(name="AdamW", lr=1e-3), "Muno")
 
     assert "Muon" in raised.value.hint and raised.value.code == 2
+    assert raised.value.problem == "--optimizer: no optimizer called 'Muno'"
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):

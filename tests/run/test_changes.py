@@ -40,6 +40,7 @@ def test_a_change_without_a_key_or_a_value_is_refused(text):
         ({"width": True}, "--set width should be int, not true"),
         ({"max_len": 9}, "--set max_len=9: the plan's rows have 256 tokens"),
         ({"budget": "flops"}, "has a meaning of its own"),
+        ({"name": "mine"}, "--set name: neither in Config nor in the plan"),
     ],
     ids=str,
 )

@@ -36,6 +36,14 @@ def test_what_is_no_design_is_refused(text):
     assert raised.value.code == 2 and "3..12" in raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [("3..2", "do not rise"), ("4..4", "do not rise"), ("1..4", "too few seeds")]
+)
+def test_what_is_wrong_with_a_design_is_named(text, why):
+    with pytest.raises(UserError, match=why):
+        design_of(text)
+
+
 def test_a_screens_seeds_and_those_of_the_looks_never_meet():
     screen, look = design_of("3+8", first_seed=20).stages
 

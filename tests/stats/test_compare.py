@@ -160,12 +160,15 @@ def test_a_row_without_a_loss_is_a_gap(make_run):
     assert list(gaps) == [False, True, True, True, False]
 
 
-@given(losses=st.lists(st.floats() | st.none(), max_size=20))
+NUMBERS = st.floats(-1e30, 1e30) | st.sampled_from([np.nan, np.inf]) | st.none()
+
+
+@given(losses=st.lists(NUMBERS, max_size=20))
 def test_every_number_is_read_as_it_was_written(losses, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "validation.csv"
     with Record(path, VALIDATION_COLUMNS) as record:
         for step, loss in enumerate(losses, start=1):
-            record.write({"step": step, "tokens": 512 * step, "loss": loss})
+            record.write({"step": step, "tokens": 512 * step, "loss": loss, "seconds": step})
 
     read = RecordedRun(path.parent, {}).validation
 
@@ -354,12 +357,24 @@ def test_an_unknown_baseline_names_the_nearest(make_run):
     assert "did you mean 'gpt2ish'?" in raised.value.hint
 
 
+HEADER = "step,tokens,loss,accuracy,memory,seconds\n"
+NO_RUNS_ROWS = {  # that are numbers all the same
+    "1,,3,4,5,6\n": "its tokens are no numbers that rise",
+    "1,2,3,4,5,nan\n": "its seconds are no numbers that rise",
+    "-1,2,3,4,5,6\n": "its step are no numbers that rise",
+    "1,inf,3,4,5,6\n": "its tokens are no numbers that rise",
+    "2,9,3,4,5,6\n1,9,3,4,5,6\n": "its step are no numbers that rise",
+    "1,2,1e308,4,5,6\n": "a number beyond 1e",
+}
+
+
 @pytest.mark.parametrize(
     "text, why",
     [
         ("step,tokens,loss,accuracy,memory,seconds\n1,oops,3,4,5,6\n", "invalid value 'oops'"),
         ("step,tokens,loss,accuracy,memory,seconds\n1,2,3,4\n", "Expected 6 columns, got 4"),
         ("step,tokens,loss\n1,2,3\n", "Column 'accuracy'"),
+        *((HEADER + row, why) for row, why in NO_RUNS_ROWS.items()),
     ],
 )
 def test_a_damaged_curve_is_named(make_run, text, why):
