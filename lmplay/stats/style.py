@@ -4,6 +4,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter
@@ -39,9 +42,10 @@ LEFT = 0.18
 DPI = 160
 INTERVAL_ROOM = 0.75
 
+_FONT = "DejaVu Sans"
 _RC = {
     "font.size": 10,
-    "font.family": "DejaVu Sans",
+    "font.family": _FONT,
     "text.parse_math": False,  # a label may hold any character
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -151,8 +155,9 @@ def looks(pairs: list[Pair]) -> dict[tuple[str, str], LineStyle]:
             index = singles.index((plan, label))
             colour, style = COLOURS[index % len(COLOURS)], index // len(COLOURS)
         name = label if one_plan else f"{plan}/{label}"
-        style %= len(DASHES)
-        found[plan, label] = LineStyle(name, colour, DASHES[style], MARKERS[style], own == black)
+        again, style = divmod(style, len(DASHES))  # past 24 lines a dash has another marker
+        marker = MARKERS[(style + again) % len(MARKERS)]
+        found[plan, label] = LineStyle(name, colour, DASHES[style], marker, own == black)
     return found
 
 
@@ -182,10 +187,10 @@ def lay_out(
         entries: of the legend, from its top: a look, what follows its name, what stands for it.
     """
     header = headline(figure, title, notes)
-    height = header + BODY
+    body, right = _legend(figure, entries, header) if entries else (BODY, 0.97)
+    height = header + body
     figure.set_size_inches(WIDTH, height)
     top = 1 - header / height
-    right = _legend(figure, entries, top) if entries else 0.97
     bottom = BOTTOM / height
     axes.set_position((0.1, bottom, 0.8, top - bottom))
     labels = axes.yaxis.get_tightbbox(figure.canvas.get_renderer())
@@ -202,7 +207,7 @@ def headline(figure: Figure, title: str, notes: list[str]) -> float:
     height = 0.18
     looks = {"fontsize": 12, "fontweight": "bold"}, {"fontsize": 8, "color": "0.35"}
     for text, look in zip((title, "\n".join(filter(None, notes))), looks, strict=True):
-        written = figure.text(LEFT, -height, text, va="top", linespacing=1.4, **look)
+        written = figure.text(LEFT, -height, drawable(text), va="top", linespacing=1.4, **look)
         written.set_transform(from_top_left(figure))
         height += broken(written).height / figure.dpi + 0.08
     return height + 0.08
@@ -228,19 +233,23 @@ def from_top_left(figure: Figure) -> Transform:
     return figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
 
 
-def _legend(figure: Figure, entries: list[tuple[LineStyle, str, Line2D]], top: float) -> float:
-    """Outside on the right, as large as there is room for.
+def _legend(
+    figure: Figure, entries: list[tuple[LineStyle, str, Line2D]], header: float
+) -> tuple[float, float]:
+    """Outside on the right, as large as there is room for; a very long one makes the paper longer.
 
+    Args:
+        header: what stands above it.
     Returns:
-        Its left edge, as a share of the figure.
+        The height of what is below the header, and the legend's left edge as a share of the figure.
     """
-    for size, wrap in ((9, True), (8, True), (7, True), (6, True), (5, False)):
-        shorten = wrapped if wrap else _shortened
+    for size in (9, 8, 7, 6):
         legend = figure.legend(
             handles=[line for _, _, line in entries],
-            labels=[f"{shorten(look.name)}{text}" for look, text, _ in entries],
+            labels=[f"{wrapped(look.name)}{text}" for look, text, _ in entries],
             loc="upper right",
-            bbox_to_anchor=(0.995, top),
+            bbox_to_anchor=(0.995 * WIDTH, -header),
+            bbox_transform=from_top_left(figure),
             fontsize=size,
             frameon=False,
             handlelength=2.6,
@@ -248,10 +257,27 @@ def _legend(figure: Figure, entries: list[tuple[LineStyle, str, Line2D]], top: f
             borderaxespad=0.0,
         )
         box = legend.get_window_extent()
-        if box.y0 >= 0 or not wrap:
+        height = box.height / figure.dpi + 0.1
+        if height <= BODY or size == 6:
             break
         legend.remove()
-    return box.x0 / figure.bbox.width
+    return max(BODY, height), box.x0 / figure.bbox.width
+
+
+def drawable(text: str) -> str:
+    """The text with what the font of figures lacks spelled out, as in \\u4e2d."""
+    known = _glyphs()
+    return "".join(
+        letter
+        if ord(letter) in known or letter == "\n"
+        else letter.encode("ascii", "backslashreplace").decode()
+        for letter in text
+    )
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(FT2Font(findfont(_FONT)).get_charmap())
 
 
 def say_nothing_to_show(axes: Axes, text: str) -> None:
@@ -285,15 +311,12 @@ def with_room(low: float, high: float, lows: np.ndarray, highs: np.ndarray) -> t
 def wrapped(name: str) -> str:
     """A long label on several lines, broken where a part or a changed setting begins."""
     lines = [""]
-    for part in name.replace(",", ",\0").replace("+", "+\0").split("\0"):
+    for part in drawable(name).replace(",", ",\0").replace("+", "+\0").split("\0"):
         if lines[-1] and len(lines[-1]) + len(part) > 26:
             lines.append("")
         lines[-1] += part
-    return "\n  ".join(line if len(line) <= 40 else f"{line[:20]}…{line[-19:]}" for line in lines)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 48 else f"{name[:20]}…{name[-27:]}"
+    short = (line if len(line) <= 120 else f"{line[:60]}…{line[-59:]}" for line in lines)
+    return "\n  ".join(line[at : at + 40] for line in short for at in range(0, len(line), 40))
 
 
 def amount(value: float, x: str) -> str:

@@ -19,6 +19,7 @@ from lmplay.stats.style import (
     amount,
     blank,
     broken,
+    drawable,
     family,
     handle,
     headline,
@@ -105,7 +106,8 @@ def _lay_out_forest(figure: Figure, axes: Axes, header: float, rows: list[dict],
     plans = list(dict.fromkeys(row["plan"] for row in rows))
     for plan in plans:
         if len(plans) > 1:
-            names.append(figure.text(LEFT, y + 0.2, f"plan {plan}", fontweight="bold", **place))
+            heading = drawable(f"plan {plan}")
+            names.append(figure.text(LEFT, y + 0.2, heading, fontweight="bold", **place))
             y += 0.32
         for row in (row for row in rows if row["plan"] == plan):
             text = wrapped(row["experiment"]) + _references(row, marks)
@@ -120,7 +122,8 @@ def _lay_out_forest(figure: Figure, axes: Axes, header: float, rows: list[dict],
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(
-        f"difference of the final validation loss\nto {to or 'its baseline'} (nats per token); "
+        "difference of the final validation loss\n"
+        f"to {drawable(to) or 'its baseline'} (nats per token); "
         "left is better"
     )
     header, footer = header + 0.2, 0.7 + _footnotes(figure, marks)
@@ -209,7 +212,7 @@ def _footnotes(figure: Figure, marks: list[str]) -> float:
     text = figure.text(
         LEFT,
         0.12,
-        "\n".join(f"[{number}] {mark}" for number, mark in enumerate(marks, start=1)),
+        drawable("\n".join(f"[{number}] {mark}" for number, mark in enumerate(marks, start=1))),
         transform=figure.dpi_scale_trans,
         fontsize=8,
         color="0.35",

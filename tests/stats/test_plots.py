@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -293,10 +294,13 @@ def test_a_label_has_one_look_in_all_figures(make_run):
     assert len({(look.colour, look.marker) for look in look_of.values()}) == len(look_of)
 
 
-def test_twenty_four_labels_are_told_apart(make_run):
-    pairs = pairs_of(*[make_run(f"idea{index}") for index in range(25)], baseline="idea0")
+@pytest.mark.parametrize("number", [24, 50])
+def test_so_many_labels_are_told_apart(make_run, number):
+    pairs = pairs_of(*[make_run(f"idea{index}") for index in range(number + 1)], baseline="idea0")
+    found = looks(pairs).values()
 
-    assert len({(look.colour, look.dash) for look in looks(pairs).values()}) == 25
+    assert len({(look.colour, look.dash, look.marker) for look in found}) == number + 1
+    assert number > 24 or len({(look.colour, look.dash) for look in found}) == number + 1
 
 
 def test_what_cannot_be_compared_leaves_the_difference_and_says_so(make_run, tmp_path):
@@ -320,13 +324,23 @@ def test_a_cut_of_the_first_steps_is_said(make_run, tmp_path):
     assert "y is cut: curves go up to" in files[0].read_text()
 
 
-def test_the_legend_of_thirty_long_names_stays_on_the_paper(make_run):
-    folders = [make_run(f"{'long_name' * 8}_{index},lr=0.001,width=512") for index in range(30)]
+@pytest.mark.parametrize("number", [30, 44])
+def test_the_legend_of_many_long_names_stays_on_the_paper(make_run, number):
+    folders = [make_run(f"{'long_name' * 8}_{index},lr=0.001,width=512") for index in range(number)]
     figure = loss_figure(pairs_of(*folders, make_run(plan="other")))
 
     box = figure.legends[0].get_window_extent()
-    assert box.y0 >= 0 and box.x1 <= figure.bbox.width
-    assert len(figure.legends[0].get_texts()) == 31
+    assert box.y0 >= 0 and box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len(figure.legends[0].get_texts()) == number + 1
+    assert figure.axes[0].get_position().x1 * figure.bbox.width <= box.x0
+
+
+def test_no_figure_has_a_letter_that_its_font_lacks(make_run, tmp_path):
+    chinese, plan = "\u4e2d\u6587,lr=0.1", "\u8ba1\u5212"
+    pairs = pairs_of(*[make_run(label, plan) for label in ("gpt2ish", chinese)])
+
+    with warnings.catch_warnings(action="error"):
+        draw(pairs, judge(pairs, None), View(), tmp_path)
 
 
 @given(size=st.integers(2 * COLUMNS + 1, 20_000), seed=st.integers(0, 5), log=st.booleans())

@@ -7,6 +7,7 @@ from lmplay.stats.style import (
     blank,
     broken,
     common_range,
+    drawable,
     family,
     sole_of_seed,
     with_one_ruler,
@@ -65,12 +66,20 @@ def test_a_seed_that_is_there_twice_is_no_seed_of_its_own(make_run):
 
 
 def test_a_long_label_breaks_where_its_parts_begin_and_keeps_both_its_ends():
-    label = "value_norm+gated_attention+ue16x,optimizer.lr=0.001," + "x" * 30 + "=" + "9" * 30
+    label = "value_norm+gated_attention+ue16x,optimizer.lr=0.001," + "x" * 80 + "=" + "9" * 80
 
     lines = wrapped(label).split("\n  ")
     assert lines[:2] == ["value_norm+", "gated_attention+ue16x,"]
-    assert all(len(line) <= 40 for line in lines) and lines[-1].startswith("xxx")
-    assert lines[-1].endswith("999") and "…" in lines[-1]
+    assert all(len(line) <= 40 for line in lines) and len(lines) == 6
+    assert lines[3].startswith("xxx") and lines[-1].endswith("999") and "…" in "".join(lines)
+
+
+def test_letters_that_the_font_lacks_are_spelled_out_and_lose_nothing():
+    name = "\u4e2d\u6587\u5b9e\u9a8c\u4e00\u4e8c\u4e09\u56db"
+
+    assert drawable("idée \u03b1\n") == "idée \u03b1\n"
+    assert drawable("\U0001f9a5\u4e2d") == r"\U0001f9a5\u4e2d"
+    assert wrapped(name).replace("\n  ", "").encode().decode("unicode_escape") == name
 
 
 @pytest.mark.parametrize(
