@@ -21,6 +21,7 @@ from lmplay.machine import PRECISIONS
 from lmplay.roots import file_called, files, looks_like_path, roots
 
 MOST_BYTES = 1_000_000  # of a plan file; the bundled ones have about a thousand
+FEW_HELD_OUT = 1000  # tokens: the loss on fewer says little
 _SCHEMA = "--plan schema shows what a plan can hold"
 
 
@@ -385,7 +386,9 @@ def _path_of(name: str, folder: Path) -> Path:
         return path
     path = file_called(name, "plans", ".json")
     if path is None:
-        hint = nearest(name, plan_paths()) + "--plan list shows them all"
+        if name in (known := plan_paths()):
+            raise UserError(f"{known[name]} is no file", hint="take it out of plans/")
+        hint = nearest(name, known) + "--plan list shows them all"
         raise UserError(f"no plan called {name!r}", hint=hint)
     return path
 

@@ -80,6 +80,16 @@ def test_a_plan_is_found_by_name_and_by_file(plans):
     assert read_plan("mine").name == "mine"
 
 
+def test_a_folder_or_a_link_that_leads_nowhere_is_no_plan(plans):
+    (plans / "folder.json").mkdir()
+    (plans / "loop.json").symlink_to("loop.json")
+
+    for name in ("folder", "loop"):
+        assert name in plan_paths()
+        with pytest.raises(UserError, match=rf"{name}\.json is no file"):
+            read_plan(name)
+
+
 def test_an_unknown_plan_names_the_nearest_one(plans):
     error = error_of("quik")
 

@@ -28,11 +28,10 @@ from lmplay.data.sources import (
 from lmplay.data.tokenizers import BPE_BYTES, Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.model.objective import IGNORE
-from lmplay.plan import Plan, Stage
+from lmplay.plan import FEW_HELD_OUT, Plan, Stage
 
 # B rows, T positions
 
-_FEW_HELD_OUT = 1000  # tokens
 _EXAMPLE_TOKENS = 64  # of a prompt, and of what follows it
 
 
@@ -90,6 +89,8 @@ class Data:
         validation_bytes: of UTF-8 in the text of these targets.
         is_lossless: whether the tokenizer gives the held-out text back, so that bits per byte say
             what they seem to.
+        trained_on: the share of the held-out text that is also in the training text, in the
+            dataset where that is most; 0 where it is no more than usual.
         fingerprint: of the training text and how its stages mix it.
         validation_fingerprint: of the held-out tokens.
     """
@@ -134,11 +135,12 @@ class Data:
             raise
         held_out = self._held_out.values()
         self.is_lossless = all(shards.is_lossless() for shards in held_out)
+        self.trained_on = max(shards.trained_on for shards in held_out)
         self.validation_bytes = sum(shards.text_bytes() for shards in held_out)
         self.validation_tokens = sum(
             int(shards.window(1, _all(shards))[1].sum()) for shards in held_out
         )
-        if self.validation_tokens < min(_FEW_HELD_OUT, plan.validation.tokens):
+        if self.validation_tokens < min(FEW_HELD_OUT, plan.validation.tokens):
             note(
                 f"only {self.validation_tokens:,} tokens are held out: the validation loss says "
                 "little; hold out more with --set validation.fraction=F, or --validation-data"
@@ -364,7 +366,7 @@ def _bpe_file(plan: Plan, note: Note) -> Path:
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
             note(f"training the tokenizer {plan.tokenizer} on the plan's text")
-            open_tokenizer(plan.tokenizer, texts=texts).save(path)
+            open_tokenizer(plan.tokenizer, texts=texts, note=note).save(path)
     return path
 
 

@@ -19,8 +19,11 @@ PASSAGE = 16 * 1024  # characters
 _SPLIT = re.compile(r"(train|test|validation|valid|val)(-[0-9]+-of-[0-9]+)?", re.IGNORECASE)
 _CANONICAL = {"valid": "validation", "val": "validation"}
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|authors|contributing)(\.\w+)?", re.IGNORECASE
+    r"(readme|licen[cs]e|copying|notice|changelog|authors|contributing)(\.\w+)?|"
+    r"dataset_infos?\.json|(sha256|md5)sums?(\.txt)?",
+    re.IGNORECASE,
 )
+_COPY_OF_ANOTHER = re.compile(r".*~|#.*#|.*\.(sw[a-p]|bak|orig|part|tmp|crdownload)", re.IGNORECASE)
 _SAVED = re.compile(r"dataset_info\.json|state\.json|dataset_dict\.json|cache-\w+\.arrow")
 _MARKS = {  # the longer ones first
     codecs.BOM_UTF32_LE: "utf-32",
@@ -78,8 +81,9 @@ class SourceFile:
 def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFile]:
     """The files at these paths, in this order; those in a folder sorted by their path in it.
 
-    In a folder, hidden files are passed over; what holds no text, and what is about the data
-    (README, licence, metadata of the datasets library) beside other files, is marked as left out.
+    In a folder, hidden files are passed over; what holds no text, an editor's copies, and what is
+    about the data (README, licence, metadata of the datasets library) beside other files, are
+    marked as left out.
     A file's split is told by its whole name, or by a folder's on the way: train, test, validation
     (valid, val), also as train-00000-of-00002. Files given one by one are taken as they are where
     none of them would be left to train on.
@@ -96,7 +100,7 @@ def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFi
         if path.is_dir():
             inside = [_judged(file) for file in _walk(path, held_out)]
             if all(file.left_out for file in inside):  # a folder of READMEs is a text too
-                inside = [replace(f, left_out=_no_text(f)) for f in inside]
+                inside = [replace(f, left_out=_no_text(f)) for f in inside if f.path.is_file()]
             if all(file.left_out for file in inside):
                 raise UserError(f"the folder {text} holds no text")
             found += inside
@@ -231,13 +235,17 @@ def _walk(folder: Path, held_out: str | None) -> list[SourceFile]:
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         for path in (Path(here, name) for name in names if not name.startswith(".")):
-            if path.is_file():
-                splits = (_split_name(p, held_out) for p in path.relative_to(folder).parts)
-                found.append(SourceFile(path, next((s for s in splits if s), None)))
+            splits = (_split_name(p, held_out) for p in path.relative_to(folder).parts)
+            found.append(SourceFile(path, next((s for s in splits if s), None)))
     return sorted(found, key=lambda file: file.path.relative_to(folder).parts)
 
 
 def _judged(file: SourceFile) -> SourceFile:
+    if not file.path.is_file():
+        leads = "a link that leads nowhere" if file.path.is_symlink() else "no file"
+        return replace(file, left_out=leads)
+    if _COPY_OF_ANOTHER.fullmatch(file.path.name):
+        return replace(file, left_out="a copy by an editor, or unfinished")
     if _ABOUT.fullmatch(file.path.name):
         return replace(file, left_out="about the data")
     if _SAVED.fullmatch(file.path.name) and (

@@ -37,7 +37,8 @@ SHARD_TOKENS = 1 << 24
 _BATCH_CHARACTERS = 1 << 18  # that a core makes to tokens at once
 _BATCH_RECORDS = 1024
 _MOST_BYTES = 16  # of text for a held-out token: several times the usual
-_MUCH_TRAINED_ON = 0.02  # of the lines held out; some are everywhere
+_MUCH_TRAINED_ON = 0.02  # of the text held out; some stretches are everywhere
+_MUCH_TWICE = 0.5  # where it is a part of the same text, in which code and tables repeat themselves
 _READ_BACK = 1 << 14  # characters of a held-out text that a tokenizer has to give back
 _POLL_SECONDS = 1.0  # while another process prepares
 
@@ -129,11 +130,12 @@ def prepare(
         training.fill(write_training, note, in_background=dataset.hub is not None)
     if not held_out.shards.is_lossless():
         note(f"{name}: {tokenizer.name} loses text, it does not give it back: no bits per byte")
-    if dataset.hub is None and has_own_validation(dataset):
+    if dataset.files is not None:
         share = share_trained_on(dataset, fraction, most * _MOST_BYTES)
-        if share >= _MUCH_TRAINED_ON:
+        if share >= (_MUCH_TWICE if in_one_pass else _MUCH_TRAINED_ON):
+            held_out.shards.trained_on = share
             note(
-                f"{name}: {share:.0%} of the lines held out are also in the training text: "
+                f"{name}: {share:.0%} of the text held out is also in the training text: "
                 "the validation loss is too good to be true"
             )
     return held_out.shards, training.shards

@@ -93,9 +93,12 @@ def remembers(key: str) -> bool:
 
 
 def content_hash(path: Path) -> str:
-    """The SHA-256 of a file; it is read again only when its size or time has changed."""
+    """The SHA-256 of a file; it is read again only when its size or one of its times has changed.
+
+    The time of its last change of state too, which `touch -r` and `cp -p` cannot set back.
+    """
     state = path.stat()
-    return _hash(path.resolve(), state.st_size, state.st_mtime_ns)
+    return _hash(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 def fingerprint(*parts: object) -> str:
@@ -104,14 +107,14 @@ def fingerprint(*parts: object) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _hash(path: Path, size: int, time: int) -> str:
+def _hash(path: Path, size: int, *times: int) -> str:
     def compute() -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     if size < _REMEMBERED_BYTES:
         return compute()
-    return str(remembered(f"sha256 {path} {size} {time}", compute))
+    return str(remembered(f"sha256 {path} {size} {times}", compute))
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -30,10 +30,11 @@ class Shards:
     Attributes:
         name: of the dataset.
         fingerprint: equal where the stream is.
+        trained_on: of held-out text, the share that is also trained on, where that is too much.
     """
 
     def __init__(self, name: str, folder: Path, fingerprint: str, tokenizer: Tokenizer):
-        self.name, self.fingerprint = name, fingerprint
+        self.name, self.fingerprint, self.trained_on = name, fingerprint, 0.0
         self._folder, self._tokenizer = folder, tokenizer
         self._state: tuple[list[Shard], list[int], bool] = ([], [], False)
         self._changed = threading.Condition()

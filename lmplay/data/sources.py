@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lmplay.data.local_files import Place, SourceFile, file_rows, of_split, source_files
 from lmplay.data.recall import NUM_TEXTS, TEXT_BYTES, recall_turns
@@ -21,11 +21,16 @@ from lmplay.errors import NO_DATA, UserError, nearest
 from lmplay.network import bounded
 from lmplay.plan import Dataset
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Split = Literal["train", "validation"]
 HELD_OUT_SPAN = (
     1 << 27
 )  # bytes of text at a hub dataset's start that its held-out records come from
-_LINE = 24  # characters; shorter ones come twice by chance
+_STRETCH = 64  # bytes; shorter ones come twice by chance
+_FEW_BITS = 4  # one place of 16 begins a stretch
+_ODD = 0x9E3779B97F4A7C15  # a multiplier that mixes all bits upwards
 _HUB_SECONDS = 60.0  # without one new row, all attempts together
 _HUB_ROWS = 128  # read in one call
 _HUB_HINT = (
@@ -163,27 +168,54 @@ def held_out_fraction(dataset: Dataset, fraction: float) -> float:
 
 
 def share_trained_on(dataset: Dataset, fraction: float, num_bytes: int) -> float:
-    """The share of held-out lines that are also in the training text; remembered in the cache.
-
-    Of local files with a held-out split of their own: else records are on one side each.
+    """The share of held-out text that is also in the training text; remembered in the cache.
 
     Args:
+        dataset: local files.
         num_bytes: of held-out text that is looked at.
     """
+    import numpy as np
 
     def compute() -> float:
         sample = FairSample(num_bytes)
         for document in documents(dataset, "validation", fraction):
             sample.add(document)
-        lines = {line for held in sample for line in held.text.split("\n") if len(line) >= _LINE}
-        found: set[str] = set()
+        stretches = [_stretches(document) for document in sample]
+        held_out = np.unique(np.concatenate(stretches)) if stretches else np.empty(0)
+        if not len(held_out):
+            return 0.0
+        found = np.zeros(len(held_out), bool)
         for document in documents(dataset, "train", fraction):
-            found |= lines.intersection(document.text.split("\n"))
-        return len(found) / max(1, len(lines))
+            trained_on = _stretches(document)
+            at = np.searchsorted(held_out, trained_on).clip(max=len(held_out) - 1)
+            found[at[held_out[at] == trained_on]] = True
+        return float(found.mean())
 
-    both = [source_fingerprint(dataset, split) for split in ("train", "validation")]
-    key = fingerprint_of("share trained on", both, columns_of(dataset), num_bytes)
+    own = has_own_validation(dataset)
+    both = [source_fingerprint(dataset, split) for split in ("train", "validation")[: 1 + own]]
+    key = fingerprint_of("stretches", both, columns_of(dataset), num_bytes, own or fraction)
     return float(remembered(key, compute))
+
+
+def _stretches(document: Document) -> "np.ndarray":
+    """Hashes of stretches of a text that begin where their first bytes say so.
+
+    A copy has the same ones wherever it stands and however its lines are broken. What is shorter
+    than a stretch counts as a whole.
+    """
+    import numpy as np
+
+    octets = np.frombuffer(" ".join(document.text.split()).encode(), np.uint8)
+    if len(octets) < _STRETCH:
+        return np.array([document.place * 2**53], np.uint64)
+    eights = np.lib.stride_tricks.sliding_window_view(octets, 8).copy().view(np.uint64).ravel()
+    mixed = eights[: 1 - _STRETCH + 7] * _ODD
+    (starts,) = (mixed >> np.uint64(64 - _FEW_BITS) == 0).nonzero()
+    hashes = np.zeros(len(starts), np.uint64)
+    for at in range(0, _STRETCH, 8):
+        hashes = (hashes ^ eights[starts + at]) * _ODD
+        hashes ^= hashes >> np.uint64(32)
+    return hashes
 
 
 def is_fraction_known(dataset: Dataset, fraction: float) -> bool:
@@ -330,6 +362,8 @@ def _all_files(dataset: Dataset) -> list[SourceFile]:
     held_out = [
         replace(file, split="validation") for file in source_files(dataset.validation_files)
     ]
+    elsewhere = {file.path.resolve() for file in held_out}
+    files = [file for file in files if file.path.resolve() not in elsewhere]
     apart = [replace(f, split="other") if f.split == "validation" else f for f in files]
     if not of_split(apart, "train"):  # what is named is meant
         apart = [replace(file, split=None) for file in files]

@@ -4,8 +4,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +28,7 @@ _WORD = 256  # characters, at most, of a word that BPE is trained on
 _PIECE = 1 << 16  # characters, about, that are encoded in one go where a text can be cut
 _ROUND = 1 << 22  # characters
 _GAP = re.compile(r"(?<=\S) (?=\S)")
+_TELL_SECONDS = 10.0
 _SECONDS = 15.0  # for a tokenizer's download, all attempts together
 _TIKTOKEN = {  # how many tokens it has, and which of them ends a document
     "gpt2": (50257, 50256),
@@ -95,6 +97,7 @@ def open_tokenizer(
     name: str,
     texts: Callable[[], Iterable[str]] | None = None,
     file: Path | None = None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> Tokenizer:
     """The tokenizer that a plan calls `name`.
 
@@ -104,6 +107,7 @@ def open_tokenizer(
         texts: what bpe:N is trained on, at most its first 50 MB. The same text gives the same
             tokenizer.
         file: a tokenizer.json saved earlier, which wins over everything else.
+        note: gets a sentence now and then while bpe:N is trained.
     Raises:
         UserError: no such tokenizer; a file that is none; code NO_DATA where it cannot be
             downloaded within 15 s.
@@ -119,7 +123,7 @@ def open_tokenizer(
                 f"{name} is trained on a plan's text, and there is none here",
                 hint="open it with the tokenizer.json of a run",
             )
-        return _trained(name, size, texts())
+        return _trained(name, size, texts(), note)
     if file is not None:
         return _from_file(name, file)
     if name in _TIKTOKEN:
@@ -317,7 +321,9 @@ def _bpe_size(name: str) -> int:
     return int(size)
 
 
-def _trained(name: str, size: int, texts: Iterable[str]) -> Tokenizer:
+def _trained(
+    name: str, size: int, texts: Iterable[str], note: Callable[[str], object]
+) -> Tokenizer:
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -330,8 +336,18 @@ def _trained(name: str, size: int, texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pieces = (piece for text in _first(texts, BPE_BYTES) for piece in _with_short_words(text))
-    _open_to_signals(lambda: trained.train_from_iterator(pieces, trainer))
+    num_read = 0
+
+    def pieces() -> Iterator[str]:
+        nonlocal num_read
+        for text in _first(texts, BPE_BYTES):
+            num_read += len(text)
+            yield from _with_short_words(text)
+
+    def tell(seconds: float) -> None:
+        note(f"training {name}: {num_read / 1e6:,.1f} M characters, {seconds:.0f} s so far")
+
+    _open_to_signals(lambda: trained.train_from_iterator(pieces(), trainer), tell)
     return _HuggingFace(name, trained.to_str(), END)
 
 
@@ -367,9 +383,13 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[at:]]
 
 
-def _open_to_signals(function: Callable[[], T]) -> T:
-    """What the function gives, while a signal ends this thread, to which native code is deaf."""
+def _open_to_signals(function: Callable[[], T], tell: Callable[[float], object]) -> T:
+    """What the function gives, while a signal ends this thread, to which native code is deaf.
+
+    Meanwhile `tell` gets the seconds so far, now and then.
+    """
     made: Future[T] = Future()
+    began = time.monotonic()
 
     def run() -> None:
         try:
@@ -378,6 +398,8 @@ def _open_to_signals(function: Callable[[], T]) -> T:
             made.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    while not wait([made], _TELL_SECONDS).done:
+        tell(time.monotonic() - began)
     return made.result()
 
 

@@ -32,6 +32,7 @@ class DataFacts:
     vocab_size: int
     validation_tokens: int
     validation_bytes: int
+    trained_on: float = 0.0  # share of the held-out text that is also in the training text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from lmplay.errors import UserError, nearest
+from lmplay.plan import FEW_HELD_OUT
 from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import damaged, whole_lines
@@ -314,12 +315,18 @@ def _marks(pair: Pair, difference: float | None, num_seeds: int) -> list[str]:
 
 
 def nature_marks(runs: list[RecordedRun]) -> list[str]:
-    """What a reader has to know of runs' size and of their likelihood, whatever their state."""
+    """What a reader has to know of runs' size, text and likelihood, whatever their state."""
     marks = [
         f"scale differs: {key}={ours}, the plan's is {theirs}"
         for run in runs
         for key, (theirs, ours) in run.facts.scale_differs.items()
     ]
+    for run in runs:
+        data, asked = run.facts.data, run.facts.plan.get("validation", {}).get("tokens", 0)
+        if data.trained_on:
+            marks.append(f"{data.trained_on:.0%} of the held-out text is also trained on")
+        if data.validation_tokens < min(FEW_HELD_OUT, asked):
+            marks.append(f"only {data.validation_tokens:,} tokens are held out: says little")
     bounds = [run for run in runs if run.facts.bound]
     if bounds:
         marks.append("own log_likelihood: exact or a bound, see its docstring")

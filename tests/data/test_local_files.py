@@ -266,6 +266,10 @@ def test_what_is_left_out_of_a_folder_says_why(tmp_path):
     (tmp_path / "LICENSE").write_text("about")
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").write_bytes(b"te\0xt")
+    (tmp_path / "a.txt~").write_text("text as it was before")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
 
     found = source_files([str(tmp_path)])
 
@@ -273,6 +277,8 @@ def test_what_is_left_out_of_a_folder_says_why(tmp_path):
     reasons = {file.path.name: file.left_out for file in found}
     assert reasons["README.md"] == reasons["LICENSE"] == "about the data"
     assert "NUL" in reasons["b.txt"] and reasons["a.txt"] is None
+    assert "editor" in reasons["a.txt~"] and reasons["dataset_infos.json"] == "about the data"
+    assert (reasons["c.txt"], reasons["pipe"]) == ("a link that leads nowhere", "no file")
 
 
 def test_a_folder_of_readmes_is_a_text_too(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import tracemalloc
+from random import Random
 
 import numpy as np
 import pytest
@@ -171,6 +172,7 @@ def test_one_pass_over_the_source_makes_both_sides(folder, monkeypatch):
     passes = []
     rows = text.file_rows
     monkeypatch.setattr(text, "file_rows", lambda *a: passes.append(a) or rows(*a))
+    monkeypatch.setattr(preparing, "share_trained_on", lambda *a: 0.0)  # looks by itself
 
     held_out, training = prepare(dataset, "name", BYTE, HELD_OUT, print, shard_tokens=100)
 
@@ -431,15 +433,46 @@ def lines(first, count):
     return "".join(f"line {i} of a text that is long enough\n" for i in range(first, first + count))
 
 
-def test_what_is_held_out_and_trained_on_too_is_told(folder):
-    (folder / "train.txt").write_text(lines(0, 2000))
-    (folder / "validation.txt").write_text(lines(1000, 500))
-    _, notes = notes_of(Dataset(files=[str(folder)]))
-    (folder / "validation.txt").write_text(lines(5000, 500))
-    _, without = notes_of(Dataset(files=[str(folder)]))
+WORDS = "".join(map(chr, Random(1).choices(range(0x4E00, 0x9000), k=9000)))  # without a blank
+ANSWERS = [{"prompt": f"{i} + {i}?", "truth": f"{2 * i}"} for i in range(400)]
 
-    assert any("100% of the lines held out are also in the training text" in n for n in notes)
-    assert not any("also in" in note for note in without)
+
+def as_json(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "train", "copied", "other"),
+    [
+        ("txt", lines(0, 2000), lines(1000, 500), lines(5000, 500)),
+        ("txt", lines(0, 2000), lines(1000, 500).replace(" of ", "\r\nof "), lines(9000, 500)),
+        ("txt", WORDS[:6000], WORDS[3333:5555], WORDS[6000:]),
+        ("jsonl", as_json(ANSWERS[:300]), as_json(ANSWERS[99:120]), as_json(ANSWERS[300:])),
+    ],
+    ids=["lines", "other ends of lines", "no lines", "short rows"],
+)
+def test_what_is_held_out_and_trained_on_too_is_told(folder, suffix, train, copied, other):
+    (folder / f"train.{suffix}").write_text(train)
+    (folder / f"validation.{suffix}").write_text(copied)
+    (held_out, _), notes = notes_of(Dataset(files=[str(folder)]))
+    (folder / f"validation.{suffix}").write_text(other)
+    (without, _), said = notes_of(Dataset(files=[str(folder)]))
+
+    assert held_out.trained_on > 0.5 and without.trained_on == 0
+    assert any("of the text held out is also in the training text" in note for note in notes)
+    assert not any("also in" in note for note in said)
+
+
+def test_a_part_held_out_of_a_text_that_is_there_twice_is_told(folder):
+    text, books = lines(0, 3000), folder / "books"
+    books.mkdir()
+    (books / "a.txt").write_text(text)
+    (once, _), _ = notes_of(Dataset(files=[str(books)]))
+    (books / "b.txt").write_text(text[7777:])
+    (twice, _), notes = notes_of(Dataset(files=[str(books)]))
+
+    assert once.trained_on == 0 and twice.trained_on > 0.9
+    assert any("also in the training text" in note for note in notes)
 
 
 def test_text_named_for_validation_is_held_out_whatever_else_is_called_so(folder):

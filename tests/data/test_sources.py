@@ -231,6 +231,17 @@ def test_a_folder_of_test_files_is_never_trained_on(tmp_path):
         texts(Dataset(files=[str(tmp_path)]))
 
 
+def test_a_file_that_is_named_to_be_held_out_is_not_trained_on(tmp_path):
+    for name, first in (("a", 0), ("b", 50)):
+        jsonl(tmp_path / f"{name}.jsonl", numbered(first, first + 50))
+    dataset = Dataset(files=[str(tmp_path)], validation_files=[str(tmp_path / "b.jsonl")])
+
+    assert texts(dataset) == [f"record {i}" for i in range(50)]
+    assert texts(dataset, "validation") == [f"record {i}" for i in range(50, 100)]
+    with pytest.raises(UserError, match="only files to test or validate"):
+        texts(dataset.model_copy(update={"files": dataset.validation_files}))
+
+
 @pytest.mark.parametrize("kind", ["files", "hub"])
 def test_reading_can_go_on_at_any_document(tmp_path, monkeypatch, kind):
     rows = [{"text": f"record {i}" if i % 5 else ""} for i in range(300)]

@@ -336,6 +336,25 @@ def test_a_signal_ends_the_training_of_a_tokenizer(monkeypatch):
         is_over.set()
 
 
+def test_training_a_tokenizer_says_how_far_it_is(monkeypatch):
+    told = []
+    is_told = threading.Event()
+
+    def texts():
+        yield "words of a text " * 100
+        is_told.wait(60)
+        yield "more words"
+
+    def note(text):
+        told.append(text)
+        is_told.set()
+
+    monkeypatch.setattr(tokens, "_TELL_SECONDS", 0.01)
+    open_tokenizer("bpe:300", texts=texts, note=note)
+
+    assert told[0].startswith("training bpe:300: 0.0 M characters, 0 s")
+
+
 @pytest.mark.parametrize("name", ["bpe:99999999999", "bpe:12", "bpe:x"])
 def test_a_size_without_sense_is_refused(name):
     with pytest.raises(UserError, match="bpe"):

@@ -247,6 +247,15 @@ def test_a_failed_run_and_another_scale_and_a_bound_are_marked(make_run):
     assert any(mark.startswith("own log_likelihood") for mark in marks)
 
 
+def test_held_out_text_that_says_little_is_marked(make_run):
+    (run,) = read(make_run(data={"trained_on": 0.31, "validation_tokens": 144}))
+    run.facts.plan["validation"] = {"tokens": 5000}
+
+    marks = final_rows(pair_runs([run], None))[0]["marks"]
+    assert "31% of the held-out text is also trained on" in marks
+    assert "only 144 tokens are held out: says little" in marks
+
+
 @pytest.mark.parametrize(
     "other, reason",
     [
