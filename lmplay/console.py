@@ -1,6 +1,7 @@
 """What a terminal shows: results on stdout, notes on stderr, a UserError as its exit code."""
 
 import atexit
+import errno
 import gc
 import json
 import re
@@ -18,13 +19,17 @@ from rich.text import Text
 from typer import Option
 from typer.exceptions import TyperException
 
-from lmplay.errors import UserError
+from lmplay.errors import BAD_INPUT, UserError
 from lmplay.machine import DEVICES, PRECISIONS, known_device, known_precision
 from lmplay.streams import UNWRITABLE, Stderr, flush_streams, open_streams
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(file=Stderr(), stderr=True, soft_wrap=True, highlight=False)
 
+_OF_A_NAME = (  # what may be wrong with a path that a user chose
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
+)  # fmt: skip
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # as of some network file systems
 _TEXT_COLUMN = 8  # characters, where the terminal is narrow
 # a terminal obeys control characters, and a model may write any
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -131,8 +136,9 @@ def run_app(app: typer.Typer) -> None:
     """Run a command as a console script does: the exit code of a UserError is its own.
 
     Typer ends a Ctrl-C with 130, and with 1 and no word when the reader of our pipe has left; what
-    it refuses is told as all errors are (code 2). A disk that is full or fails is told in words
-    (code 1). Long options may be written with underscores, as in the original lmplay.
+    it refuses is told as all errors are (code 2), and so is a name that no file can have. A disk
+    that is full or fails is told in words (code 1). Long options may be written with underscores,
+    as in the original lmplay.
     """
     gc.freeze()  # what is loaded stays: it is not searched for garbage again
     open_streams()
@@ -151,10 +157,18 @@ def run_app(app: typer.Typer) -> None:
         _tell(error)
         sys.exit(error.code)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno in _OF_A_NAME and error.filename:
+            problem = f"{str(error.filename)!r}: {error.strerror}"
+            _tell(UserError(problem, hint="choose another name or place"))
+            sys.exit(BAD_INPUT)
+        if error.errno in _NO_LOCKS:
+            hint = "choose a local disk: --out-dir for runs, LMP_DATASETS for the cache of text"
+            _tell(UserError(f"this file system has no locks: {error.strerror}", hint=hint))
+        elif error.errno in UNWRITABLE:
+            problem = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+            _tell(UserError(problem, hint="make room; nothing that was saved is lost"))
+        else:
             raise
-        problem = f"cannot write {error.filename or 'the output'}: {error.strerror}"
-        _tell(UserError(problem, hint="make room; nothing that was saved is lost"))
         sys.exit(1)
     finally:
         flush_streams()

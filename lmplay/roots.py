@@ -31,7 +31,7 @@ def files(kind: str, suffix: str) -> dict[str, Path]:
     for root in roots():
         for path in sorted((root / kind).glob(f"*{suffix}")):
             if not path.name.startswith(("_", ".")):
-                found.setdefault(path.stem, path.resolve())
+                found.setdefault(path.stem, _real(path))
     return found
 
 
@@ -40,7 +40,12 @@ def file_called(name: str, kind: str, suffix: str) -> Path | None:
     if name.startswith(("_", ".")):
         return None
     found = (root / kind / f"{name}{suffix}" for root in roots())
-    return next((path.resolve() for path in found if os.path.isfile(path)), None)
+    return next((_real(path) for path in found if os.path.isfile(path)), None)
+
+
+def _real(path: Path) -> Path:
+    """The file that a link leads to; the link itself where it leads nowhere, or to itself."""
+    return Path(os.path.realpath(path) if os.path.exists(path) else os.path.abspath(path))
 
 
 def cache_root() -> Path:

@@ -1,5 +1,6 @@
 """What all commands share: tables that fit, and text that is safe to show."""
 
+import errno
 import sys
 from typing import Annotated, Literal
 
@@ -94,6 +95,24 @@ def test_what_typer_refuses_is_told_as_any_other_error(args, told, monkeypatch, 
 
     assert code == 2 and said.startswith(f"error: {told}")
     assert said.endswith("\n-h shows the options\n") and "Value error" not in said
+
+
+def test_a_name_that_no_file_can_have_is_a_mistake_of_the_users(monkeypatch, capsys, tmp_path):
+    def app(**_):
+        (tmp_path / ("a" * 300)).exists()
+
+    code, said = refused_by(app, [], monkeypatch, capsys)
+
+    assert code == 2 and said.count("\n") == 2 and "aaa': File name too long" in said
+
+
+def test_a_file_system_without_locks_says_what_to_do(monkeypatch, capsys):
+    def app(**_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    code, said = refused_by(app, [], monkeypatch, capsys)
+
+    assert code == 1 and "no locks" in said and "LMP_DATASETS" in said and "--out-dir" in said
 
 
 def test_control_characters_of_a_damaged_file_never_reach_the_terminal(monkeypatch, capsys):

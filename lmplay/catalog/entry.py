@@ -69,9 +69,11 @@ def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]
     """As `read_file`, for source that is already at hand; `path` gives the name."""
     try:
         tree = _parsed_head(source) if head_only else ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
-        raise UserError(f"{path}, line {line}: not valid Python: {error}") from None
+        where = f"{path}, line {line}" if line else str(path)
+        why = getattr(error, "msg", None) or error or "nested too deeply"
+        raise UserError(f"{where}: not valid Python: {why}") from None
     docstring = ast.get_docstring(tree)
     if not docstring:
         raise UserError(f"{path} has no docstring", hint="its first line is what --exp list shows")
@@ -140,15 +142,21 @@ def _literal(tree: ast.Module, name: str, path: Path) -> dict:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             try:
                 value = ast.literal_eval(node.value)
-            except ValueError:
+            except (ValueError, TypeError, RecursionError, MemoryError):
                 value = None
-            if not isinstance(value, dict):
+            parts = value.values() if isinstance(value, dict) and name == "VARIANTS" else []
+            if not all(_is_named(part) for part in [value, *parts]):
+                of = "names to dicts of " if name == "VARIANTS" else ""
                 raise UserError(
-                    f"{path}, line {node.lineno}: {name} is not a literal dict",
+                    f"{path}, line {node.lineno}: {name} is no literal dict of {of}Config values",
                     hint="write its values out: listing never runs code",
                 )
             return value
     return {}
+
+
+def _is_named(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _changed_from(docstring: str) -> tuple[str | None, tuple[str, ...]]:

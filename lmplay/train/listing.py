@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import Entry
 from lmplay.console import note, out, print_json, show, table
@@ -176,15 +178,22 @@ def list_experiments(as_json: bool) -> None:
         return print_json({"schema_version": 1, "experiments": rows})
     heads = {name: entry for name, entry in entries.items() if name == entry.file}
     rows: list[list[str]] = []
+    shown_names = set()
 
     def add(entry: Entry, depth: int) -> None:
-        rows.append(
-            [f"{'  ' * depth}[bold]{entry.name}[/bold]", entry.summary, str(_shown(entry.path))]
-        )
+        if entry.name in shown_names:  # also where two name one another as parents
+            return
+        shown_names.add(entry.name)
+        named, file = f"{'  ' * depth}[bold]{entry.name}[/bold]", str(_shown(entry.path))
+        rows.append([named, escape(entry.summary), escape(file)])
         for name, values in entry.variants.items():
             shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
             rows.append(
-                [f"{'  ' * depth}  [dim]{name}[/dim]", f"[dim]{shown or 'the same'}[/dim]", ""]
+                [
+                    f"{'  ' * depth}  [dim]{name}[/dim]",
+                    f"[dim]{escape(shown) or 'the same'}[/dim]",
+                    "",
+                ]
             )
         for child in heads.values():
             if child.parent == entry.name:
@@ -193,6 +202,8 @@ def list_experiments(as_json: bool) -> None:
     for entry in heads.values():
         if entry.parent not in heads:
             add(entry, 0)
+    for entry in heads.values():
+        add(entry, 0)
     show(table("Experiments", ["name", "what it is", "file"], rows))
     note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
     note("join the list")
@@ -251,7 +262,7 @@ def list_plans(as_json: bool) -> None:
         ]
         return print_json({"schema_version": 1, "plans": rows})
     rows = [
-        [f"[bold]{name}[/bold]", f"{p.tokens:,}" if p.tokens else "epochs", p.description]
+        [f"[bold]{name}[/bold]", f"{p.tokens:,}" if p.tokens else "epochs", escape(p.description)]
         for name, p in plans.items()
     ]
     show(table("Plans", ["name", "tokens", "what it is"], rows, right={"tokens"}))

@@ -169,6 +169,32 @@ def test_the_diff_against_the_parent_names_what_differs(root):
     assert catalog.diff(catalog.resolve("gpt2ish")) == ""
 
 
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ('"""x."""\nVARIANTS = {"a": 3}\n', "VARIANTS is no literal dict of names to dicts"),
+        ('"""x."""\nVARIANTS = {3: {}}\n', "VARIANTS is no literal dict of names to dicts"),
+        ('"""x."""\nVARIANTS = {"a": {3: 4}}\n', "VARIANTS is no literal dict of names to dicts"),
+        ('"""x."""\nVARIANTS = {[]: 1}\n', "VARIANTS is no literal dict of names to dicts"),
+        ('"""x."""\nTINY = [1]\n', "TINY is no literal dict of Config values"),
+        ('"""x."""\nTINY = ' + "[" * 400 + "]" * 400, "not valid Python"),
+        ('"""x."""\ndef f(:\n', "line 2: not valid Python: invalid syntax"),
+        ('"""x."""\n\0', "not valid Python: source code string cannot contain null bytes"),
+        ("", "has no docstring"),
+    ],
+)
+def test_a_broken_file_costs_its_neighbours_nothing(tmp_path, monkeypatch, source, why):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "broken.py").write_text(source)
+    (tmp_path / "experiments" / "loop.py").symlink_to("loop.py")
+    monkeypatch.chdir(tmp_path)
+    refused = []
+
+    assert "gpt2ish" in catalog.entries(refused.append)
+    assert [why in error.problem for error in refused] == [True, False]
+    assert "loop.py cannot be read" in refused[1].problem
+
+
 def test_odd_neighbours_are_named_once_and_passed_over(tmp_path, monkeypatch):
     folder = tmp_path / "experiments"
     folder.mkdir()
