@@ -10,7 +10,7 @@ Idea: as in kimi_delta a state of D x D numbers a head maps keys to values, and 
     The start is that of state-space models, where most heads remember; a well-known library starts
     almost all of them forgetting at once, which is meant for loading weights.
 Source: Yang et al. 2024, arXiv:2412.06464, sections 3.1 to 3.4.
-Changed from kimi_delta: Config, delta_step, delta_chunks, DeltaAttention.
+Changed from kimi_delta: Config, delta_step, delta_chunks, DeltaAttention, Model.
 """
 
 from dataclasses import dataclass
@@ -388,6 +388,8 @@ class Model(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """Parameters that the optimizer treats apart; the rest goes by role."""
         groups = []
+        taps = [part.taps for part in self.modules() if isinstance(part, ShortConvolution)]
+        groups.append({"params": taps, "role": "conv"})
         return groups
 
     def after_step(self) -> None:

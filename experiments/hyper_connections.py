@@ -262,6 +262,8 @@ class Model(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """Parameters that the optimizer treats apart; the rest goes by role."""
         groups = []
+        mixes = [part.mix for part in self.modules() if isinstance(part, Connection)]
+        groups.append({"params": mixes, "role": "vector", "weight_decay": 0.0})
         return groups
 
     def after_step(self) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
-# F hidden width, V vocabulary, N streams, E = N C
+# F hidden width, V vocabulary, N streams, E = N C, K permutations
 
 VARIANTS = {
     "mhc_2": {"num_streams": 2},
@@ -202,9 +202,10 @@ class Connection(nn.Module):
         """A doubly stochastic matrix for each position; row j: where stream j comes from."""
         if not self.orders:
             return sinkhorn(scores.unflatten(-1, (self.N, self.N)), self.num_rounds)
-        orders = torch.tensor(self.orders, device=scores.device)
-        matrices = (orders[..., None] == torch.arange(self.N, device=scores.device)).to(scores)
-        return (scores.softmax(-1) @ matrices.flatten(1)).unflatten(-1, (self.N, self.N))
+        orders_KN = torch.tensor(self.orders, device=scores.device)
+        streams_N = torch.arange(self.N, device=scores.device)
+        orders_KNN = (orders_KN[..., None] == streams_N).to(scores)
+        return (scores.softmax(-1) @ orders_KNN.flatten(1)).unflatten(-1, (self.N, self.N))
 
     def forward(self, s_BTNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the layer reads, the mixed streams, and its strengths of writing, (..., N, 1)."""

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
-# F hidden width, V vocabulary, E experts, K of them for a position, N = B T, M = K + 1, or bins
+# F hidden width, V vocabulary, E experts, K of them for a position, N = B T, P = N K pairs of a
+# position and an expert, M = K + 1, or bins
 
 TINY = {
     "vocab_size": 61,
@@ -199,11 +200,11 @@ class Mixture(nn.Module):
             sizes = [len(part) for part in chosen_NK.flatten().tensor_split(len(self.experts))]
         else:
             sizes = load_E.tolist()
-        order = chosen_NK.flatten().argsort(stable=True)  # pairs of position and expert, by expert
-        pairs = x_NC[:, None].expand(-1, self.num_chosen, -1).flatten(0, 1)[order]
-        parts = zip(self.experts, pairs.split(sizes), strict=True)
-        found = torch.cat([expert(part) for expert, part in parts])
-        y_NKC = found[order.argsort()].unflatten(0, chosen_NK.shape)
+        order_P = chosen_NK.flatten().argsort(stable=True)  # by expert
+        x_PC = x_NC[:, None].expand(-1, self.num_chosen, -1).flatten(0, 1)[order_P]
+        parts = zip(self.experts, x_PC.split(sizes), strict=True)
+        y_PC = torch.cat([expert(part) for expert, part in parts])
+        y_NKC = y_PC[order_P.argsort()].unflatten(0, chosen_NK.shape)
         y_NC = (y_NKC * shares_NK[..., None]).sum(1)
         y_BTC = y_NC.unflatten(0, x_BTC.shape[:2]).to(x_BTC.dtype)
         if self.shared is not None:

@@ -212,7 +212,7 @@ class NgramEmbedding(nn.Module):
             tokens_BS = cache.append(self, tokens_BT[..., None], keep=most)[0][..., 0]
         tokens_BS = F.pad(tokens_BS, (most - 1, 0), value=self.base - 1)
         end = tokens_BS.shape[1]
-        rows, ids_BT = [], 0
+        rows, ids_BT = [], torch.zeros_like(tokens_BT)
         for back in range(most):
             ids_BT = ids_BT + tokens_BS[:, end - T - back : end - back] * self.base**back
             tables = [t for t, n in zip(self.tables, self.sizes, strict=True) if n == back + 1]

@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.output = linear(config.width, config.width, config.output_std)
         self.eps = config.norm_eps
         num_gains = config.num_heads if config.per_head else 1
-        self.gain = nn.Parameter(torch.full((num_gains, 1, 1), config.start_gain))
+        self.gain = nn.Parameter(torch.full((num_gains,), config.start_gain))
 
     def split(self, x_BTC: Tensor) -> Tensor:
         x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         q_BHTD = unit(q_BHTD, self.eps)
         k_BHSD = unit(k_BHSD, self.eps)
         q_BHTD = rotate(q_BHTD, turn)
-        q_BHTD = (q_BHTD * self.gain).to(q_BHTD.dtype)
+        q_BHTD = (q_BHTD * self.gain[:, None, None]).to(q_BHTD.dtype)
         k_BHSD = rotate(k_BHSD, turn)
         if cache is not None:
             k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)

@@ -143,6 +143,13 @@ def test_streams_are_mixed_by_their_matrix(name):
     assert (model(tokens()) - before).abs().max() > 1e-4
 
 
+def test_no_decay_pulls_a_mix_from_the_identity():
+    (group,) = made("static_hc").parameter_groups()
+
+    assert group["weight_decay"] == 0 and len(group["params"]) == 6
+    torch.testing.assert_close(group["params"][0].detach(), torch.eye(4))
+
+
 def test_streams_have_no_order():
     model = shaken(made("hyper_connections"))
     before = model(tokens())
