@@ -7,9 +7,10 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Annotated
+from copy import copy
+from typing import Annotated, TypeVar, get_args
 
 import typer
 from rich.cells import cell_len
@@ -30,6 +31,8 @@ _OF_A_NAME = (  # what may be wrong with a path that a user chose
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # as of some network file systems
+Command = TypeVar("Command", bound=Callable[..., None])
+
 _TEXT_COLUMN = 8  # characters, where the terminal is narrow
 # a terminal obeys control characters, and a model may write any
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -44,6 +47,25 @@ Device = Annotated[
         autocompletion=lambda: list(DEVICES),
     ),
 ]
+
+
+def in_panels(**panels: str) -> Callable[[Command], Command]:
+    """Sort a command's options under headings in its help; what is not named stays above them.
+
+    Args:
+        panels: under each heading (its underscores are spaces) the names of parameters.
+    """
+
+    def sort(command: Command) -> Command:
+        for heading, names in panels.items():
+            for name in names.split():
+                kind, option = get_args(command.__annotations__[name])
+                option = copy(option)  # other commands have it too
+                option.rich_help_panel = heading.replace("_", " ")
+                command.__annotations__[name] = Annotated[kind, option]
+        return command
+
+    return sort
 
 
 def precision_option(without: str) -> object:

@@ -16,6 +16,7 @@ from lmplay.console import (
     Device,
     Version,
     err,
+    in_panels,
     known_margin,
     note,
     out,
@@ -83,6 +84,12 @@ def _factors(option: str, text: str | None) -> list[float]:
 
 
 @app.command()
+@in_panels(
+    Instead_of_training="is_described check write as_json version",
+    The_run="data validation_data optimizer set_ tokens seed initial_model resume out_dir",
+    The_machine="device amp precision gpus shard mini_batch_size compile",
+    Many_runs_and_their_verdicts="seeds rates sizes margin baseline budget greedy",
+)
 def main(
     exp: Annotated[
         str | None,
