@@ -79,7 +79,7 @@ def precision_option(without: str) -> object:
     )
 
 
-def known_margin(text: str | None) -> float | str | None:
+def _known_margin(text: str | None) -> float | str | None:
     """The callback of --margin: nats as a number, a share of the compute as it is."""
     if text is None:
         return None
@@ -90,6 +90,17 @@ def known_margin(text: str | None) -> float | str | None:
     raise UserError(
         f"--margin {text}: no margin", hint="above 0: nats such as 0.01, or a share such as 5%"
     )
+
+
+Margin = Annotated[
+    str | None,
+    Option(
+        help="Within which two final losses count as equal: nats per token, or with a % what "
+        "that much more compute is worth. Without it, the plan's, if it has one.",
+        metavar="NATS|SHARE%",
+        callback=_known_margin,
+    ),
+]
 
 
 def note(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lmplay.console import Version, known_margin, note, print_json, run_app
+from lmplay.console import Margin, Version, note, print_json, run_app
 from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, RunFolder, find_runs, resolve_run
 from lmplay.stats.board import split_board, write_board
@@ -142,15 +142,7 @@ def main(
             metavar="FILE.html",
         ),
     ] = None,
-    margin: Annotated[
-        str | None,
-        Option(
-            help="Within which two final losses count as equal: nats per token, or with a % what "
-            "that much more compute is worth. Without it, the plan's, if it has one.",
-            metavar="NATS|SHARE%",
-            callback=known_margin,
-        ),
-    ] = None,
+    margin: Margin = None,
     version: Version = None,
 ) -> None:
     """Say which experiments are better than a baseline, and draw their curves.

@@ -14,10 +14,10 @@ from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import Entry
 from lmplay.console import (
     Device,
+    Margin,
     Version,
     err,
     in_panels,
-    known_margin,
     note,
     out,
     precision_option,
@@ -230,15 +230,7 @@ def main(
             metavar="F,F,F",
         ),
     ] = None,
-    margin: Annotated[
-        str | None,
-        Option(
-            help="Within which two final losses count as equal: nats per token, or with a % what "
-            "that much more compute is worth. Without it, the plan's, if it has one.",
-            metavar="NATS|SHARE%",
-            callback=known_margin,
-        ),
-    ] = None,
+    margin: Margin = None,
     baseline: Annotated[
         str | None,
         Option(
