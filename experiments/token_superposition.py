@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
-# F hidden width, V vocabulary, J bags
+# F hidden width, V vocabulary, J bags, Q tokens in a bag, N = B J
 
 VARIANTS = {
     "tst_2": {"bag": 2},
@@ -176,6 +177,9 @@ class Block(nn.Module):
         return x_BTC
 
 
+CHUNK = 2048  # positions whose logits are alive at a time
+
+
 class Model(nn.Module):
     """Tokens to the logits of the token after each."""
 
@@ -216,6 +220,12 @@ class Model(nn.Module):
         logits_BTV = self.head(x_BTC)
         return logits_BTV
 
+    def nats(self, x_NC: Tensor, asked_NQ: Tensor) -> Tensor:
+        """Of each of the Q tokens that a position is asked for, by one softmax in fp32 at least."""
+        logits_NV = self.head(x_NC)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        return logits_NV.logsumexp(-1, keepdim=True) - logits_NV.gather(-1, asked_NQ)
+
     def training_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Nats of each target; at first given the bag before the target's own."""
         is_superposed = self.progress < self.config.superposed_share
@@ -224,13 +234,17 @@ class Model(nn.Module):
         e_BTC = self.token_table(tokens_BT[:, : num_bags * size])
         x_BJC = e_BTC.unflatten(1, (num_bags, size)).mean(2)
         x_BJC = self.trunk(x_BJC)
-        logits_BJV = self.head(x_BJC)
-        logits_BJV = logits_BJV.to(torch.promote_types(logits_BJV.dtype, torch.float32))
+        x_NC = x_BJC.flatten(0, 1)
         first, scored_BT = size - 1, targets_BT >= 0  # target t is token t + 1
         missing = num_bags * size - (targets_BT.shape[1] - first)
-        asked_BJS = F.pad(targets_BT.clamp(min=0)[:, first:], (0, missing)).unflatten(1, (-1, size))
-        nats_BJS = logits_BJV.logsumexp(-1, keepdim=True) - logits_BJV.gather(-1, asked_BJS)
-        nats_BT = F.pad(nats_BJS.flatten(1), (first, -missing))
+        asked_BT = F.pad(targets_BT.clamp(min=0)[:, first:], (0, missing))
+        asked_NQ = asked_BT.unflatten(1, (num_bags, size)).flatten(0, 1)
+        parts = [
+            checkpoint(self.nats, x, asked, use_reentrant=False, preserve_rng_state=False)
+            for x, asked in zip(x_NC.split(CHUNK), asked_NQ.split(CHUNK), strict=True)
+        ]
+        nats_BT = torch.cat(parts).view(len(tokens_BT), -1)
+        nats_BT = F.pad(nats_BT, (first, -missing))
         num_B1 = scored_BT.sum(1, keepdim=True)
         return nats_BT * num_B1 / scored_BT[:, first:].sum(1, keepdim=True).clamp(min=1)
 
