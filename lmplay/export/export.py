@@ -119,10 +119,11 @@ def _write_with_code(
     for name in _SHIPPED:
         shutil.copyfile(_PACKAGE / name, part / Path(name).name)
     return {
-        "model_type": "lmplay",
+        "model_type": "musicgen_decoder",  # modeling_lmplay.py says why
         "architectures": ["LmplayForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{_WRAPPER}.LmplayConfig",
+            "AutoModel": f"{_WRAPPER}.LmplayModel",
             "AutoModelForCausalLM": f"{_WRAPPER}.LmplayForCausalLM",
         },
         "experiment": trained.facts.label,

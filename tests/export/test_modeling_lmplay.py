@@ -241,13 +241,69 @@ def test_positions_may_be_given_as_they_are_and_in_no_other_way(model):
     plain = model(tokens()).logits
 
     assert torch.equal(model(tokens(), position_ids=torch.arange(10)[None]).logits, plain)
-    with pytest.raises(ValueError, match="one after another"):
-        model(tokens(), position_ids=torch.arange(10).flip(0)[None])
+    for other_T in (torch.arange(10).flip(0), torch.arange(5, 15)):
+        with pytest.raises(ValueError, match="one after another"):
+            model(tokens(), position_ids=other_T[None])
+    past = model(tokens()[:, :7], use_cache=True).past_key_values
+    rest = model(tokens()[:, 7:], past_key_values=past, position_ids=torch.arange(7, 10)[None])
+    torch.testing.assert_close(rest.logits, plain[:, 7:])
+    padded_BT, mask_BT = padded(ROWS, "left")
+    place_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(
+        model(padded_BT, attention_mask=mask_BT, position_ids=place_BT).logits,
+        model(padded_BT, attention_mask=mask_BT).logits,
+    )
 
 
-def test_the_table_of_tokens_can_be_had_and_keeps_its_size(model):
-    table = model.get_input_embeddings()
+def test_what_no_experiment_has_is_refused_in_words(model):
+    for asked in ({"inputs_embeds": torch.zeros(1, 3, 16)}, {"output_attentions": True}):
+        with pytest.raises(NotImplementedError, match=next(iter(asked))):
+            model(tokens(), **asked)
+    model(tokens(), output_attentions=False)
+
+
+def test_the_table_of_tokens_can_be_had_and_resized(model, opened, tmp_path):
+    table, plain = model.get_input_embeddings(), model(tokens()).logits
 
     assert table.num_embeddings == 257 and model.resize_token_embeddings(257) is table
-    with pytest.raises(NotImplementedError, match="vocab_size is a value of the experiment"):
-        model.resize_token_embeddings(300)
+    larger = model.resize_token_embeddings(258, pad_to_multiple_of=8)
+    assert larger is model.get_input_embeddings() and larger.num_embeddings == 264
+    logits = model(tokens()).logits
+    assert logits.shape[-1] == 264 and torch.equal(logits[..., :257], plain)
+    model(torch.full((1, 3), 263), labels=torch.full((1, 3), 263)).loss.backward()
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(opened(tmp_path / "again")(tokens()).logits, logits)
+    model.resize_token_embeddings(257)
+    assert torch.equal(model(tokens()).logits, plain)
+
+
+def test_generating_gives_hidden_states(model):
+    made = model.generate(
+        tokens(1), output_hidden_states=True, return_dict_in_generate=True, **GREEDY
+    )
+
+    assert len(made.hidden_states) == 8
+    assert all(len(states) == len(model.model.blocks) + 1 for states in made.hidden_states)
+
+
+def test_the_model_without_its_head_is_opened_by_auto_model(model, transformers, tmp_path):
+    base = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    states = base(tokens(), output_hidden_states=True)
+
+    assert torch.equal(model.model.head(states.last_hidden_state), model(tokens()).logits)
+    assert len(states.hidden_states) == len(model.model.blocks) + 1
+
+
+def test_the_tokenizer_is_opened_without_a_question_and_without_our_code(
+    make_run, transformers, tmp_path, monkeypatch, caplog
+):
+    export(make_run("value_norm"), None, "hf", True, tmp_path / "out")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks to run our code"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    assert type(tokenizer).__module__.startswith("transformers.")
+    assert tokenizer("ab").input_ids == [256, 97, 98]
+    assert tokenizer.decode([97, 98]) == "ab"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        monkeypatch.undo()
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
