@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -20,6 +20,10 @@ from lmplay.run.labels import value_name
 RUNS = "runs"
 
 _LONGEST_NAME = 120  # bytes; file systems allow 255, encrypted ones 143
+_BEFORE_A_RUN = {  # what is written before run.json says that there is a run
+    "lock", "owner.json", "experiment.py", "tokenizer.json", "tokenizer_config.json", "train.csv",
+    "validation.csv",
+}  # fmt: skip
 _CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
@@ -76,6 +80,25 @@ class RunFolder:
         """Put `facts` into run.json; whoever reads at any moment sees the old one or the new."""
         make_folder(self.path)
         write_json(self.run_json, asdict(facts))
+
+    def refuse_deleted(self) -> None:
+        """Raise a UserError where a run that is under way is no longer there."""
+        if not self.run_json.is_file():
+            hint = "the same command begins it anew"
+            raise UserError(f"{self.path} was deleted while it was trained", hint=hint)
+
+    def remove_unused(self) -> None:
+        """Take the folder away, and those above it that are empty then, if no run ever began in it.
+
+        The caller holds the run.
+        """
+        with suppress(OSError):
+            names = os.listdir(self.path)
+            if set(names) <= _BEFORE_A_RUN:
+                for name in names:
+                    os.unlink(self.path / name)
+                for folder in (self.path, *self.path.parents[:2]):
+                    folder.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

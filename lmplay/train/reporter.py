@@ -63,6 +63,7 @@ class Reporter:
         if self._is_main:
             self.display.row(kind, row)
             if model is not None:
+                self.run.folder.refuse_deleted()
                 self._show_samples(model, row["step"])
 
     def _show_compilation(self) -> None:

@@ -1,8 +1,14 @@
 """Checkpoints of a run that trains, in one process or several."""
 
+import math
+import shutil
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint
+from lmplay.errors import BAD_CHECKPOINT, UserError
+from lmplay.optim.known import KNOWN
+from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint, without_ties
 from lmplay.run.fsdp import gather_state
 from lmplay.run.run import Run
 from lmplay.train.update import Update
@@ -12,6 +18,8 @@ def save(run: Run, update: Update) -> None:
     """Write a checkpoint of everything that the next step depends on."""
     rng = gathered_rng(run)
     is_main = run.accelerator.is_main_process
+    if is_main:
+        run.folder.refuse_deleted()
     model = gather_state(run.model.state_dict(keep_vars=True), is_main, "cpu")
     optimizer = gather_state(update.optimizer.state_dict(), is_main, "cpu")
     if is_main:
@@ -29,6 +37,42 @@ def save(run: Run, update: Update) -> None:
         )
         save_checkpoint(run.folder, checkpoint, run.plan.checkpoints.keep)
     run.accelerator.wait_for_everyone()
+
+
+def checkpoint_bytes(run: Run, update: Update) -> int:
+    """About what a checkpoint takes on the disk, once the optimizer remembers every parameter."""
+    weights, _ = without_ties(run.model.state_dict(keep_vars=True))
+    moments = 0
+    for group in update.optimizer.param_groups:
+        most = int(KNOWN[group["optimizer"]].state.split()[-1])  # of "24 to 42"
+        moments += most * sum(p.numel() for p in group["params"])
+    return sum(tensor.nbytes for tensor in weights.values()) + moments
+
+
+def refuse_full_disk(run: Run, update: Update, note: Callable[[str], None]) -> None:
+    """Say how large checkpoints will be, before hours are spent that could not be saved.
+
+    Raises:
+        UserError: there is no room for one (code BAD_CHECKPOINT).
+    """
+    size, keep = checkpoint_bytes(run, update), max(2, run.plan.checkpoints.keep)
+    free = shutil.disk_usage(run.folder.path).free
+    each = f"a checkpoint takes about {megabytes(size)}"
+    if free < size:
+        raise UserError(
+            f"{each}, and {megabytes(free)} are free in {run.folder.path}",
+            hint="make room, or choose another place with --out-dir",
+            code=BAD_CHECKPOINT,
+        )
+    there = len(list(run.folder.checkpoints.glob("step-*")))
+    needed = max(1, keep + 1 - there) * size  # a new one is written before an old one goes
+    short = f", but only {megabytes(free)} are free: make room" if needed > free else ""
+    note(f"{each}, and the newest {keep} stay{short}")
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in words: at least 1 MB."""
+    return f"{max(1, math.ceil(size / 1e6)):,} MB"
 
 
 def gathered_rng(run: Run) -> dict[str, Tensor]:

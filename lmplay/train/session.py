@@ -36,6 +36,7 @@ from lmplay.train.loop import Session, train
 from lmplay.train.prepared import Prepared, prepare, prove
 from lmplay.train.reporter import Reporter
 from lmplay.train.resuming import continued, note_edits, take_up
+from lmplay.train.saving import refuse_full_disk
 from lmplay.train.signals import Signals, Stopped
 from lmplay.train.update import Update
 
@@ -59,6 +60,7 @@ def run_experiment(request: Request, display: Display) -> dict:
         lock = stack.enter_context(ExitStack())
         if is_main:
             lock.enter_context(folder.lock())
+            lock.callback(folder.remove_unused)  # a run that is refused leaves nothing behind
         if result := finished(request, display):
             display.note(f"{folder.path} is finished; --resume none trains it again")
             return result
@@ -78,6 +80,8 @@ def run_experiment(request: Request, display: Display) -> dict:
             facts = continued(facts, earlier, display.note)
         reporter = Reporter(run, prepared, facts, display)
         session = _open_session(run, prepared, reporter, stack)
+        if is_main:
+            refuse_full_disk(run, session.update, display.note)
         if request.initial and session.saved < 0:
             _begin_from(request, reporter)
         _train(session, reporter)
@@ -214,6 +218,7 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
             vocab_size=prepared.tokenizer.vocab_size,
             validation_tokens=data.validation_tokens,
             validation_bytes=data.validation_bytes,
+            trained_on=data.trained_on,
         ),
         flops_per_token=clock.mean(of_length),
         parameters=parameters,
@@ -274,8 +279,9 @@ def _train(session: Session, reporter: Reporter) -> None:
             train(session)
     except BaseException as error:
         ended = _ended_by(error, session, reporter.facts)
-        with suppress(OSError):  # a full disk is the error itself
-            reporter.write(ended)
+        if session.run.folder.run_json.is_file():  # else it was deleted, and stays so
+            with suppress(OSError):  # a full disk is the error itself
+                reporter.write(ended)
         raise
     reporter.write(reporter.facts.finished())
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lmplay.run.records import read_rows
 from lmplay.run.request import Request
 from lmplay.seeds import stream_seed
 from lmplay.train import curves, loop, prepared, session
+from lmplay.train.saving import checkpoint_bytes
 from lmplay.train.session import run_experiment
 from lmplay.train.signals import Stopped
 from lmplay.train.update import Update
@@ -538,6 +540,58 @@ def test_other_data_under_a_run_that_began_is_refused(place, monkeypatch):
     assert raised.value.code == BAD_INPUT and "which has changed" in raised.value.problem
 
 
+def test_the_size_of_a_checkpoint_is_known_before_there_is_one(place, monkeypatch):
+    known = []
+    monkeypatch.setattr(
+        session, "refuse_full_disk", lambda run, update, note: known.append((run, update))
+    )
+    folder = folder_of(run())
+    files = [folder.checkpoints / "step-9" / f"{n}.safetensors" for n in ("model", "optimizer")]
+
+    size = checkpoint_bytes(*known[0])
+    assert size <= sum(file.stat().st_size for file in files) <= size + 20_000
+
+
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [(10**12, "the newest 3 stay"), (200_000, "but only 1 MB are free: make room")],
+)
+def test_what_checkpoints_take_is_told_before_the_first_step(place, monkeypatch, free, told):
+    display, usage = Silent(), shutil.disk_usage(place)._replace(free=free)
+    monkeypatch.setattr(session, "_train", lambda *_: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    run(display=display)
+
+    assert any("a checkpoint takes about 1 MB" in n and n.endswith(told) for n in display.notes)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(place, monkeypatch):
+    usage = shutil.disk_usage(place)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="takes about 1 MB, and 1 MB are free") as raised:
+        run()
+
+    assert raised.value.code == BAD_CHECKPOINT and "--out-dir" in raised.value.hint
+    assert not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("step", [1, 5])  # before a validation, before a checkpoint
+def test_a_run_that_is_deleted_under_way_ends_in_words_and_stays_deleted(place, monkeypatch, step):
+    real = loop.take_step
+
+    def take_step(a_session, batch):
+        if a_session.run.step == step:
+            shutil.rmtree(a_session.run.folder.path)
+        return real(a_session, batch)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    changes = {"validation.every_tokens": 3 * 160 if step == 1 else 10**6}
+    with pytest.raises(UserError, match="seed-0 was deleted while it was trained"):
+        run(changes=changes)
+
+    assert not list(Path("runs").rglob("seed-0"))
+
+
 def test_a_leaking_experiment_is_refused_before_training(place):
     (place / "experiments").mkdir()
     leak = resolve("gpt2ish").source.replace("is_causal=T > 1", "is_causal=False")
@@ -546,7 +600,7 @@ def test_a_leaking_experiment_is_refused_before_training(place):
         run(exp="leak")
 
     assert raised.value.code == BAD_INPUT and "leak fails the check" in raised.value.problem
-    assert [path.name for path in Path("runs/words/leak/seed-0").iterdir()] == ["lock"]
+    assert not list(Path("runs").iterdir())  # what is refused leaves nothing behind
 
 
 @pytest.mark.parametrize(("gain", "precision"), [(0.05, "fp32"), (2.0, "bf16")])
