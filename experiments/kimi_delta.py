@@ -12,7 +12,7 @@ Idea: a state of D x D numbers a head maps keys to values. Each position first l
     by halving its memory at each step.
 Source: Kimi Team 2025, arXiv:2510.26692, sections 3 and 4; Yang et al. 2024, arXiv:2412.06464.
 Changed from llama: Config, Attention, ShortConvolution, delta_step, delta_chunks, DeltaAttention,
-    Block.
+    Block, Model.
 """
 
 from dataclasses import dataclass
