@@ -115,7 +115,8 @@ def _composed_tiny(base: Entry, parts: list[Entry], file: str) -> dict[str, obje
                 )
             if key not in tiny or value != base.tiny.get(key):
                 tiny[key] = value
-    return tiny
+    gone = base.fields.keys() - set.intersection(*(set(part.fields) for part in parts))
+    return {key: value for key, value in tiny.items() if key not in gone}
 
 
 def _headed(

@@ -543,6 +543,13 @@ def test_a_remembered_pass_of_a_stack_is_that_of_its_ideas(tmp_path, monkeypatch
     assert len(list((tmp_path / "checks").iterdir())) == 2
 
 
+def test_tiny_has_no_value_for_what_an_idea_took_out_of_config():
+    stacked = resolve("avey+z_loss")
+
+    assert "num_heads" not in stacked.fields
+    assert stacked.tiny == resolve("avey").tiny
+
+
 def test_a_stranger_with_the_ancestors_name_in_the_working_directory_is_not_its_parent(
     tmp_path, monkeypatch
 ):
