@@ -329,6 +329,14 @@ def read_plan(
         raise _explained(error, raw, path, changes) from None
 
 
+def changed_plan(plan: Plan, changes: dict[str, object]) -> Plan:
+    """The plan with other values at these dotted keys, checked."""
+    raw = plan.model_dump(mode="json")
+    for key, value in changes.items():
+        _set(raw, key, value)
+    return Plan.model_validate_json(json.dumps(raw))
+
+
 def plan_schema() -> dict:
     """The JSON Schema of a plan file, for editors and scripts."""
     schema = Plan.model_json_schema()

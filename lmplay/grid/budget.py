@@ -16,22 +16,16 @@ from lmplay.data.tokenizers import Tokenizer, vocabulary_of
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
-from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.counts import flops_per_token
 from lmplay.model.experiment import load_experiment
 from lmplay.model.scale import scale
-from lmplay.optim.joint import optimizer_of
 from lmplay.plan import Plan
-from lmplay.run.accelerator import make_accelerator
 from lmplay.run.facts import League
 from lmplay.run.request import Request
-from lmplay.run.run import open_run, rows_at_once
 from lmplay.train.clock import Clock
-from lmplay.train.curves import Curves
 from lmplay.train.display import Display
 from lmplay.train.loop import Session, advance
-from lmplay.train.signals import Signals
-from lmplay.train.update import Update
+from lmplay.train.trial import trial_session
 
 ROUNDS = 9  # of timing, the two experiments taking turns
 STEPS = 3  # in a round
@@ -142,18 +136,10 @@ class _FirstRows:
 
 
 def _session(request: Request, data: _FirstRows, tokenizer: Tokenizer) -> Session:
-    device = resolve_device(request.device)
-    precision = resolve_precision(request.precision or request.plan.precision, device)
-    accelerator = make_accelerator(device, precision)
     experiment, plan = load_experiment(request.entry), request.plan
     vocabulary = tokenizer.vocab_size, tokenizer.end
     config = scale(experiment, plan, *vocabulary, request.config).config
-    rows = request.mini_batch_size or rows_at_once(plan, device)
-    run = open_run(request.folder, plan, experiment, 0, config, accelerator, rows, request.compiled)
-    run.may_shrink = request.mini_batch_size is None
-    update = Update(run, optimizer_of(run, Clock(plan).num_steps), plan.clip)
-    clock, curves = Clock(plan), Curves(run, None)
-    return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
+    return trial_session(request, experiment, plan, config, data, Clock(plan))
 
 
 def _seconds(session: Session) -> float:

@@ -1,6 +1,5 @@
 """What was asked for as a flat list of requests, each of which is one run."""
 
-import json
 from dataclasses import replace
 
 from lmplay.catalog.entry import Entry
@@ -10,7 +9,8 @@ from lmplay.grid.budget import sized
 from lmplay.model.counts import count
 from lmplay.model.experiment import load_experiment
 from lmplay.model.scale import scale
-from lmplay.plan import Plan
+from lmplay.optim.scaling import rates_times
+from lmplay.plan import changed_plan
 from lmplay.run.design import Design, Rate
 from lmplay.run.request import Request
 from lmplay.train.display import Display
@@ -80,10 +80,10 @@ def at_size(request: Request, factor: float) -> Request:
         )
     heads, blocks = (max(1, round(plan.model[name] * factor)) for name in names[1:])
     width = plan.model["width"] // plan.model["num_heads"] * heads
-    raw = plan.model_dump(mode="json")
-    raw["model"] |= {"width": width, "num_heads": heads, "num_blocks": blocks}
-    _scale_rates(raw["optimizer"], plan.model["width"] / width)
-    smaller = replace(request, plan=Plan.model_validate_json(json.dumps(raw)))
+    sizes = {"width": width, "num_heads": heads, "num_blocks": blocks}
+    changed = {f"model.{name}": value for name, value in sizes.items()}
+    changed |= rates_times(plan.optimizer, plan.model["width"] / width)
+    smaller = replace(request, plan=changed_plan(plan, changed))
     share = _matrices(smaller) / _matrices(request)
     rung = smaller.plan.model_copy(update={"tokens": round(plan.tokens * share)})
     return replace(request, plan=rung, changes=request.changes | {"size": factor})
@@ -142,21 +142,9 @@ def _at_rate(request: Request, factor: float) -> Request:
     rate = Rate(factor=factor, of=request.label)
     if factor == 1:
         return replace(request, rate=rate)
-    raw = request.plan.model_dump(mode="json")
-    changed = _scale_rates(raw["optimizer"], factor)
-    plan = Plan.model_validate_json(json.dumps(raw))
+    changed = rates_times(request.plan.optimizer, factor)
+    plan = changed_plan(request.plan, changed)
     return replace(request, plan=plan, rate=rate, changes=request.changes | changed)
-
-
-def _scale_rates(optimizer: dict, factor: float) -> dict[str, float]:
-    """Multiply the rates of a plan's optimizer, in place; gives their keys in the plan."""
-    changed = {}
-    roles = {f"roles.{name}.": rule for name, rule in optimizer["roles"].items()}
-    for inside, rule in {"": optimizer, **roles}.items():
-        if rule.get("lr") is not None:
-            rule["lr"] = float(f"{rule['lr'] * factor:.10g}")
-            changed[f"optimizer.{inside}lr"] = rule["lr"]
-    return changed
 
 
 def _matrices(request: Request) -> int:

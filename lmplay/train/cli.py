@@ -27,6 +27,7 @@ from lmplay.console import (
 from lmplay.disk import write_text
 from lmplay.errors import UserError
 from lmplay.run.design import design_of
+from lmplay.train.find_lr_cli import print_rates
 from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
     describe,
@@ -164,6 +165,23 @@ def main(
             help="Train with another optimizer than the plan's, such as muon, at its own defaults, "
             "or with each of several and hold the others against the first; 'list' shows them all.",
             metavar="NAMES",
+        ),
+    ] = None,
+    find_lr: Annotated[
+        bool,
+        Option(
+            "--find-lr",
+            metavar="",
+            help="Train for a minute while the rate rises, instead of training; shows where that "
+            "learns and where it diverges, and proposes a rate.",
+        ),
+    ] = False,
+    role: Annotated[
+        str | None,
+        Option(
+            help="With --find-lr, the rate of these parameters alone: matrix, table, head, conv, "
+            "vector, or a role that the experiment names.",
+            metavar="NAME",
         ),
     ] = None,
     gpus: Annotated[
@@ -364,6 +382,12 @@ def main(
         _one(names, "--check")
         _one(optimizers, "--check", "optimizer")
         return print_check(entries[0], resolved, config, device, precision, as_json)
+    if find_lr:
+        _one(names, "--find-lr")
+        if is_grid or budget != "tokens" or gpus is not None or shard:
+            raise UserError("--find-lr is for one run in one process", hint="leave the rest out")
+    elif role is not None:
+        raise UserError(f"--role {role} says whose rate --find-lr finds", hint="add --find-lr")
     for dataset in resolved.datasets.values():
         for path in [*(dataset.files or []), *(dataset.validation_files or [])]:
             existing(path)
@@ -407,7 +431,9 @@ def main(
         fsdp=shard,
         design=design,
     )
-    if ideas:
+    if find_lr:
+        print_rates(request, role, as_json)
+    elif ideas:
         search_greedily(request, ideas, budget, as_json)
     elif is_grid:
         if rival.name not in [entry.name for entry in entries]:

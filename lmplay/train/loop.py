@@ -59,24 +59,29 @@ def advance(session: Session) -> None:
     run = session.run
     now = session.clock.at(run.step)
     batch = session.data.rows(now.first_row, now.num_rows, now.row_length)
-    taken = take_step(session, batch)
-    if taken is not None:
+    after, all_tokens = now.tokens_before + now.tokens, session.clock.num_tokens
+    of_full = factor(run.plan.schedule, now.tokens_before, after, all_tokens)
+    norm = take_step(session, batch, of_full)
+    if norm is not None:
         run.step += 1
         run.tokens += batch.num_targets
         run.set_progress(session.clock.at(run.step).progress)
-        session.curves.close_step(batch.num_targets, *taken, session.update.healthy)
+        lr = run.plan.optimizer.lr * of_full
+        session.curves.close_step(batch.num_targets, lr, norm, session.update.healthy)
 
 
-def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
+def take_step(session: Session, batch: Batch, of_full: float) -> Tensor | None:
     """One update from one batch: the gradient of sum(loss) / count(targets), whatever the parts.
 
     A signal between two parts drops the step. So does a device without enough memory, and then
     the parts become half as large; and a compiler that fails, and then the model runs without.
 
+    Args:
+        of_full: the share of every full rate.
     Returns:
-        The learning rate and the gradient's norm; None if the step was dropped.
+        The gradient's norm; None if the step was dropped.
     """
-    run, plan, clock = session.run, session.run.plan, session.clock
+    run, plan = session.run, session.run.plan
     rng, buffers = rng_state(), Buffers(run)
     share = run.world_size / max(batch.num_targets, 1)  # the processes' gradients are averaged
     size = run.mini_batch_size * (plan.max_len // batch.tokens_BT.shape[1])  # more short rows
@@ -98,11 +103,9 @@ def take_step(session: Session, batch: Batch) -> tuple[float, Tensor] | None:
             raise
         return drop_step(session, rng, buffers)
     buffers.add_up()
-    before, after = (clock.at(step).tokens_before for step in (run.step, run.step + 1))
-    of_full = factor(plan.schedule, before, after, clock.num_tokens)
     norm = session.update(session.curves.objective, of_full)
     buffers.keep_where(session.update.taken)
-    return plan.optimizer.lr * of_full, norm
+    return norm
 
 
 def drop_step(session: Session, rng: dict, buffers: Buffers) -> None:

@@ -90,9 +90,9 @@ def test_a_sharded_run_takes_the_steps_of_a_plain_one(place, alone, monkeypatch,
 
 
 def test_a_sharded_run_that_fails_says_where(place, alone, monkeypatch):
-    def poison(a_session, batch):
+    def poison(a_session, *rest):
         a_session.run.model.blocks[1].mlp.up.bias.data.to_local().fill_(float("nan"))
-        return real(a_session, batch)
+        return real(a_session, *rest)
 
     real = loop.take_step
     monkeypatch.setattr(loop, "take_step", poison)

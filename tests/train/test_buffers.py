@@ -135,9 +135,9 @@ def test_a_dropped_step_leaves_no_trace_in_a_run(counter, monkeypatch):
             sessions[-1].signals.code = 130  # between two parts
         return scored
 
-    def take_step(session, batch):
+    def take_step(session, *rest):
         sessions.append(session)
-        return real_step(session, batch)
+        return real_step(session, *rest)
 
     sessions, stopped, real_step = [], [], loop.take_step
     monkeypatch.setattr(loop, "score", score)

@@ -86,10 +86,10 @@ def test_it_is_of_tokens_where_the_batch_grows(follower, used):
 def test_a_run_that_goes_on_is_told_too(follower, used, monkeypatch):
     real = loop.take_step
 
-    def stop(a_session, batch):
+    def stop(a_session, *rest):
         if a_session.run.step == 5:
             a_session.signals.code = 130
-        return real(a_session, batch)
+        return real(a_session, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "take_step", stop)
@@ -162,10 +162,10 @@ def test_a_run_whose_batch_and_rows_grow_goes_on_bit_for_bit_where_it_was_cut(pl
 
     real, shapes = loop.take_step, {}
 
-    def take_step(a_session, batch):
+    def take_step(a_session, batch, of_full):
         shapes[a_session.run.step] = tuple(batch.tokens_BT.shape)
         a_session.signals.code = 130 if a_session.run.step in cuts[:1] else None
-        return real(a_session, batch)
+        return real(a_session, batch, of_full)
 
     monkeypatch.setattr(loop, "take_step", take_step)
     cuts = []
