@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,6 +151,9 @@ class Optimizer(_Strict):
     name: str = Field(description="An optimizer, such as AdamW.")
     lr: float = Field(gt=0, description="Learning rate at the top of the schedule.")
     weight_decay: float = Field(0.0, ge=0, description="On matrices only, never on vectors.")
+    decay_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="What is left of weight decay over the run: all, or a fall to 0."
+    )
     options: Options = Field(
         {},
         description="Further arguments, such as betas; of any optimizer: cautious, hyperball, "
@@ -179,6 +183,37 @@ class Schedule(_Strict):
         if self.name == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("warmup and decay are together more than all of the steps")
         return self
+
+
+class Scaling(_Strict):
+    """By which rules `--sizes` carries what the plan says to models of other sizes."""
+
+    width: Literal["all", "mup"] = Field(
+        "all",
+        description="all: every rate is as one over the width. mup: the rates of matrices and head "
+        "are, and their decay is as the width.",
+    )
+    tokens: Literal["none", "power", "sde"] = Field(
+        "none",
+        description="power: batch, rates and decay follow the tokens by power laws. sde: rates, "
+        "decay and averages fall with their root at the same batch.",
+    )
+
+
+class Averages(_Strict):
+    """Averages of the weights, each over a share of the run, judged and saved beside them."""
+
+    ema: float | None = Field(None, gt=0, le=1, description="Exponential average over this share.")
+    lawa: float | None = Field(
+        None, gt=0, le=1, description="Mean of five snapshots, evenly over this last share."
+    )
+    tail_ema: float | None = Field(
+        None,
+        gt=0,
+        le=0.3,
+        description="Exponential average over this share, begun three of them before the end: a "
+        "blend with the weights, whose rows keep their lengths.",
+    )
 
 
 class Validation(_Strict):
@@ -227,6 +262,12 @@ class Plan(_Strict):
     )
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    scaling: Scaling = Field(Scaling(), description="How --sizes carries rates, decay and batch.")
+    averages: Averages = Field(
+        Averages(),
+        description="Averages of the weights, by the share of the run's tokens that they are over, "
+        'as in {"ema": 0.02}; training goes on without them.',
+    )
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null for no limit.")
     precision: Precision = Field(
         "amp",
@@ -335,6 +376,21 @@ def changed_plan(plan: Plan, changes: dict[str, object]) -> Plan:
     for key, value in changes.items():
         _set(raw, key, value)
     return Plan.model_validate_json(json.dumps(raw))
+
+
+def differences(old: Plan, new: Plan) -> str:
+    """What a plan has otherwise than another: width=384, optimizer.lr=0.002."""
+    before, after = (dict(_leaves(plan.model_dump(mode="json"))) for plan in (old, new))
+    said = [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+    return ", ".join(said)
+
+
+def _leaves(value: dict, inside: str = "") -> Iterator[tuple[str, object]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{inside}{key}.")
+        else:
+            yield f"{inside}{key}", inner
 
 
 def plan_schema() -> dict:

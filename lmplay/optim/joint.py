@@ -11,6 +11,7 @@ from lmplay.optim.known import KNOWN
 from lmplay.optim.momentum import momentum_at
 from lmplay.optim.registry import build, is_maskable
 from lmplay.optim.rules import Group, groups_of
+from lmplay.optim.schedules import decay_left
 from lmplay.plan import Optimizer
 from lmplay.run.run import Run
 
@@ -25,10 +26,12 @@ class JointOptimizer:
 
     Args:
         members: of torch's kind; no parameter is in two of them.
+        decay_schedule: of the plan.
     """
 
-    def __init__(self, members: list[torch.optim.Optimizer]):
+    def __init__(self, members: list[torch.optim.Optimizer], decay_schedule: str = "constant"):
         self.members = members
+        self.decay_schedule = decay_schedule
         self._maskable = [is_maskable(member) for member in members]
 
     @property
@@ -48,8 +51,11 @@ class JointOptimizer:
 
     def set_progress(self, progress: float) -> None:
         """Tell every group the share of the run's tokens that was trained on before the step."""
+        left = decay_left(self.decay_schedule, progress)
         for group in self.param_groups:
             group["progress"] = progress
+            if "weight_decay" in group:
+                group["weight_decay"] = group["full_decay"] * left
             if "momentum_ramp" in group:
                 group["momentum"] = momentum_at(group["momentum_ramp"], progress)
 
@@ -181,7 +187,8 @@ def make_optimizer(
         key = (rule.known.name, own_role, repr(sorted(rule.options.items())))
         alike.setdefault(key, []).append(group)
     names = {id(p): name for name, p in model.named_parameters()}
-    return JointOptimizer([_member(groups, num_steps, names, spread) for groups in alike.values()])
+    members = [_member(groups, num_steps, names, spread) for groups in alike.values()]
+    return JointOptimizer(members, wanted.decay_schedule)
 
 
 def optimizer_of(run: Run, num_steps: int) -> JointOptimizer:
@@ -202,6 +209,7 @@ def _member(
             "full_lr": group.rule.lr,
             "lr_scale": group.lr_scale,
             "weight_decay": group.weight_decay,
+            "full_decay": group.weight_decay,
             "role": group.rule.role,
             "optimizer": rule.known.name,
             "progress": 0.0,

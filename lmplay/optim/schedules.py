@@ -46,5 +46,15 @@ def factor(schedule: Schedule, before: int, after: int, num_tokens: int) -> floa
     return schedule.final + (1 - schedule.final) * share
 
 
+def decay_left(schedule: str, progress: float) -> float:
+    """The share of its full weight decay in a step before which `progress` was trained on, 0 to 1.
+
+    It falls beside the rate, with which decoupled decay falls already: evenly by `linear`, by half
+    a wave by `cosine`.
+    """
+    left = 1 - progress
+    return {"constant": 1.0, "linear": left, "cosine": _half_wave(left)}[schedule]
+
+
 def _half_wave(share: float) -> float:
     return (1 - math.cos(math.pi * share)) / 2

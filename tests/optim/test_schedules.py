@@ -1,13 +1,16 @@
 """The shapes of schedules, and what they do where steps are of several sizes."""
 
 import math
+from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers, lists, sampled_from
 
-from lmplay.optim.schedules import factor
-from lmplay.plan import Schedule
+from lmplay.optim.joint import make_optimizer
+from lmplay.optim.schedules import decay_left, factor
+from lmplay.plan import Optimizer, Schedule
 
 NAMES = ["constant", "linear", "cosine", "wsd", "one_cycle", "inverse_sqrt"]
 
@@ -90,3 +93,73 @@ def test_every_step_trains_and_none_above_the_full_rate(name, sizes, warmup):
     values = factors(Schedule(name=name, warmup=warmup, decay=0.4), sizes)
 
     assert all(0 < value <= 1 and math.isfinite(value) for value in values)
+
+
+FORMULAS = {  # of the share x of a run without warm-up
+    "constant": (Schedule(), lambda x: 1.0),
+    "linear to zero": (Schedule(name="linear"), lambda x: 1 - x),
+    "cosine": (
+        Schedule(name="cosine", final=0.1),
+        lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2,
+    ),
+    "trapezoid": (Schedule(name="wsd", decay=0.4), lambda x: min(1.0, (1 - x) / 0.4)),
+    "1-sqrt": (
+        Schedule(name="wsd", decay=0.4, cooldown="1-sqrt"),
+        lambda x: 1 - math.sqrt(max(0.0, x - 0.6) / 0.4),
+    ),
+    "one cycle": (
+        Schedule(name="one_cycle"), lambda x: (1 + math.cos(math.pi * x)) / 2,
+    ),
+    "inverse root": (
+        Schedule(name="inverse_sqrt", warmup=0.01), lambda x: min(x / 0.01, math.sqrt(0.01 / x)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_it_is_its_formula_of_the_share_of_the_run(name):
+    schedule, formula = FORMULAS[name]
+    values = factors(schedule, (1,) * 2000)
+
+    expected = [formula((step + 0.5) / 2000) for step in range(2000)]
+    assert values == pytest.approx(
+        expected, abs=0.03 if name in ("1-sqrt", "inverse root") else 2e-3
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_phase_begins_with_a_jump(name):
+    """But for 1-sqrt, which falls at once by the root of a step, no step changes by much."""
+    values = factors(Schedule(name=name, warmup=0.1, decay=0.3, final=0.1), (1,) * 1000)
+
+    assert max(abs(a - b) for a, b in pairwise(values)) < 0.02
+
+
+def test_decay_falls_by_its_own_schedule_from_all_of_it_to_nothing():
+    for name, half in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        assert decay_left(name, 0.0) == 1.0 and decay_left(name, 0.5) == pytest.approx(half)
+    assert decay_left("linear", 1.0) == decay_left("cosine", 1.0) == 0.0
+    assert decay_left("cosine", 0.25) == pytest.approx((1 + 0.5**0.5) / 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": "independent"}])
+def test_the_decay_of_every_group_follows_it_and_the_rate_does_not(options):
+    model = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    wanted = Optimizer(
+        name="AdamW", lr=0.5, weight_decay=0.1, decay_schedule="linear", options=options
+    )
+    made = make_optimizer(wanted, model, {"weight": "matrix", "bias": "vector"})
+    by, lengths = (1.0 if options else 0.5) * 0.1, []
+    for progress in (0.0, 0.5, 0.9):
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        made.set_factor(1.0)
+        made.set_progress(progress)
+        made.step()
+        lengths.append(model.weight[0, 0].item())
+
+    assert lengths == pytest.approx([1 - by, (1 - by) * (1 - by / 2),
+                                     (1 - by) * (1 - by / 2) * (1 - by / 10)])  # fmt: skip
+    assert {group["lr"] for group in made.param_groups} == {0.5}
