@@ -9,8 +9,8 @@ from lmplay.grid.budget import sized
 from lmplay.model.counts import count
 from lmplay.model.experiment import load_experiment
 from lmplay.model.scale import scale
-from lmplay.optim.scaling import rates_times
-from lmplay.plan import changed_plan
+from lmplay.optim.scaling import rates_times, scaled
+from lmplay.plan import Plan, changed_plan, differences
 from lmplay.run.design import Design, Rate
 from lmplay.run.request import Request
 from lmplay.train.display import Display
@@ -48,8 +48,12 @@ def expand(
         of_root = at_size(replace(template, entry=root), size)
         for each in (template, *others):
             of_size = at_size(replace(each, entry=root), size)
+            if size != 1:
+                display.note(f"size={size:g}: {differences(each.plan, of_size.plan)}")
             for entry in entries:
                 request = replace(of_size, entry=entry, seed=design.first_seed, design=design)
+                if len(sizes) > 1:
+                    request = with_base(request, template.plan)
                 request = sized(request, of_root, budget, display)
                 of_first += [_at_rate(request, factor) for factor in design.rates]
     return [replace(first, seed=seed) for seed in design.seeds for first in of_first]
@@ -64,10 +68,12 @@ def at_size(request: Request, factor: float) -> Request:
     """The request on a rung of a ladder of sizes; 1 is the plan's own.
 
     Heads and blocks are times the factor, rounded, at least one, and as wide as before; tokens stay
-    in proportion to the matrices of this experiment, and the rates to one over the width.
+    in proportion to the matrices of this experiment; rates, decay and batch go by the plan's
+    `scaling`.
 
     Raises:
-        UserError: the plan does not say a width, heads, blocks and tokens.
+        UserError: the plan does not say a width, heads, blocks and tokens, or its rules do not hold
+            for its optimizer.
     """
     if factor == 1:
         return request
@@ -82,11 +88,19 @@ def at_size(request: Request, factor: float) -> Request:
     width = plan.model["width"] // plan.model["num_heads"] * heads
     sizes = {"width": width, "num_heads": heads, "num_blocks": blocks}
     changed = {f"model.{name}": value for name, value in sizes.items()}
-    changed |= rates_times(plan.optimizer, plan.model["width"] / width)
-    smaller = replace(request, plan=changed_plan(plan, changed))
-    share = _matrices(smaller) / _matrices(request)
-    rung = smaller.plan.model_copy(update={"tokens": round(plan.tokens * share)})
+    larger = replace(request, plan=changed_plan(plan, changed))
+    longer = _matrices(larger) / _matrices(request)
+    changed = {"tokens": round(plan.tokens * longer)}
+    changed |= scaled(plan, width / plan.model["width"], longer)
+    rung = changed_plan(larger.plan, changed)
     return replace(request, plan=rung, changes=request.changes | {"size": factor})
+
+
+def with_base(request: Request, plan: Plan) -> Request:
+    """The request whose model, if it has multipliers, knows the size that rates were found at."""
+    own = {"base_width": "width", "base_blocks": "num_blocks"}
+    base = {key: plan.model[name] for key, name in own.items() if key in request.entry.fields}
+    return replace(request, config=request.config | base)
 
 
 def declare(requests: list[Request], baselines: set[str]) -> None:
