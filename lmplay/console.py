@@ -68,6 +68,16 @@ def in_panels(**panels: str) -> Callable[[Command], Command]:
     return sort
 
 
+Weights = Annotated[
+    str | None,
+    Option(
+        help="An average of the weights that the plan keeps, ema, lawa or tail_ema, instead of the "
+        "newest.",
+        metavar="NAME",
+    ),
+]
+
+
 def precision_option(without: str) -> object:
     """The option --precision; `without` says what holds where it is not given."""
     return Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from lmplay.console import Version, note, print_json, run_app
+from lmplay.console import Version, Weights, note, print_json, run_app
 from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, resolve_run
 
@@ -48,6 +48,7 @@ def main(
         int | None,
         Option(help="Step of the checkpoint; without it, the newest.", min=0, metavar="N"),
     ] = None,
+    weights: Weights = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", metavar="PATH")] = Path(RUNS),
     as_json: Annotated[
         bool, Option("--json", metavar="", help="Print what was written as one JSON document.")
@@ -68,7 +69,8 @@ def main(
     note(f"{facts.label} on {facts.plan_name}, seed {facts.seed}: loading torch")
     from lmplay.export.export import export
 
-    made = export(folder, named_step if step is None else step, to.value, fold, out)
+    at_step = named_step if step is None else step
+    made = export(folder, at_step, to.value, fold, out, weights)
     if as_json:
         return print_json(made)
     before, after = made["parameters"]["trained"], made["parameters"]["exported"]

@@ -27,7 +27,9 @@ _SHIPPED = (
 )
 
 
-def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) -> dict:
+def export(
+    folder: RunFolder, step: int | None, to: str, fold: bool, out: Path, weights: str | None = None
+) -> dict:
     """Write the model of a run, in fp32, and give back what was written.
 
     Args:
@@ -35,10 +37,11 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
         to: "safetensors" (model.safetensors and config.json) or "hf" (what from_pretrained opens).
         fold: take out what only training needs, where there is anything.
         out: a folder that is made; it appears whole or not at all.
+        weights: an average that the run keeps; None is the newest.
     Raises:
         UserError: no such checkpoint, or transformers has no place for such a model.
     """
-    trained = open_trained(folder, step, "cpu", "fp32")
+    trained = open_trained(folder, step, "cpu", "fp32", weights)
     facts, source = trained.facts, folder.experiment_py.read_text(encoding="utf-8")
     if to == "hf" and (scores_itself(trained.model) or writes_itself(trained.model)):
         problem = f"{facts.label} has no logits from left to right, which transformers needs"
@@ -69,6 +72,7 @@ def export(folder: RunFolder, step: int | None, to: str, fold: bool, out: Path) 
         "out": str(out),
         "run": str(folder.path),
         "step": trained.step,
+        "weights": weights,
         "to": to,
         "folded": is_folded,
         "folds_to": plain if is_folded else None,

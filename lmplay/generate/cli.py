@@ -13,6 +13,7 @@ from typer import Argument, Option
 from lmplay.console import (
     Device,
     Version,
+    Weights,
     harmless,
     note,
     precision_option,
@@ -134,6 +135,7 @@ def main(
         int | None,
         Option(help="Step of the checkpoint; without it, the newest.", min=0, metavar="N"),
     ] = None,
+    weights: Weights = None,
     device: Device = "auto",
     precision: Annotated[
         str | None, precision_option("what the run was trained in, or amp where that is slow")
@@ -200,9 +202,8 @@ def main(
         raise UserError(problem, hint="add --precision bf16, or leave out --compile")
     choose = Sampler(seed, settings.temperature, top_k, top_p)
     keep_memory()
-    trained = open_trained(
-        folder, named_step if step is None else step, settings.device, settings.precision
-    )
+    at_step = named_step if step is None else step
+    trained = open_trained(folder, at_step, settings.device, settings.precision, weights)
     asked_of = trained.device, settings.precision, trained.experiment, trained.config
     refuse_wrong(*asked_of, note, is_trained=False)
     torch.manual_seed(seed)  # for a model that writes by itself
@@ -224,6 +225,7 @@ def main(
                 "schema_version": 1,
                 "run": str(folder.path),
                 "step": trained.step,
+                "weights": weights,
                 "seed": seed,
                 "settings": asdict(settings),
                 "samples": [asdict(sample) for sample in samples],

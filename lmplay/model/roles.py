@@ -34,6 +34,13 @@ def roles_of(experiment: Experiment, config) -> dict[str, str]:
     }
 
 
+def looked_up(experiment: Experiment, config) -> set[str]:
+    """Names of the parameters of which rows are looked up, those of a tied head among them."""
+    model, traces = traced(experiment, config, config.max_len)
+    tables = {number for trace in traces for number in trace.looked_up}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
 def own_groups(model: nn.Module) -> list[dict]:
     """What the model's `parameter_groups` says, with only the parameters that are trained.
 

@@ -16,7 +16,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -34,9 +34,10 @@ FORMAT = 1
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
+_AVERAGES = "averages.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-_FILES = (_MODEL, _OPTIMIZER, _RNG, _STATE)
+_FILES = (_MODEL, _OPTIMIZER, _RNG, _AVERAGES, _STATE)
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})(~[0-9a-f]{8})?")  # ~: replaced by one of its step
 _LEFTOVER = re.compile(r"\.(?:tmp|trash)-step-[0-9]+-([1-9][0-9]{0,8})-[0-9a-f]{8}")
@@ -80,6 +81,7 @@ class Checkpoint:
     optimizer: dict | list[dict]
     rng: dict[str, Tensor]
     state: dict
+    averages: dict[str, Tensor] = field(default_factory=dict)  # ema/NAME is one of NAME
 
 
 class _Damaged(Exception):
@@ -112,7 +114,7 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Pat
         files = {name: _write(temporary / name, *contents[name]) for name in _FILES}
         manifest = _sealed({"format": FORMAT, "step": step, "files": files})
         _write(temporary / _MANIFEST, manifest, [])
-        for name in (_MODEL, _OPTIMIZER, _RNG):
+        for name in (_MODEL, _OPTIMIZER, _RNG, _AVERAGES):
             with safe_open(temporary / name, framework="pt") as file:
                 file.keys()  # what the library cannot read must not take a good one's place
         sync_folder(temporary)
@@ -140,7 +142,7 @@ def newest_checkpoint(folder: RunFolder, note: Callable[[str], None]) -> Checkpo
     candidates = _candidates(parent)
     for step, path in candidates:
         try:
-            return _load(path, step, weights_only=False)
+            return _load(path, step, _FILES)
         except _Damaged as damage:
             aside = parent / f"{_CORRUPT}{path.name}-{secrets.token_hex(4)}"
             try:
@@ -158,21 +160,26 @@ def newest_checkpoint(folder: RunFolder, note: Callable[[str], None]) -> Checkpo
     return None
 
 
-def read_checkpoint(folder: RunFolder, step: int | None, weights_only: bool) -> Checkpoint:
+def read_checkpoint(
+    folder: RunFolder, step: int | None, weights_only: bool, averages: bool = False
+) -> Checkpoint:
     """A checkpoint to generate from or to export; writes nothing, so a live run may own it.
 
     Args:
         step: which one; None is the newest whole one, with a warning if a newer one is damaged.
-        weights_only: `optimizer` and `rng` are left empty, and their files are not looked at.
+        weights_only: `optimizer`, `rng` and `averages` are left empty, and their files are not
+            looked at.
+        averages: these are read all the same.
     Raises:
         UserError: there is none, or what was asked for is damaged (code BAD_CHECKPOINT).
     """
     candidates = _candidates(folder.checkpoints)
     chosen = [(n, path) for n, path in candidates if step in (None, n)]
+    wanted = (_MODEL, _STATE, *((_AVERAGES,) if averages else ())) if weights_only else _FILES
     damages = []
     for number, path in chosen:
         try:
-            checkpoint = _load(path, number, weights_only)
+            checkpoint = _load(path, number, wanted)
         except _Damaged as damage:
             damages.append(f"{path}: {damage}")
             continue
@@ -245,6 +252,7 @@ def restore_rng(state: dict[str, Tensor]) -> None:
 def _contents(checkpoint: Checkpoint) -> dict[str, tuple[bytes, list[Tensor]]]:
     """For each file but the manifest, its first bytes and the tensors that follow them."""
     weights, aliases = without_ties(checkpoint.model)
+    averages, shared = without_ties(checkpoint.averages)
     optimizer_tensors: dict[str, Tensor] = {}
     state = {
         "step": checkpoint.step,
@@ -258,6 +266,7 @@ def _contents(checkpoint: Checkpoint) -> dict[str, tuple[bytes, list[Tensor]]]:
         _MODEL: _safetensors(weights, {"format": "pt", "aliases": json.dumps(aliases)}),
         _OPTIMIZER: _safetensors(optimizer_tensors, {"format": "pt"}),
         _RNG: _safetensors(checkpoint.rng, {"format": "pt"}),
+        _AVERAGES: _safetensors(averages, {"format": "pt", "aliases": json.dumps(shared)}),
         _STATE: (text, []),
     }
 
@@ -479,27 +488,37 @@ def _is_whole(path: Path, step: int) -> bool:
     return True
 
 
-def _load(path: Path, step: int, weights_only: bool) -> Checkpoint:
+def _load(path: Path, step: int, names: tuple[str, ...]) -> Checkpoint:
+    """A checkpoint with what these of its files hold."""
     files = _manifest(path, step)
-    for name in (_MODEL, _STATE) if weights_only else _FILES:
+    for name in names:
         _check(path / name, files[name])
-    weights, metadata = _read_tensors(path / _MODEL)
-    tensors = {} if weights_only else _read_tensors(path / _OPTIMIZER)[0]
-    rng = {} if weights_only else _read_tensors(path / _RNG)[0]
-    try:
-        for name, kept in json.loads(metadata.get("aliases", "{}")).items():
-            weights[name] = weights[kept]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"{_MODEL} has ties that lead nowhere: {error}") from None
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return _read_tied(path / name) if name in names else {}
+
+    weights, averages, rng = (tensors(name) for name in (_MODEL, _AVERAGES, _RNG))
+    moments = tensors(_OPTIMIZER)
     try:
         facts = json.loads(_small_file(path / _STATE, _MAX_JSON))
         own_step, state = facts["step"], _decode(facts["state"], {})
-        optimizer = {} if weights_only else _decode(facts["optimizer"], tensors)
+        optimizer = _decode(facts["optimizer"], moments) if _OPTIMIZER in names else {}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise _Damaged(f"{_STATE} makes no sense: {error!r}") from None
     if own_step != step or not isinstance(state, dict) or not isinstance(optimizer, dict | list):
         raise _Damaged(f"{_STATE} is not that of step {step}")
-    return Checkpoint(step, weights, optimizer, rng, state)
+    return Checkpoint(step, weights, optimizer, rng, state, averages)
+
+
+def _read_tied(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, those that it has under a second name too."""
+    tensors, metadata = _read_tensors(path)
+    try:
+        for name, kept in json.loads(metadata.get("aliases", "{}")).items():
+            tensors[name] = tensors[kept]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise _Damaged(f"{path.name} has ties that lead nowhere: {error}") from None
+    return tensors
 
 
 def _decode(value: object, tensors: dict[str, Tensor]) -> object:

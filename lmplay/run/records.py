@@ -30,6 +30,20 @@ VALIDATION_COLUMNS = (
 Row = dict[str, float | int | None]
 
 
+_OF_AVERAGE = "loss_of_"
+
+
+def average_column(name: str) -> str:
+    """The column of validation.csv with the loss of an average of the weights, such as ema."""
+    return f"{_OF_AVERAGE}{name}"
+
+
+def averages_told(row: Row) -> str:
+    """What a row of validation.csv says of averages, to stand behind its loss: ", ema 4.0213"."""
+    names = [column for column in row if column.startswith(_OF_AVERAGE)]
+    return "".join(f", {name.removeprefix(_OF_AVERAGE)} {row[name]:.4f}" for name in names)
+
+
 class Record:
     """A CSV file that only grows while a run trains; each row is on its way once `write` returns.
 

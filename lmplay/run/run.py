@@ -64,6 +64,11 @@ class Run:
             return no_sync(self.objective)
         return self.accelerator.no_sync(self.objective)
 
+    def reshard(self) -> None:
+        """Drop whole weights that a forward pass has left here: slices have changed since."""
+        if self.fsdp:
+            self.objective.reshard()
+
     def whole_model(self) -> nn.Module:
         """The model itself, or a whole copy on the device; then all processes must take part."""
         if not self.fsdp:

@@ -36,15 +36,18 @@ class Trained:
     autocast: Callable[[], AbstractContextManager]
 
 
-def open_trained(folder: RunFolder, step: int | None, device: str, precision: str) -> Trained:
+def open_trained(
+    folder: RunFolder, step: int | None, device: str, precision: str, weights: str | None = None
+) -> Trained:
     """The model of a run at one of its checkpoints, from the run's own copies.
 
     Args:
         step: which checkpoint; None is the newest.
         device: as `resolve_device` takes it.
         precision: as `resolve_precision` takes it; weights stay fp32 under autocast.
+        weights: an average of them that the run keeps, such as "ema"; None is the newest.
     Raises:
-        UserError: no such checkpoint, or its weights do not fit the run's own source.
+        UserError: no such checkpoint or average, or the weights do not fit the run's own source.
     """
     facts = folder.read()
     if facts.status == "leaked":
@@ -57,8 +60,13 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
     experiment = load_source(folder.experiment_py.read_text(encoding="utf-8"), path, {})
     config = experiment.config(**facts.config)
     model = experiment.model(config)
-    checkpoint = read_checkpoint(folder, step, weights_only=True)
+    if weights is not None:
+        _refuse_unknown(weights, facts)
+    checkpoint = read_checkpoint(folder, step, weights_only=True, averages=weights is not None)
     load_weights(model, checkpoint.model, f"{folder.path} at step {checkpoint.step}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied one once
+            parameter.copy_(checkpoint.averages.get(f"{weights}/{name}", parameter))
     progress = checkpoint.state["progress"]
     set_progress(model, progress)
     file = folder.tokenizer_json if folder.tokenizer_json.is_file() else None
@@ -76,3 +84,10 @@ def open_trained(folder: RunFolder, step: int | None, device: str, precision: st
         progress,
         autocast,
     )
+
+
+def _refuse_unknown(average: str, facts: Facts) -> None:
+    kept = [name for name, span in facts.plan["averages"].items() if span is not None]
+    if average not in kept:
+        known = f"it keeps {', '.join(kept)}" if kept else "train with --set averages.ema=0.02"
+        raise UserError(f"{facts.label} keeps no average {average!r}", hint=known)

@@ -27,6 +27,7 @@ from lmplay.console import (
 from lmplay.disk import write_text
 from lmplay.errors import UserError
 from lmplay.run.design import design_of
+from lmplay.run.records import averages_told
 from lmplay.train.find_lr_cli import print_rates
 from lmplay.train.grid_cli import search_greedily, train_all
 from lmplay.train.listing import (
@@ -86,7 +87,7 @@ def _factors(option: str, text: str | None) -> list[float]:
 
 @app.command()
 @in_panels(
-    Instead_of_training="is_described check write as_json version",
+    Instead_of_training="is_described check find_lr role write as_json version",
     The_run="data validation_data optimizer set_ tokens seed initial_model resume out_dir",
     The_machine="device amp precision gpus shard mini_batch_size compile",
     Many_runs_and_their_verdicts="seeds rates sizes margin baseline budget greedy",
@@ -542,7 +543,7 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     out.print(line, markup=False)  # a path may hold brackets
     per_byte = row["bits_per_byte"]
     told = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
-    out.print(f"validation loss {row['loss']:.4f} nats per token{told}")
+    out.print(f"validation loss {row['loss']:.4f} nats per token{told}{averages_told(row)}")
     note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
 
 

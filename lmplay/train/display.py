@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from lmplay.console import err, harmless
+from lmplay.run.records import averages_told
 from lmplay.train.clock import Clock
 
 LINE_SECONDS = 10  # between two plain lines
@@ -179,7 +180,8 @@ def _scores(row: dict) -> str:
     accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.1%}"
     per_byte = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits per byte"
     error = "" if row["loss_error"] is None else f" ± {row['loss_error']:.1g}"
-    return f"[bold]{row['loss']:.4f}[/bold]{error} nats per token{per_byte}{accuracy}"
+    told = f"{per_byte}{accuracy}{averages_told(row)}"
+    return f"[bold]{row['loss']:.4f}[/bold]{error} nats per token{told}"
 
 
 def as_time(seconds: float) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lmplay.data.batches import Batch, Data
+from lmplay.optim.averages import WeightAverages
 from lmplay.optim.schedules import factor
 from lmplay.run.checkpoint import restore_rng, rng_state
-from lmplay.run.records import Record
+from lmplay.run.records import Record, average_column
 from lmplay.run.run import Run
 from lmplay.train.buffers import Buffers
 from lmplay.train.clock import Clock
@@ -31,6 +32,7 @@ class Session:
     data: Data
     clock: Clock
     update: Update
+    averages: WeightAverages
     curves: Curves
     validations: Record | None  # validation.csv; None on every process but the first
     signals: Signals
@@ -66,6 +68,7 @@ def advance(session: Session) -> None:
         run.step += 1
         run.tokens += batch.num_targets
         run.set_progress(session.clock.at(run.step).progress)
+        session.averages.take(run.progress)
         lr = run.plan.optimizer.lr * of_full
         session.curves.close_step(batch.num_targets, lr, norm, session.update.healthy)
 
@@ -126,7 +129,7 @@ def finish_step(session: Session) -> None:
         refuse_leak(run, session.data, is_last)
         session.show("validating", {"step": run.step})
         with session.update.optimizer.averaged():
-            row = validate(run, session.data, lambda: signals.code is not None)
+            row = validate_all(session)
             if row is not None:
                 if session.validations is not None:
                     session.validations.write(row)
@@ -141,12 +144,31 @@ def finish_step(session: Session) -> None:
             if record is not None:
                 record.sync()
         with session.update.optimizer.averaged():
-            save(run, session.update)
+            save(run, session.update, session.averages)
         session.saved = run.step
         session.show("checkpoint", {"step": run.step})
         session.curves.restart_clock()
     if code:
         raise Stopped(code)
+
+
+def validate_all(session: Session) -> dict | None:
+    """A row of validation.csv: the weights as they are, and the loss of each average of them."""
+    run, signals = session.run, session.signals
+
+    def judged() -> dict | None:
+        return validate(run, session.data, lambda: signals.code is not None)
+
+    row = judged()
+    for name in session.averages.names:
+        if row is None:
+            break
+        with session.averages.applied(name):
+            run.reshard()
+            of_average = judged()
+        run.reshard()
+        row = of_average and row | {average_column(name): of_average["loss"]}
+    return row
 
 
 def show_rows(session: Session, now: bool = False) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from lmplay.data.batches import text_of
 from lmplay.errors import UserError
+from lmplay.optim.averages import WeightAverages
 from lmplay.run.checkpoint import Checkpoint, restore_rng
 from lmplay.run.facts import Facts
 from lmplay.run.fsdp import scatter_optimizer_state
@@ -76,7 +77,7 @@ def continued(now: Facts, earlier: Facts, note: Callable[[str], None]) -> Facts:
     )
 
 
-def take_up(checkpoint: Checkpoint, update: Update) -> None:
+def take_up(checkpoint: Checkpoint, update: Update, averages: WeightAverages) -> None:
     """Make the run of this update what it was when the checkpoint was saved."""
     run = update.run
     load_weights(run.model, checkpoint.model, str(run.folder.path))
@@ -93,6 +94,7 @@ def take_up(checkpoint: Checkpoint, update: Update) -> None:
     run.tokens = checkpoint.state["tokens"]
     run.seconds = checkpoint.state["seconds"]
     run.set_progress(checkpoint.state["progress"])
+    averages.load_state_dict(checkpoint.averages, run.progress)
 
 
 def _sources(datasets: dict[str, dict]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lmplay.errors import BAD_CHECKPOINT, UserError
+from lmplay.optim.averages import WeightAverages
 from lmplay.optim.known import KNOWN
 from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint, without_ties
 from lmplay.run.fsdp import gather_state
@@ -14,7 +15,7 @@ from lmplay.run.run import Run
 from lmplay.train.update import Update
 
 
-def save(run: Run, update: Update) -> None:
+def save(run: Run, update: Update, averages: WeightAverages) -> None:
     """Write a checkpoint of everything that the next step depends on."""
     rng = gathered_rng(run)
     is_main = run.accelerator.is_main_process
@@ -22,6 +23,7 @@ def save(run: Run, update: Update) -> None:
         run.folder.refuse_deleted()
     model = gather_state(run.model.state_dict(keep_vars=True), is_main, "cpu")
     optimizer = gather_state(update.optimizer.state_dict(), is_main, "cpu")
+    averaged = gather_state(averages.state_dict(), is_main, "cpu")
     if is_main:
         checkpoint = Checkpoint(
             step=run.step,
@@ -34,28 +36,31 @@ def save(run: Run, update: Update) -> None:
                 "progress": run.progress,
                 "scaler": update.state(),
             },
+            averages=averaged,
         )
         save_checkpoint(run.folder, checkpoint, run.plan.checkpoints.keep)
     run.accelerator.wait_for_everyone()
 
 
-def checkpoint_bytes(run: Run, update: Update) -> int:
+def checkpoint_bytes(run: Run, update: Update, averages: WeightAverages) -> int:
     """About what a checkpoint takes on the disk, once the optimizer remembers every parameter."""
     weights, _ = without_ties(run.model.state_dict(keep_vars=True))
     moments = 0
     for group in update.optimizer.param_groups:
         most = int(KNOWN[group["optimizer"]].state.split()[-1])  # of "24 to 42"
         moments += most * sum(p.numel() for p in group["params"])
-    return sum(tensor.nbytes for tensor in weights.values()) + moments
+    return sum(tensor.nbytes for tensor in weights.values()) + moments + averages.most_bytes
 
 
-def refuse_full_disk(run: Run, update: Update, note: Callable[[str], None]) -> None:
+def refuse_full_disk(
+    run: Run, update: Update, averages: WeightAverages, note: Callable[[str], None]
+) -> None:
     """Say how large checkpoints will be, before hours are spent that could not be saved.
 
     Raises:
         UserError: there is no room for one (code BAD_CHECKPOINT).
     """
-    size, keep = checkpoint_bytes(run, update), max(2, run.plan.checkpoints.keep)
+    size, keep = checkpoint_bytes(run, update, averages), max(2, run.plan.checkpoints.keep)
     free = shutil.disk_usage(run.folder.path).free
     each = f"a checkpoint takes about {megabytes(size)}"
     if free < size:

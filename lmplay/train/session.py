@@ -16,6 +16,7 @@ from lmplay.errors import UserError
 from lmplay.machine import resolve_device, resolve_precision, slowness
 from lmplay.model.abilities import scores_itself
 from lmplay.model.counts import count, flops_per_token
+from lmplay.optim.averages import averages_of
 from lmplay.optim.joint import optimizer_of
 from lmplay.optim.refusals import refuse_fsdp
 from lmplay.run.accelerator import make_accelerator
@@ -23,7 +24,13 @@ from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.facts import DataFacts, Facts
 from lmplay.run.folder import RunFolder
 from lmplay.run.provenance import machine_facts
-from lmplay.run.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, Record, read_rows
+from lmplay.run.records import (
+    TRAIN_COLUMNS,
+    VALIDATION_COLUMNS,
+    Record,
+    average_column,
+    read_rows,
+)
 from lmplay.run.request import Request
 from lmplay.run.run import Run, load_weights, open_run, rows_at_once
 from lmplay.train.compilation import is_repaid
@@ -81,7 +88,7 @@ def run_experiment(request: Request, display: Display) -> dict:
         reporter = Reporter(run, prepared, facts, display)
         session = _open_session(run, prepared, reporter, stack)
         if is_main:
-            refuse_full_disk(run, session.update, display.note)
+            refuse_full_disk(run, session.update, session.averages, display.note)
         if request.initial and session.saved < 0:
             _begin_from(request, reporter)
         _train(session, reporter)
@@ -239,25 +246,27 @@ def _facts(request: Request, prepared: Prepared, run: Run, precision: str) -> Fa
 def _open_session(run: Run, prepared: Prepared, reporter: Reporter, stack: ExitStack) -> Session:
     """Take up the newest checkpoint, if there is one, and cut the curves back to it."""
     update = Update(run, optimizer_of(run, prepared.clock.num_steps), run.plan.clip)
+    averages = averages_of(run, update.optimizer)
     note, folder, clock = reporter.display.note, run.folder, prepared.clock
     with run.accelerator.main_process_first():  # which holds the lock, and moves damaged ones
         checkpoint = newest_checkpoint(folder, note)
     if checkpoint is not None:
-        take_up(checkpoint, update)
+        take_up(checkpoint, update, averages)
         note(f"going on at step {run.step:,} of {clock.num_steps:,}")
     saved = -1 if checkpoint is None else run.step
     train_csv = validation_csv = None
     validated = -1
     if run.accelerator.is_main_process:
         train_csv = stack.enter_context(Record(folder.train_csv, TRAIN_COLUMNS, saved))
-        validation_csv = Record(folder.validation_csv, VALIDATION_COLUMNS, saved)
+        columns = (*VALIDATION_COLUMNS, *map(average_column, averages.names))
+        validation_csv = Record(folder.validation_csv, columns, saved)
         stack.enter_context(validation_csv)
         rows = read_rows(folder.validation_csv)
         validated = rows[-1]["step"] if rows else -1
     run.warn = reporter.warn
     return Session(
-        run, prepared.data, clock, update, Curves(run, train_csv), validation_csv, Signals(),
-        reporter.show, validated, saved,
+        run, prepared.data, clock, update, averages, Curves(run, train_csv), validation_csv,
+        Signals(), reporter.show, validated, saved,
     )  # fmt: skip
 
 

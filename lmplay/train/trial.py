@@ -3,8 +3,9 @@
 from lmplay.data.batches import Data
 from lmplay.machine import resolve_device, resolve_precision
 from lmplay.model.experiment import Experiment
+from lmplay.optim.averages import WeightAverages
 from lmplay.optim.joint import optimizer_of
-from lmplay.plan import Plan
+from lmplay.plan import Averages, Plan
 from lmplay.run.accelerator import make_accelerator
 from lmplay.run.request import Request
 from lmplay.run.run import open_run, rows_at_once
@@ -33,5 +34,6 @@ def trial_session(
     )
     run.may_shrink = request.mini_batch_size is None
     update = Update(run, optimizer_of(run, clock.num_steps), plan.clip)
+    none = WeightAverages(Averages(), run.model)
     curves = Curves(run, None)
-    return Session(run, data, clock, update, curves, None, Signals(), lambda *_: None, 0, 0)
+    return Session(run, data, clock, update, none, curves, None, Signals(), lambda *_: None, 0, 0)

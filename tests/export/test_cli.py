@@ -2,11 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lmplay.errors import UserError
 from lmplay.export.cli import app
+from lmplay.run.checkpoint import read_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -38,6 +42,7 @@ def test_it_says_what_was_folded_and_how_to_open_it(run_command, tmp_path):
         "out": str(tmp_path / "again"),
         "run": str(tmp_path / "run"),
         "step": 20,
+        "weights": None,
         "to": "hf",
         "folded": True,
         "folds_to": "gpt2ish",
@@ -45,6 +50,19 @@ def test_it_says_what_was_folded_and_how_to_open_it(run_command, tmp_path):
         "class": "LmplayForCausalLM",
         "trust_remote_code": True,
     }
+
+
+def test_an_average_of_the_weights_is_exported_by_its_name(make_run, tmp_path, capsys):
+    folder = make_run("gpt2ish")
+    facts = folder.read()
+    folder.write(replace(facts, plan=facts.plan | {"averages": {"ema": 0.1}}))
+    kept = read_checkpoint(folder, None, weights_only=False)
+    kept.averages = {f"ema/{name}": weight + 1 for name, weight in kept.model.items()}
+    save_checkpoint(folder, kept, keep=9)
+    app([str(folder.path), str(tmp_path / "out"), "--weights", "ema"], standalone_mode=False)
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights and all(torch.equal(weights[name], kept.model[name] + 1) for name in weights)
 
 
 def test_without_folding_every_parameter_is_there(run_command, tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lmplay import machine
 from lmplay.errors import UserError
 from lmplay.generate.cli import app
 from lmplay.model.experiment import load_source
-from lmplay.run.checkpoint import Checkpoint, save_checkpoint
+from lmplay.run.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from lmplay.run.folder import RunFolder
 
 SOURCE = Path(__file__).parents[2] / "experiments" / "gpt2ish.py"
@@ -105,6 +106,7 @@ def test_json_is_one_document_that_tells_all(generator, runs):
         "schema_version": 1,
         "run": str(runs / "quick/gpt2ish/seed-0"),
         "step": 20,
+        "weights": None,
         "seed": 0,
         "settings": {
             "max_tokens": 5,
@@ -119,6 +121,23 @@ def test_json_is_one_document_that_tells_all(generator, runs):
             "compile": False,
         },
     }
+
+
+def test_an_average_of_the_weights_writes_by_its_name(generator, make_run, tmp_path):
+    folder, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", seed=5)
+    facts = folder.read()
+    folder.write(replace(facts, plan=facts.plan | {"averages": {"ema": 0.1, "lawa": None}}))
+    kept, theirs = (read_checkpoint(each, None, weights_only=False) for each in (folder, other))
+    kept.averages = {f"ema/{name}": weight for name, weight in theirs.model.items()}
+    save_checkpoint(folder, kept, keep=9)
+
+    wanted, plain = generator(other.path, "ab", "--json"), generator(folder.path, "ab", "--json")
+    averaged = generator(folder.path, "ab", "--json", "--weights", "ema")
+
+    assert samples(averaged) == samples(wanted) != samples(plain)
+    assert json.loads(averaged.out)["weights"] == "ema"
+    with pytest.raises(UserError, match="keeps no average 'lawa'"):
+        generator(folder.path, "ab", "--weights", "lawa")
 
 
 def test_a_device_that_computes_wrongly_writes_nothing(generator, monkeypatch, capsys):

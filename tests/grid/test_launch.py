@@ -18,6 +18,7 @@ from lmplay.grid import launch as launching
 from lmplay.grid.launch import launch, refuse_missing_gpus
 from lmplay.plan import read_plan
 from lmplay.run import accelerator
+from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
@@ -107,11 +108,13 @@ def rewind(folder, step):
 @pytest.mark.slow
 def test_sharded_processes_go_on_from_one_and_one_goes_on_from_them(place, capfd):
     plain = {"embed_dropout": 0.0, "ff_dropout": 0.0, "num_blocks": 2}
-    changes = [part for key, value in plain.items() for part in ("--set", f"{key}={value}")]
+    averages = {"averages.ema": 0.4, "averages.lawa": 0.5, "averages.tail_ema": 0.2}
+    both = plain | averages
+    changes = [part for key, value in both.items() for part in ("--set", f"{key}={value}")]
 
     def alone(out_dir):
         request = Request(
-            resolve("gpt2ish"), read_plan("words"), plain, plain,
+            resolve("gpt2ish"), read_plan("words", averages), both, plain,
             device="cpu", mini_batch_size=1, out_dir=Path(out_dir),
         )  # fmt: skip
         with Display("alone") as display:
@@ -138,6 +141,13 @@ def test_sharded_processes_go_on_from_one_and_one_goes_on_from_them(place, capfd
     for name in ("train_csv", "validation_csv"):
         rows = [read_rows(getattr(folder, name)) for folder in (one, two)]
         for a, b in zip(*rows, strict=True):
-            for column in ("step", "tokens", "loss", "accuracy"):
+            averaged = [column for column in a if column.startswith("loss_of_")]
+            assert len(averaged) == (3 if name == "validation_csv" else 0)
+            for column in ("step", "tokens", "loss", "accuracy", *averaged):
                 assert a[column] == pytest.approx(b[column], rel=1e-5)
+    kept = [newest_checkpoint(folder, print).averages for folder in (one, two)]
+    assert set(kept[0]) == set(kept[1])
+    for key, value in kept[0].items():
+        if not key.endswith("key.bias"):  # which no softmax sees
+            torch.testing.assert_close(kept[1][key], value, rtol=1e-3, atol=1e-5)
     assert two.samples_md.read_text().count("## step 6") == 2  # before and after the rewinding

@@ -30,7 +30,8 @@ from lmplay.run.checkpoint import (
 )
 from lmplay.run.folder import RunFolder
 
-FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "averages.safetensors"]
+FILES += ["state.json"]
 EVERY_FILE = [*FILES, "manifest.json"]
 
 
@@ -46,7 +47,9 @@ def example(step: int) -> Checkpoint:
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "foreach": None, "amsgrad": False, "params": [0]}
     optimizer = {"state": {0: moments}, "param_groups": [group]}
     rng = {"torch": torch.arange(step % 7 + 1, dtype=torch.uint8)}
-    return Checkpoint(step, model, optimizer, rng, {"tokens": 100 * step, "seconds": 0.1 * step})
+    state = {"tokens": 100 * step, "seconds": 0.1 * step}
+    averages = {"ema/bias": torch.full((3,), -float(step))}
+    return Checkpoint(step, model, optimizer, rng, state, averages)
 
 
 def exact(value: object) -> object:
@@ -69,7 +72,7 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
     ) and all(
         exact(dict(sorted(getattr(one, key).items())))
         == exact(dict(sorted(getattr(other, key).items())))
-        for key in ("model", "rng")
+        for key in ("model", "rng", "averages")
     )
 
 
@@ -463,7 +466,7 @@ def test_a_checkpoint_is_read_by_its_step(tmp_path):
 
 def test_weights_are_read_without_the_rest(tmp_path):
     folder = saved(tmp_path, 1)
-    for name in ("optimizer.safetensors", "rng.safetensors"):
+    for name in ("optimizer.safetensors", "rng.safetensors", "averages.safetensors"):
         (folder.checkpoints / "step-1" / name).unlink()
 
     found = read_checkpoint(folder, None, weights_only=True)
@@ -1069,7 +1072,7 @@ def test_a_linked_checkpoint_is_set_aside_and_what_it_leads_to_stays(tmp_path):
     (folder.checkpoints / "step-2").symlink_to(tmp_path / "elsewhere")
 
     check_falls_back(folder, "symbolic link")
-    assert len(os.listdir(tmp_path / "elsewhere")) == 5
+    assert len(os.listdir(tmp_path / "elsewhere")) == len(EVERY_FILE)
 
 
 def test_a_pipe_in_a_files_place_does_not_hang_the_reader(tmp_path):
