@@ -122,12 +122,16 @@ def write_runs(folder: Path, num_runs: int, num_steps: int) -> None:
             "seconds": (step * 0.01).tolist(),
             "bits_per_byte": (loss / 2).tolist(),
         }
+        values |= {
+            column: [None] * num_steps for column in VALIDATION_COLUMNS if column not in values
+        }
         for path, columns, every in (
             (run.train_csv, TRAIN_COLUMNS, 1),
             (run.validation_csv, VALIDATION_COLUMNS, min(VALIDATE_EVERY, num_steps)),
         ):
             kept = zip(*(values[column][every - 1 :: every] for column in columns), strict=True)
-            lines = [",".join(columns), *(",".join(map(repr, cells)) for cells in kept)]
+            cells = (["" if cell is None else repr(cell) for cell in row] for row in kept)
+            lines = [",".join(columns), *map(",".join, cells)]
             path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
