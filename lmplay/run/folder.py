@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import quote
 
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import LOCKED, UserError, nearest
 from lmplay.run.facts import Facts
-from lmplay.run.labels import value_name
+from lmplay.run.labels import escaped, value_name
 
 RUNS = "runs"
 
@@ -160,11 +159,9 @@ def run_path(
             and 512.0. A list is its items between plus signs; what a file's name cannot hold is
             escaped as in a URL; a name that gets too long ends in a hash.
     """
-    parts = [quote(experiment, safe="+")]  # a stack's name joins its ideas with a plus
-    parts += [f"{quote(key, safe='')}={value_name(changes[key])}" for key in sorted(changes)]
-    return (
-        out_dir / _file_name(quote(plan, safe="+")) / _file_name(",".join(parts)) / f"seed-{seed}"
-    )
+    parts = [escaped(experiment, "+")]  # a stack's name joins its ideas with a plus
+    parts += [f"{escaped(key, '')}={value_name(changes[key])}" for key in sorted(changes)]
+    return out_dir / _file_name(escaped(plan, "+")) / _file_name(",".join(parts)) / f"seed-{seed}"
 
 
 def find_runs(paths: list[Path]) -> list[RunFolder]:

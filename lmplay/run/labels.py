@@ -19,7 +19,7 @@ def label_of(experiment: str, changes: dict[str, object]) -> str:
         changes: dotted key to value, of the plan or of Config.
     """
     parts = [f"{short_key(key)}={value_name(changes[key], _READABLE)}" for key in sorted(changes)]
-    return ",".join([quote(experiment, safe=_READABLE + "+"), *parts])
+    return ",".join([escaped(experiment, safe=_READABLE + "+"), *parts])
 
 
 def short_key(key: str) -> str:
@@ -34,7 +34,7 @@ def short_key(key: str) -> str:
         return short[key]
     if key in short.values() and not has_key(key):
         return f"Config.{key}"
-    return quote(key, safe=_READABLE.replace("=", ""))
+    return escaped(key, safe=_READABLE.replace("=", ""))
 
 
 def value_name(value: object, safe: str = "") -> str:
@@ -54,8 +54,22 @@ def value_name(value: object, safe: str = "") -> str:
     if isinstance(value, float):
         return json.dumps(value).replace("e+", "e")
     if isinstance(value, str) and value and not _is_json(value):
-        return quote(value, safe=safe)
-    return quote(json.dumps(value, sort_keys=True), safe=safe)
+        return escaped(value, safe)
+    return escaped(json.dumps(value, sort_keys=True), safe)
+
+
+def escaped(text: str, safe: str) -> str:
+    """The text with what is not safe written as in a URL, bytes that are no text too.
+
+    Where blanks are safe, for people to read, letters of every script are.
+    """
+    is_read = " " in safe
+    return "".join(
+        letter
+        if is_read and ord(letter) > 127 and letter.isprintable()
+        else quote(letter, safe, errors="surrogateescape")
+        for letter in text
+    )
 
 
 def _is_point(value: object) -> bool:

@@ -216,6 +216,10 @@ def test_another_optimizer_keeps_how_far_the_plan_is_from_the_usual():
     assert replaced(plans_own, "adamw") == plans_own.model_dump(mode="json")
 
 
+def test_what_a_checkpoint_takes_is_known_of_every_optimizer():
+    assert all(known.state.split()[-1].isdecimal() for known in KNOWN.values())
+
+
 def test_an_unknown_one_gets_the_nearest():
     with pytest.raises(UserError) as raised:
         replaced(Optimizer(name="AdamW", lr=1e-3), "Muno")

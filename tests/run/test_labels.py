@@ -1,11 +1,14 @@
 """Two different sets of changes never share a label."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmplay.catalog.entries import entries
 from lmplay.plan import fixed_keys, has_key
+from lmplay.run.folder import run_path
 from lmplay.run.labels import label_of, short_key
 
 CONFIG = sorted({name for entry in entries().values() for name in entry.fields})
@@ -88,3 +91,12 @@ def test_a_label_stays_readable(value, shown):
 
 def test_a_ramp_says_what_is_when():
     assert label_of("ue", {"batch_size": [[0, 16], [0.5, 32]]}) == "ue,batch_size=16@0+32@0.5"
+
+
+def test_a_label_can_be_read_in_any_script_and_a_path_is_ascii():
+    chinese, latin = "\u4e2d\u6587", "caf\udce9"  # the second is bytes that are no text
+
+    assert label_of(chinese, {"name": chinese}) == f"{chinese},name={chinese}"
+    assert label_of(latin, {}) == "caf%E9"
+    path = run_path(Path("runs"), chinese, latin, {"name": chinese}, 0)
+    assert path == Path("runs/%E4%B8%AD%E6%96%87/caf%E9,name=%E4%B8%AD%E6%96%87/seed-0")
