@@ -9,7 +9,7 @@ Idea: parameters that most tokens do not use cost memory, not arithmetic. A rout
     wide as llama's MLP: three quarters of its arithmetic, 17 quarters of its parameters.
     A copy of the reference code weighs by the biased scores, and a summary of the paper has the
     sign turned round. The tokens of each expert are counted over the step, not a micro-batch, and
-    while training only. Their numbers are read by the host, so a compiled graph ends there.
+    while training only. Their numbers are read by the host, for which a GPU waits in each block.
 Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2; Wang et al. 2024, arXiv:2408.15664.
 Changed from llama: Config, Mixture, Block, Model.
 """
