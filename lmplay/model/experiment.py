@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -14,6 +15,12 @@ from torch import nn
 from lmplay.catalog.entry import Entry, read_source
 from lmplay.errors import UserError, nearest
 from lmplay.model.initialization import with_own_streams
+
+_MOST = {  # of sizes that are never 0
+    "width": 1 << 20,
+    "num_heads": 1 << 16,
+    "num_blocks": 1 << 12,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,13 @@ class Experiment:
                 hint = nearest(key, self.fields) + "--describe shows the fields"
                 raise UserError(f"{self.entry.file} has no Config value {key!r}", hint=hint)
         for key, value in values.items():
-            if type(value) is int and value < 0:
+            if type(value) is float and not math.isfinite(value):
+                raise UserError(f"{self.name}: {key}={value} is no finite number")
+            if type(value) is not int:
+                continue
+            if key in _MOST and not 0 < value <= _MOST[key]:
+                raise UserError(f"{self.name}: {key}={value} is not between 1 and {_MOST[key]:,}")
+            if value < 0:
                 raise UserError(f"{self.name}: {key}={value} is below 0", hint="a size is above it")
         try:
             return self.module.Config(**{**self.variant, **values})

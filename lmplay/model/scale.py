@@ -25,7 +25,8 @@ def scale(
     Args:
         vocab_size, end: of the tokenizer: its size, and the token that ends a document.
     Raises:
-        UserError: the plan scales what the baseline does not have, or Config refuses a value.
+        UserError: the plan scales what the baseline does not have, Config refuses a value, or no
+            model can be made with it.
     """
     known = resolve("gpt2ish").fields
     for key in plan.model:
@@ -36,8 +37,19 @@ def scale(
     given = {"vocab_size": vocab_size, "max_len": plan.max_len}
     given |= {"end": end} if "end" in experiment.fields else {}
     config = experiment.config(**shared | experiment.variant | given | changes)
+    _refuse_unmakeable(experiment, config, shared | changes)
     made = dataclasses.asdict(config)
     differs = {
         key: [value, made.get(key)] for key, value in plan.model.items() if made.get(key) != value
     }
     return Scale(config, differs)
+
+
+def _refuse_unmakeable(experiment: Experiment, config: object, values: dict[str, object]) -> None:
+    """Raise a UserError where making the model fails; `values` are those that were asked for."""
+    try:
+        experiment.model(config, device="meta")
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        problem = f"{experiment.name} cannot be made with {given}: {type(error).__name__}: {error}"
+        raise UserError(problem, hint="--describe shows the fields") from error

@@ -69,6 +69,23 @@ def test_a_value_that_config_refuses_is_a_sentence():
         experiment.config(vocab_size=5, width=10, num_heads=3)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("width", -4, "not between 1 and 1,048,576"),
+        ("width", 0, "not between 1 and"),
+        ("num_heads", 0, "not between 1 and"),
+        ("num_blocks", 10**6, "not between 1 and 4,096"),
+        ("max_len", -1, "below 0"),
+        ("ff_dropout", float("nan"), "no finite number"),
+    ],
+)
+def test_a_size_that_is_none_is_a_sentence(key, value, told):
+    experiment = load_experiment(resolve("gpt2ish"))
+    with pytest.raises(UserError, match=f"{key}={value} is {told}"):
+        experiment.config(vocab_size=5, **{key: value})
+
+
 def test_a_seed_fixes_the_weights():
     experiment = load_experiment(resolve("gpt2ish"))
     config = experiment.config(**experiment.tiny)

@@ -42,3 +42,8 @@ def test_what_an_experiment_lacks_is_reported_not_used():
     made = scale(load_experiment(resolve("ue")), plan, 4096, 0, {})
 
     assert made.differs == {"token_std": [0.5, None]}
+
+
+def test_values_that_no_model_can_be_made_with_are_a_sentence():
+    with pytest.raises(UserError, match=r"gpt2ish cannot be made with .*ff_dropout=2: ValueError"):
+        scale(load_experiment(resolve("gpt2ish")), read_plan("quick"), 4096, 0, {"ff_dropout": 2})
