@@ -35,6 +35,7 @@ LIGHT = [
         "run.facts",
         "run.folder",
         "run.labels",
+        "run.lock",
         "run.records",
         "run.request",
         "grid.launch",

@@ -1,20 +1,19 @@
 """A run's folder: where it lies, what its files are called, who holds it."""
 
-import json
 import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 
 from lmplay.disk import make_folder, write_json
-from lmplay.errors import LOCKED, UserError, nearest
+from lmplay.errors import UserError, nearest
 from lmplay.run.facts import Facts
 from lmplay.run.labels import escaped, value_name
+from lmplay.run.lock import hold
 
 RUNS = "runs"
 
@@ -101,51 +100,18 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run, so that no second process trains in it; the folder is made if need be.
-
-        The operating system gives the lock back when its holder dies, however it dies; owner.json
-        only tells others who that is.
+        """Hold the run as `hold` says, so that no second process trains in it.
 
         Raises:
             UserError: a live process holds the run (code LOCKED), or the folder cannot be written.
         """
-        from filelock import FileLock, Timeout
-
         try:
             str(self.path).encode()
         except UnicodeEncodeError:  # which libraries below cannot open
             problem = f"the name {str(self.path)!a} is no UTF-8"
             raise UserError(problem, hint="choose another place with --out-dir") from None
-        lock = FileLock(self.path / "lock")
-        owner = self.path / "owner.json"
-        try:
-            make_folder(self.path)
-            lock.acquire(blocking=False)
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-            owner.write_text(json.dumps(facts) + "\n")
-        except Timeout:
-            raise self._locked(owner) from None
-        except OSError as error:
-            lock.release()
-            hint = "choose another place with --out-dir"
-            raise UserError(f"cannot write to {self.path}: {error.strerror}", hint) from None
-        try:
+        with hold(self.path):
             yield
-        finally:
-            try:
-                owner.unlink(missing_ok=True)  # also where the whole folder was deleted meanwhile
-            finally:
-                lock.release()
-
-    def _locked(self, owner: Path) -> UserError:
-        try:
-            facts = json.loads(owner.read_bytes())
-            pid, host, started = facts["pid"], facts["host"], facts["started"]
-        except (OSError, ValueError, LookupError, TypeError):  # between its lock and its note
-            return UserError(f"another process holds {self.path}", hint="try again", code=LOCKED)
-        problem = f"process {pid} on {host} has held {self.path} since {started}"
-        return UserError(problem, hint=f"wait for it, or stop it: kill {pid}", code=LOCKED)
 
 
 def run_path(

@@ -1,9 +1,5 @@
-import json
 import os
 import random
-import socket
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,22 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmplay.errors import LOCKED, UserError
+from lmplay.errors import UserError
 from lmplay.run.folder import RunFolder, find_runs, resolve_run, run_path
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = SCALARS | st.lists(SCALARS) | st.lists(st.lists(SCALARS))
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1)
 CHANGES = st.dictionaries(KEYS, VALUES, max_size=3)
-
-HOLD = """
-import sys
-from pathlib import Path
-from lmplay.run.folder import RunFolder
-with RunFolder(Path(sys.argv[1])).lock():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -39,19 +26,6 @@ def new_run(make_facts):
         return run
 
     return write
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """A second process that holds the run in `tmp_path / "run"`."""
-    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-    )
-    assert process.stdout.readline() == b"held\n"
-    yield process
-    process.kill()
-    process.communicate()
 
 
 def test_a_runs_folder_is_named_after_what_makes_the_run():
@@ -231,60 +205,6 @@ def test_no_run_at_all_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError) as caught:
         resolve_run(None, tmp_path)
     assert "lmp-trainer" in caught.value.hint
-
-
-def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path, holder):
-    with pytest.raises(UserError) as caught, RunFolder(tmp_path / "run").lock():
-        pytest.fail("two processes hold one run")
-    assert caught.value.code == LOCKED
-    assert str(holder.pid) in caught.value.problem
-    assert socket.gethostname() in caught.value.problem
-    assert str(datetime.now(UTC).year) in caught.value.problem
-
-
-def test_a_killed_process_leaves_a_run_that_can_be_taken_over(tmp_path, holder):
-    holder.kill()
-    holder.wait()
-    run = RunFolder(tmp_path / "run")
-    left = json.loads((run.path / "owner.json").read_text())
-
-    with run.lock():
-        owner = json.loads((run.path / "owner.json").read_text())
-
-    assert (left["pid"], owner["pid"]) == (holder.pid, os.getpid())
-
-
-def test_a_lock_without_a_readable_owner_still_locks(tmp_path):
-    run = RunFolder(tmp_path)
-    with run.lock():
-        for text in ("", "[]", '{"pid": 1}'):
-            (run.path / "owner.json").write_text(text)
-            with pytest.raises(UserError) as caught, run.lock():
-                pytest.fail("two locks on one run")
-            assert caught.value.code == LOCKED
-
-
-def test_the_lock_is_given_back_after_an_error(tmp_path):
-    run = RunFolder(tmp_path)
-    with pytest.raises(ZeroDivisionError), run.lock():
-        raise ZeroDivisionError
-
-    with run.lock():
-        pass
-
-    assert not (run.path / "owner.json").exists()
-
-
-def test_deleting_the_folder_while_it_is_held_is_no_error(tmp_path):
-    run = RunFolder(tmp_path / "run")
-
-    with run.lock():
-        for path in run.path.iterdir():
-            path.unlink()
-        run.path.rmdir()
-
-    with run.lock():
-        pass
 
 
 def test_a_place_that_cannot_hold_a_run_is_an_error_with_a_hint(tmp_path):
