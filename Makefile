@@ -2,6 +2,7 @@
 # make test   install, ruff, the whole test suite
 # make bench  install, measure against other trainers, write bench/results.md: a quarter of an hour
 # make proofs test all changed experiments whole and remember it, so that the suite need not
+# make soak   every fault test at full length; writes docs/reliability.md: an hour or two
 # make check  ruff and the fast tests: before each commit
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 RUNS := runs
 PROMPT := def read_lines(path):
 
-.PHONY: demo test bench check proofs clean
+.PHONY: demo test bench check proofs soak clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +42,9 @@ check:
 
 proofs: .venv/installed
 	LMP_PROVE=1 $(BIN)/pytest -n 2 -m every_experiment
+
+soak: .venv/installed
+	$(BIN)/python tests/faults/soak.py $(SOAK)
 
 clean:
 	rm -rf .venv build dist

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lmplay.fault_points import reach
+
 TEMPORARY = ".tmp-"  # begins the name of what is being written
 
 
@@ -28,10 +30,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
+            reach("file.fsync")
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, temporary)
+        reach("file.rename")
         os.replace(temporary, path)
+        reach("file.published")
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -17,6 +17,7 @@ ORDER += ["export", "stats"]
 LIGHT = [
     *(
         "errors",
+        "fault_points",
         "roots",
         "disk",
         "streams",

@@ -13,6 +13,7 @@ from lmplay.data.shard_format import shard_bytes, shard_header, token_dtype, wri
 from lmplay.data.sources import Document
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import NO_DATA, UserError
+from lmplay.fault_points import reach
 
 VERSION = 2  # of what a prepared folder holds
 INDEX = "index.json"
@@ -120,6 +121,7 @@ class Writer:
 
     def encode(self, documents: list[Document]) -> Encoded:
         """What `add` writes; it changes nothing here, so threads may call it at once."""
+        reach("prepare.encode")
         texts = [document.parts(self._learn_prompt) for document in documents]
         ids = iter(self._tokenizer.encode_batch([text for parts in texts for text, _ in parts]))
         end = np.array([self._tokenizer.end], self._buffer.dtype)
@@ -206,6 +208,7 @@ class Writer:
         self._text_bytes = text_bytes + int(bytes_before[whole])
 
     def _flush(self, complete: bool) -> None:
+        reach("prepare.shard")
         tokens = self._buffer[: self._used]
         mask = self._mask[: self._used] if self._mask is not None else None
         if mask is not None and mask.all():

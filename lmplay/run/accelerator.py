@@ -1,13 +1,21 @@
 """accelerate, as a run uses it: one device or a group of processes, and autocast."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    patch_environment,
+)
 
 from lmplay.errors import UserError
+
+# that processes wait for one another: some prove a model at its size, or compile it, in minutes
+PATIENCE = timedelta(minutes=15)
 
 
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
@@ -31,7 +39,10 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
             cpu=device.type == "cpu",
             mixed_precision="no" if precision == "fp32" else precision,
             # the first process's would take the place of the others' in each forward pass
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     started = os.environ.get("WORLD_SIZE", "1")
     if str(accelerator.num_processes) != started:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lmplay.disk import make_folder, sync_folder
 from lmplay.errors import BAD_CHECKPOINT, UserError
+from lmplay.fault_points import reach
 from lmplay.run.folder import RunFolder
 
 FORMAT = 1
@@ -110,6 +111,7 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Pat
         _remove_leftovers(parent)
         if shutil.disk_usage(parent).free < needed:
             raise OSError("the disk is full")
+        reach("save.folder")
         os.mkdir(temporary)
         files = {name: _write(temporary / name, *contents[name]) for name in _FILES}
         manifest = _sealed({"format": FORMAT, "step": step, "files": files})
@@ -117,8 +119,10 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Pat
         for name in (_MODEL, _OPTIMIZER, _RNG, _AVERAGES):
             with safe_open(temporary / name, framework="pt") as file:
                 file.keys()  # what the library cannot read must not take a good one's place
+        reach("save.whole")
         sync_folder(temporary)
         _publish(temporary, target)
+        reach("save.verify")
         _manifest(target, step)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -352,12 +356,15 @@ def _safetensors(
 def _write(path: Path, head: bytes, tensors: list[Tensor]) -> dict:
     """Write and sync a file; its entry in the manifest, hashed on the way."""
     digest, size = sha256(), 0
+    reach("save.open")
     with open(path, "xb") as file:
         for piece in _pieces(head, tensors):
             file.write(piece)
+            reach("save.write")
             digest.update(piece)
             size += len(piece)
         file.flush()
+        reach("save.fsync")
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -382,7 +389,9 @@ def _publish(temporary: Path, target: Path) -> None:
     if os.path.lexists(target):
         # still read as a checkpoint of this step, should we die before the next line
         os.replace(target, target.with_name(f"{target.name}~{secrets.token_hex(4)}"))
+    reach("save.rename")
     os.replace(temporary, target)
+    reach("save.published")
     sync_folder(target.parent)
 
 
@@ -425,10 +434,12 @@ def _prune(parent: Path, saved: Path, step: int, keep: int) -> None:
     with suppress(OSError):
         trash = [_own(parent, "trash", number) for number, _ in victims]
         for (_, path), gone in zip(victims, trash, strict=True):
+            reach("save.prune")
             os.replace(path, gone)
         if trash:
             sync_folder(parent)
         for gone in trash:
+            reach("save.trash")
             shutil.rmtree(gone, ignore_errors=True)
 
 

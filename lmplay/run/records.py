@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from lmplay.errors import UserError
+from lmplay.fault_points import reach
 
 TRAIN_COLUMNS = (
     "step",
@@ -85,6 +86,7 @@ class Record:
         """
         cells = [_cell(row.get(column)) for column in self.columns]
         self._file.write(",".join(cells) + "\n")
+        reach("row.write")
         self._file.flush()
 
     def sync(self) -> None:

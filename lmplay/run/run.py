@@ -1,9 +1,11 @@
 """An opened run: its model, wrapped once for accelerate, and how far it has come."""
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -126,7 +128,10 @@ def open_run(
     model = experiment.model(config, stream_seed(seed, "weights"), accelerator.device)
     set_progress(model, 0.0)
     freeze(model, plan.freeze)  # before it is wrapped: DDP waits for the gradients it then expects
-    torch.manual_seed(stream_seed(seed, f"dropout/{accelerator.process_index}"))
+    drawn = stream_seed(seed, f"dropout/{accelerator.process_index}")
+    torch.manual_seed(drawn)
+    random.seed(drawn)  # an experiment may draw from it, and a checkpoint holds all generators
+    np.random.seed(drawn % 2**32)
     # in evaluation mode accelerate gives it a device and autocast, but no DDP
     objective = accelerator.prepare_model(Objective(model), evaluation_mode=fsdp)
     parts = apply_fsdp(objective, accelerator.device) if fsdp else [objective]

@@ -26,6 +26,7 @@ from lmplay.console import (
 )
 from lmplay.disk import write_text
 from lmplay.errors import UserError
+from lmplay.fault_points import reach
 from lmplay.run.design import design_of
 from lmplay.run.records import averages_told
 from lmplay.train.find_lr_cli import print_rates
@@ -408,6 +409,7 @@ def main(
         err.quiet = True  # the first process speaks
     what = greedy or ", ".join(entry.name for entry in entries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
+    reach("import")
     note(f"{what} on {resolved.name}: loading torch")
     from dataclasses import replace
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lmplay.data.batches import Batch, Data
+from lmplay.fault_points import reach
 from lmplay.optim.averages import WeightAverages
 from lmplay.optim.schedules import factor
 from lmplay.run.checkpoint import restore_rng, rng_state
@@ -95,6 +96,7 @@ def take_step(session: Session, batch: Batch, of_full: float) -> Tensor | None:
         if session.update.optimizer.needs_curvature:
             estimate_curvature(run, session.update.optimizer, batch, size)
         for part in parts:
+            reach("step.part")
             if session.signals.code is not None and run.world_size == 1:
                 return drop_step(session, rng, buffers)
             with nullcontext() if part is synced else run.no_sync():
@@ -106,8 +108,10 @@ def take_step(session: Session, batch: Batch, of_full: float) -> Tensor | None:
             raise
         return drop_step(session, rng, buffers)
     buffers.add_up()
+    reach("step.update")
     norm = session.update(session.curves.objective, of_full)
     buffers.keep_where(session.update.taken)
+    reach("step.taken")
     return norm
 
 
@@ -144,6 +148,7 @@ def finish_step(session: Session) -> None:
             if record is not None:
                 record.sync()
         with session.update.optimizer.averaged():
+            reach("save.begin")
             save(run, session.update, session.averages)
         session.saved = run.step
         session.show("checkpoint", {"step": run.step})

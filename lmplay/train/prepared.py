@@ -12,6 +12,7 @@ from lmplay.data.batches import Data, open_data
 from lmplay.data.tokenizers import Tokenizer, vocabulary_of
 from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
+from lmplay.fault_points import reach
 from lmplay.memory import keep_memory
 from lmplay.model.experiment import Experiment, load_experiment, load_source
 from lmplay.model.freezing import freeze
@@ -96,6 +97,7 @@ def prove(prepared: Prepared, accelerator: Accelerator, precision: str, display:
     Raises:
         UserError: it does not.
     """
+    reach("prove")
     keep_memory()
     device, experiment = accelerator.device, prepared.experiment
     with accelerator.local_main_process_first():  # which remembers it for the others

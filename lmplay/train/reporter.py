@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lmplay.fault_points import reach
 from lmplay.machine import matmul_rate
 from lmplay.memory import reset_peak_memory
 from lmplay.model.decoding import greedy_text
@@ -77,6 +78,7 @@ class Reporter:
         run, decode = self.run, self.prepared.tokenizer.decode
         num_rows = self.prepared.clock.at(step).first_row
         for name, prompt, truth in self.prepared.data.examples(num_rows):
+            reach("sample")
             with run.accelerator.autocast(), unchanged_rng():
                 said = greedy_text(model, prompt, len(truth), run.config.max_len)
             texts = [decode(ids) for ids in (prompt, truth, said)]

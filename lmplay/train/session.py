@@ -263,6 +263,7 @@ def _open_session(run: Run, prepared: Prepared, reporter: Reporter, stack: ExitS
         stack.enter_context(validation_csv)
         rows = read_rows(folder.validation_csv)
         validated = rows[-1]["step"] if rows else -1
+    validated = broadcast_object_list([validated])[0]  # else the others validate by themselves
     run.warn = reporter.warn
     return Session(
         run, prepared.data, clock, update, averages, Curves(run, train_csv), validation_csv,

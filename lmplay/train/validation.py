@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmplay.data.batches import Data
+from lmplay.fault_points import reach
 from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.run import Run
 from lmplay.train.scoring import score
@@ -27,6 +28,7 @@ def validate(run: Run, data: Data, stopping: Callable[[], bool] = lambda: False)
         with unchanged_rng():
             torch.manual_seed(0)  # a likelihood that draws numbers draws the same ones each time
             for batch in data.validation_batches(size * run.world_size):
+                reach("validate.part")
                 if run.world_size == 1 and stopping():
                     return None
                 num_targets += batch.num_targets

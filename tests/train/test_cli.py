@@ -325,33 +325,6 @@ def test_a_conflict_exits_with_2_shows_both_hunks_and_writes_the_markers(place):
     assert "<<<<<<< relu" in (place / "both.py").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_saves_and_the_same_command_goes_on(place, number, code):
-    args = ["--plan", "words.json", "--tokens", str(4000 * 128)]
-    curve = place / "runs/words/gpt2ish,tokens=512000/seed-0/train.csv"
-    process = subprocess.Popen(
-        command(*args),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores SIGHUP
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (curve.exists() and len(read_rows(curve)) > 3):
-        time.sleep(0.05)  # until it trains
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=400)
-    saved = json.loads((curve.parent / "run.json").read_text())
-    steps = [path.name for path in (curve.parent / "checkpoints").glob("step-*")]
-
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr and "goes on from here" in stderr
-    assert saved["status"] == "stopped"
-    assert f"step-{len(read_rows(curve))}" in steps
-
-
 def test_a_process_of_a_group_ends_with_its_output_and_its_own_code(place):
     env = os.environ | {"RANK": "0"}
 

@@ -144,21 +144,6 @@ def test_the_same_request_again_has_nothing_left_to_do(place):
     assert again == first and "finished" in display.notes[-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", range(NUM_STEPS))
-def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(place, monkeypatch, step):
-    uninterrupted = folder_of(run("a"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, step, parts=1 + step % 3)
-        with pytest.raises(Stopped) as stopped:
-            run("b")
-    folder = RunFolder(Path("b/words/gpt2ish/seed-0"))
-
-    assert stopped.value.code == 130 and folder.read().status == "stopped"
-    assert trained_state(folder)[0] in (step, step + 1)
-    assert_equal_runs(folder_of(run("b")), uninterrupted)
-
-
 @pytest.mark.parametrize("optimizer", ["Sophia", "DeMo", "KMaxwell"])
 def test_optimizers_that_the_loop_knows_of_go_on_as_if_never_stopped(place, monkeypatch, optimizer):
     changes = {"optimizer": {"name": optimizer, "lr": 0.01, "options": {"momentum_warmup": 0.5}}}
@@ -170,16 +155,6 @@ def test_optimizers_that_the_loop_knows_of_go_on_as_if_never_stopped(place, monk
         run("b", changes=changes)
 
     assert_equal_runs(folder_of(run("b", changes=changes)), uninterrupted)
-
-
-def test_three_stops_in_one_run_change_nothing(place, monkeypatch):
-    uninterrupted = folder_of(run("a"))
-    for _ in range(3):
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_after(patch, 2)
-            run("b")
-
-    assert_equal_runs(folder_of(run("b")), uninterrupted)
 
 
 def test_the_clock_and_the_scaler_go_on_where_the_run_stopped(place, monkeypatch):
