@@ -29,7 +29,7 @@ VARIANTS = {
 TINY = {
     "vocab_size": 61,
     "max_len": 16,
-    "num_blocks": 1,
+    "num_blocks": 2,
     "width": 16,
     "chunk": 3,
     "window_chunks": 3,

@@ -30,7 +30,7 @@ VARIANTS = {
 TINY = {
     "vocab_size": 61,
     "max_len": 16,
-    "num_blocks": 3,
+    "num_blocks": 2,
     "width": 16,
     "num_heads": 2,
     "num_vectors": 2,

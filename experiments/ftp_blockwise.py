@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # F hidden width, V vocabulary, K positions of a block, J blocks, P blocks of all rows in a line
 
 VARIANTS = {}
-TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 4, "width": 16, "num_heads": 2, "patch": 3}
+TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2, "patch": 3}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 Idea: heads of attention recall exactly, a scan sums up; both read the same input, are normed and
     averaged. Learned meta tokens before every text take over what attention sinks into and are the
-    scan's first memory. Three layers see all (two where there are fewer than six), the
-    others a window and the meta tokens; of these, neighbours in pairs share keys and values.
+    scan's first memory. Every third layer sees all (in the paper the first, the middle and the
+    last one), the others a window and the meta tokens; pairs of these share keys and values.
     The scan is Mamba-1: each number of state fades at a rate of its own, so that no product of
     matrices does the work, only a loop over the places in a chunk and one over chunks. It is the
     slowest of the scans without a kernel; the backward pass runs it again, to spare memory. Its
@@ -16,6 +16,7 @@ Changed from llama: Config, ShortConvolution, scan_step, scan_chunks, Mamba, Att
     Block, Model.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,11 @@ VARIANTS = {}
 TINY = {
     "vocab_size": 61,
     "max_len": 16,
-    "num_blocks": 4,
-    "width": 18,
-    "num_heads": 3,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "heads_per_group": 2,
+    "kinds": "ws",
     "num_meta": 2,
     "window": 5,
     "state_size": 3,
@@ -53,6 +56,7 @@ class Config:
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
     heads_per_group: int = 3  # that share keys and values
+    kinds: str = "aws"  # of layers, in turn: a sees all, w a window, s with the one's before it
     num_meta: int = 16  # learned tokens before each text
     window: int = 128  # positions that most layers see, their own included
     state_size: int = 8  # numbers of state for each channel
@@ -66,18 +70,10 @@ class Config:
             raise ValueError(
                 f"heads_per_group={self.heads_per_group} does not divide {self.num_heads} heads"
             )
+        if not re.fullmatch("(a|ws*)+", self.kinds):
+            raise ValueError(f"kinds={self.kinds!r} is made of a, w, and s behind a w")
         if min(self.window, self.state_size, self.conv_width, self.chunk) < 1:
             raise ValueError("window, state_size, conv_width and chunk start at 1")
-
-    @property
-    def kinds(self) -> str:
-        """Of each layer: a sees all, w a window, s that with keys and values of the one before."""
-        last = self.num_blocks - 1
-        see_all = {0, self.num_blocks // 2, last} if last > 4 else {0, last}
-        kinds = ""
-        for index in range(self.num_blocks):
-            kinds += "a" if index in see_all else "s" if kinds[-1] == "w" else "w"
-        return kinds
 
     @property
     def head_width(self) -> int:
@@ -375,7 +371,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.index = index
-        self.kind = config.kinds[index]
+        self.kind = config.kinds[index % len(config.kinds)]
         self.mixer_norm = RMSNorm(config.width, config.norm_eps)
         self.mixer = Mixer(config, self.kind)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
