@@ -48,6 +48,8 @@ class Config:
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} is below 1: a position sees itself")
 
     @property
     def head_width(self) -> int:
