@@ -93,7 +93,7 @@ class RunFolder:
         with suppress(OSError):
             names = os.listdir(self.path)
             if set(names) <= _BEFORE_A_RUN:
-                for name in names:
+                for name in sorted(names, key="owner.json".__eq__):  # that last: it is the claim
                     os.unlink(self.path / name)
                 for folder in (self.path, *self.path.parents[:2]):
                     folder.rmdir()
