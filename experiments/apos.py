@@ -7,6 +7,7 @@ Idea: beside what a key says, where it stands may matter, and to some queries mo
     has them in the last two blocks only. Scores are made in plain sight, not by a fused kernel, so
     memory grows with T^2. In generation a query keeps its distances; the original drops them there.
 Source: Jeff Ward, jmward01/lmplay.
+Family: positions.
 Changed from gpt2ish: Config, Attention, Block.
 """
 

@@ -8,6 +8,7 @@ Idea: a softmax must put its weight somewhere, so heads with nothing to find put
     appended there would be one more for each token.
 Source: OpenAI 2025, arXiv:2508.10925 (gpt-oss), section 2.2; Xiao et al. 2023, arXiv:2309.17453,
     names the sinks; Miller 2023, Attention Is Off By One, has the fixed score.
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

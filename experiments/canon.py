@@ -7,6 +7,7 @@ Idea: tokens hand something to their neighbours at every layer, for four numbers
     stream itself, without a norm, and adds its input twice in the form that it has now.
     Generation keeps the last three inputs of each.
 Source: Allen-Zhu 2025, Physics of Language Models: Part 4.1, SSRN 5240330, section 4.
+Family: mixing.
 Changed from llama: Config, Canon, Block.
 """
 

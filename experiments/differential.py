@@ -6,6 +6,7 @@ Idea: a softmax gives some weight to everything; two of them, from halves of eac
     near 0.8 - 0.6 exp(-0.3 n), n the layer. As many heads as before, with values of width D: the
     paper halves the heads instead. BlaGPT's has no norm of queries and keys, and ignores rope_base.
 Source: Ye et al. 2024, arXiv:2410.05258, section 2.1.
+Family: attention.
 Changed from llama: Config, Attention, Block, Model.
 """
 

@@ -5,6 +5,7 @@ Idea: the first version needs a norm that divides by what may be tiny. Here each
     decides, and nothing is normed. The share starts at one half. The matrix of the queries doubles;
     what generation keeps does not.
 Source: Ye, Dong, Sun and Wei 2026, Differential Transformer V2, Microsoft (blog, 20 January).
+Family: attention.
 Changed from llama: Attention.
 """
 

@@ -6,6 +6,7 @@ Idea: pairs of a segment's length and a stride: within a segment a head sees the
     exact, causal and cached. Segments double from an eighth of max_len, strides are 1, 2, 4, 6.
     BlaGPT never puts the gathered tokens back to their places, so its version sees the future.
 Source: Ding et al. 2023, arXiv:2307.02486 (LongNet), sections 2.2 and 2.3.
+Family: attention.
 Changed from llama: dilated, Attention.
 """
 

@@ -7,6 +7,7 @@ Idea: what a trained norm does to its inputs looks like an S; tanh(alpha x), wit
     Alpha starts at 1 before attention and at 0.5 elsewhere.
 Source: Zhu et al. 2025, arXiv:2503.10622, sections 4 and 7; appendix for language models. Verma
     2026, arXiv:2604.23434, finds it worse than norms where there is much data.
+Family: norms.
 Changed from llama: Config, DynamicTanh, Block, Model, RMSNorm.
 """
 

@@ -6,6 +6,7 @@ Idea: a query that knows what it looks for should see little else, one that gath
     it is learned as its logarithm, so that it can neither reach zero nor turn negative, as it can
     in the original. Only foc1_1 folds: a constant divisor goes into the query's weights.
 Source: Jeff Ward, jmward01/lmplay.
+Family: attention.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, PredictedFocus, ConstantFocus, Attention.
 """

@@ -7,6 +7,7 @@ Idea: a forget gate, as recurrent networks have it, multiplies the weight of all
     The paper's model has no rotary positions: that is forgetting+no_positions. Gates start at one
     half; forgetting_slow starts near plain attention.
 Source: Lin et al. 2025, arXiv:2503.02130, section 3.
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

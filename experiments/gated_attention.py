@@ -6,6 +6,7 @@ Idea: values are averaged and then mapped again, two linear maps in a row; a gat
     It reads the normed input, not the stream and not what attention found. Without a bias, as all
     of llama's layers: it starts at one half.
 Source: Qiu et al. 2025, arXiv:2505.06708, section 2 (their position G1, the best of five).
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

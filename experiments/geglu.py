@@ -3,6 +3,7 @@
 Idea: the family of gated layers that SwiGLU is one of. glu has the sigmoid of the first gated
     layers, reglu the rectifier, bilinear none at all: a product of two linear maps.
 Source: Shazeer 2020, arXiv:2002.05202, section 2.
+Family: mlp.
 Changed from llama: Config, MLP.
 """
 

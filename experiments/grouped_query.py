@@ -5,6 +5,7 @@ Idea: what generation keeps of each token shrinks by the number of heads that sh
     repeated head by head, never as a whole.
 Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.2; one group for all is Shazeer 2019,
     arXiv:1911.02150 (multi_query).
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

@@ -13,6 +13,7 @@ Idea: a router begins a chunk where neighbouring bytes' vectors turn away from o
     GPU's host waits for, and FLOPs are counted for the length aimed at.
     A well-known copy is a plain stack that throws the router's answer away.
 Source: Hwang, Wang and Gu 2025, arXiv:2507.07955, sections 2 and 3; goombalab/hnet.
+Family: patches.
 Changed from llama: Config, Attention, Block, Router, smoothed, Model.
 """
 

@@ -7,6 +7,7 @@ Idea: neighbouring positions are pooled into groups of K, most blocks run over t
     positions see the future (its mask was taken from the wrong corner, and each position saw four
     times as far as it stands).
 Source: Nawrot et al. 2021, arXiv:2110.13711, section 2; authors' code in google/trax.
+Family: patches.
 Changed from llama: Config, Model.
 """
 

@@ -11,6 +11,7 @@ Idea: a state of D x D numbers a head maps keys to values. Each position first l
     A well-known copy has neither the norm nor the gate behind the state, and starts every channel
     by halving its memory at each step.
 Source: Kimi Team 2025, arXiv:2510.26692, sections 3 and 4; Yang et al. 2024, arXiv:2412.06464.
+Family: mixing.
 Changed from llama: Config, Attention, ShortConvolution, delta_step, delta_chunks, DeltaAttention,
     Block, Model.
 """

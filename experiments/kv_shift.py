@@ -6,6 +6,7 @@ Idea: to copy what followed an earlier occurrence, a model needs a head that wri
     shifted, before positions turn the keys. Numbers start uniform in (0, 1) and at 1 minus that.
     Generation keeps the last raw key and value beside the cache.
 Source: Xu et al. 2024, arXiv:2411.19574, section 3.3.
+Family: attention.
 Changed from llama: Shift, Attention.
 """
 

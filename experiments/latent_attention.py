@@ -7,6 +7,7 @@ Idea: generation keeps that vector (four heads wide, normed) and one turned key 
     of the values behind the average. Queries are not squeezed, as in the small DeepSeek models.
     BlaGPT turns the keys that it makes from the vector: then nothing is saved in generation.
 Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+Family: attention.
 Changed from llama: Config, Attention, Model.
 """
 

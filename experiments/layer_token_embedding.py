@@ -7,6 +7,7 @@ Idea: what a token means at each depth, for the price of a look-up: the stream g
     result and mixes the table's row with a projection of the token table.
 Source: Gemma 3n (Google 2025, model code: per-layer embeddings); the form is BlaGPT's (Golge 2024,
     github.com/erogol/BlaGPT).
+Family: memory.
 Changed from llama: Config, LayerTable, Model.
 """
 

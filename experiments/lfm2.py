@@ -8,6 +8,7 @@ Idea: most of what a layer mixes lies a few tokens back, and a convolution over 
     lfm2_released has the base of rotation and the tied table of the release, whose heads also share
     keys and values. A well-known copy trains on targets that are shifted twice.
 Source: Amini et al. 2025, LFM2 Technical Report, arXiv:2511.23404, and the code in transformers.
+Family: mixing.
 Changed from llama: Config, Attention, ShortConvolution, Block, Model.
 """
 

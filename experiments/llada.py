@@ -12,6 +12,7 @@ Idea: the baseline without its causal mask reads a row in which a share of the t
     scored, as everywhere. The authors' rows of random length, one in a hundred, are left out.
     A well-known copy divides by the number of masked tokens, which doubles the bound.
 Source: Nie et al. 2025, arXiv:2502.09992, section 2 and appendix; ML-GSAI/LLaDA.
+Family: diffusion.
 Changed from llama: Config, Attention, Block, noise_of, stirred, Model.
 """
 

@@ -9,6 +9,8 @@ Idea: what most open models have settled on since GPT-2. Positions turn queries 
     The variant noam_wide3 is the model that won LauzHack 2024 (train SlimPajama-6B for three hours
     on one A100), with the plan noam: the table is tied there. That winner turned adjacent pairs,
     which is the same up to the order of the rows of two matrices.
+    rope_base_1m turns slowly, which is for longer texts than the usual 1,024 tokens (Xiong et al.
+    2023, arXiv:2309.16039).
     Bodies that do nothing yet (loss_terms, at, after_step, parameter_groups) are where ideas insert
     their lines.
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Su et al. 2021, arXiv:2104.09864 (RoPE);
@@ -35,6 +37,7 @@ VARIANTS = {
         "tied": True,
     },
     "llama_tied": {"tied": True},
+    "rope_base_1m": {"rope_base": 1e6},
 }
 TINY = {"vocab_size": 61, "max_len": 16, "num_blocks": 2, "width": 16, "num_heads": 2}
 

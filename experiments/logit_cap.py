@@ -5,6 +5,7 @@ Idea: a loss can always be lowered by growing the logits of what is already know
     generation see the same numbers; BlaGPT caps in training and samples without.
 Source: Gemma Team 2024, arXiv:2408.00118, section 2 (30 for the head); logit_cap_15 is the value of
     the GPT speed-run.
+Family: outputs.
 Changed from llama: Config, CappedLinear, Model.
 """
 

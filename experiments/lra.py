@@ -9,6 +9,7 @@ Idea: where x + y keeps all that was ever written, alpha x + beta y lets the mod
     the whole stream is nothing but for eps. That moves what a norm gives by a share of at most
     |1 - s^2| eps / (2 v), v the variance that it meets and s the product of the alphas so far.
 Source: Jeff Ward, jmward01/lmplay.
+Family: residual.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, LearnedAdd, Add, FoldableBlocks, Block, Model.
 """

@@ -5,6 +5,7 @@ Idea: the simplest unit that learns its own shape, for the parameters of a gated
     equal.
 Source: Goodfellow et al. 2013, arXiv:1302.4389, section 3; Negout is BlaGPT's
     (Golge, github.com/erogol/BlaGPT).
+Family: mlp.
 Changed from llama: Config, MLP.
 """
 

@@ -10,6 +10,7 @@ Idea: most of the compute is spent once for every K positions. The global model 
     A well-known copy predicts a first token from nothing, drops one of each row, and has no
     positions at all.
 Source: Yu et al. 2023, arXiv:2305.07185, section 2.
+Family: patches.
 Changed from llama: Config, PatchMemory, Model.
 """
 

@@ -7,6 +7,7 @@ Idea: a state that must also tell the token after next holds more of where the t
     The paper takes the further blocks out of the trunk; here they come on top, so that what is left
     is llama itself. BlaGPT has a matrix for each head and no block, and reports the mean over all.
 Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2.
+Family: outputs.
 Folds to: llama.
 Changed from llama: Config, Ahead, Model.
 """

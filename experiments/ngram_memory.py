@@ -8,6 +8,7 @@ Idea: what usually follows three given words need not be computed. Their ids are
     hash in eight ways, and its initialiser fills the table again.
 Source: DeepSeek-AI 2026, arXiv:2601.07372 (Engram); the form is BlaGPT's smallest (Golge,
     github.com/erogol/BlaGPT).
+Family: memory.
 Changed from llama: Config, prime_from, NgramTable, Model.
 """
 

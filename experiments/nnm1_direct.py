@@ -6,6 +6,7 @@ Idea: attention looks for what the text says; what the model knows has no place 
     each head. It is what nnm1 folds to, and its control: there networks make the keys and the
     values, here they are trained as they are.
 Source: Jeff Ward, jmward01/lmplay.
+Family: memory.
 Changed from gpt2ish: Config, Memory, Recall, MemoryBlock, Model.
 """
 

@@ -6,6 +6,7 @@ Idea: a linear layer is one map for every input; looking things up in a bank of 
     make the keys and the values of the memory, here they are trained as they are.
     As in the original, dropout follows every such layer, and so falls twice where gpt2ish has it.
 Source: Jeff Ward, jmward01/lmplay.
+Family: memory.
 Changed from gpt2ish: Config, Memory, MemoryLinear, Attention, MLP, Block, Model.
 """
 

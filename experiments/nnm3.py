@@ -7,6 +7,7 @@ Idea: a linear layer is one map for every input; a token that needs something pa
     alone. nnm3_1 has 64 cells, not 20 as the original's description says; nnm3_3 has them at query,
     key and value, as its values say. All of it is kept after training.
 Source: Jeff Ward, jmward01/lmplay.
+Family: memory.
 Changed from gpt2ish: Config, CellLookup, CellLinear, linear, Attention, MLP.
 """
 

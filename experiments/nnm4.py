@@ -8,6 +8,7 @@ Idea: attention carries what the text says; what the model knows could have a pl
     layers are only a long way to write an MLP. In the original a group may have any number of B,
     and dropout in lookup blocks is 0.1 whatever is asked.
 Source: Jeff Ward, jmward01/lmplay.
+Family: memory.
 Changed from gpt2ish: Config, Lookup, LookupBlock, run, Model.
 """
 

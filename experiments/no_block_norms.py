@@ -5,6 +5,7 @@ Idea: the control for uw6 and its relatives, whose blocks have no norms, and wha
     before the head stays. The variants are the controls for uw6_3, whose blocks have no biases
     either, and for uw6_6, which has no norm at all.
 Source: Jeff Ward, jmward01/lmplay.
+Family: norms.
 Changed from gpt2ish: Config, Attention, MLP, Block, Model.
 """
 

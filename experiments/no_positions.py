@@ -3,6 +3,7 @@
 Idea: a causal model can count what it attends to, so it can find positions by itself; what it then
     learns is not tied to the lengths it saw.
 Source: Kazemnejad et al. 2023, arXiv:2305.19466; Haviv et al. 2022, arXiv:2203.16634.
+Family: positions.
 Changed from llama: Config, Attention, Block, Model, rotate, rotary.
 """
 

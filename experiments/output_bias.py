@@ -4,6 +4,7 @@ Idea: a table of pairs of tokens, of the head's rank, beside the network: what u
     very token. It starts at zero, so the model starts as llama. It acts in generation as well:
     BlaGPT adds it only where targets are given, and so samples from another model.
 Source: an option of BlaGPT (Golge 2024, github.com/erogol/BlaGPT, per-token output bias).
+Family: outputs.
 Changed from llama: Model.
 """
 

@@ -3,6 +3,7 @@
 Idea: half the depth in sequence, one norm fewer; the MLP no longer sees what attention of its own
     block found. One norm for both, as in PaLM.
 Source: Chowdhery et al. 2022, arXiv:2204.02311, section 2; first in GPT-J (Wang and Komatsuzaki).
+Family: residual.
 Changed from llama: Block.
 """
 

@@ -6,6 +6,7 @@ Idea: products of inputs to the third order from one layer, which the norms keep
     square, sqrt(F) = 55 times as much, multiplies the constant by zero, and gives its rival half as
     many parameters again.
 Source: Zhuo et al. 2024, arXiv:2411.03884, section 3.
+Family: mlp.
 Changed from llama: Config, PolyNorm, MLP.
 """
 

@@ -4,6 +4,7 @@ Idea: ReLU and squared ReLU are two of its settings; the layer finds its own mix
     power. Two layers, four widths, as many parameters as the gated layer that it replaces. Powers
     are taken in fp32, and nothing norms them. In BlaGPT the constant is dead.
 Source: Zhuo et al. 2024, arXiv:2411.03884, section 3.
+Family: mlp.
 Changed from llama: Config, PolyReLU, MLP.
 """
 

@@ -7,6 +7,7 @@ Idea: a score is a product of two vectors whose lengths training can grow withou
     The statistics are taken in fp32: BlaGPT squares in bf16 there, with an eps of 1e-8.
 Source: Henry et al. 2020, arXiv:2010.04245; the form with gains is Dehghani et al. 2023,
     arXiv:2302.05442, section 3.2, with RMSNorm for LayerNorm.
+Family: attention.
 Changed from llama: Attention.
 """
 

@@ -4,6 +4,7 @@ Idea: a constant query or key lets a head weigh positions whatever their content
     helps with lengths not trained on. Turned by RoPE, the bias of the keys is no constant of a
     row's scores, so it does act. They start at zero.
 Source: Qwen Team 2024, arXiv:2407.10671, section 2.2.
+Family: attention.
 Changed from llama: linear, Attention.
 """
 

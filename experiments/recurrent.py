@@ -6,6 +6,7 @@ Idea: none but the way of running, a place to start from with models that do hav
     flowing through them. So it learns what gpt2ish learns, only far slower, in T small steps and
     with memory that grows with T^2. A model of your own changes State, or what `step` does with it.
 Source: Jeff Ward, jmward01/lmplay.
+Family: mixing.
 Changed from gpt2ish: State, Model.
 """
 

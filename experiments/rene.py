@@ -9,6 +9,7 @@ Idea: a stack of single layers, each a Mamba-2 scan, attention in a window, or a
     above it; the release has 2,048.
 Source: Cartesia 2024, Rene-v0.1 (a release without a paper); Dao and Gu 2024, arXiv:2405.21060,
     section 6 (Mamba-2). Proportions are those of a public copy; the release's list was not read.
+Family: mixing.
 Changed from llama: Config, rotary, rotate, ShortConvolution, scan_step, scan_chunks, Mamba,
     Attention, MLP, Block, Layer, Model.
 """

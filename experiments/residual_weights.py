@@ -5,6 +5,7 @@ Idea: a layer may fade what came before instead of only adding to it. One number
     them no decay (they are vectors).
 Source: an option of BlaGPT (Golge 2024, github.com/erogol/BlaGPT), which weighs the stream where
     Bachlechner et al. 2020, arXiv:2003.04887 (ReZero), weigh the layer.
+Family: residual.
 Changed from llama: Block.
 """
 

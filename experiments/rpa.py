@@ -14,6 +14,7 @@ Idea: a token need not look at all others. On level 0 it sees the last few token
     all that came before. Each position reads dozens of elements, each row of a batch costs that
     much memory. rpa_ue has the names with unified embeddings.
 Source: Jeff Ward, jmward01/lmplay (its history, March to November 2025).
+Family: attention.
 Changed from gpt2ish: Config, Utility, Ranking, Direct, Level, Attention, Block, Model.
 """
 

@@ -12,6 +12,7 @@ Idea: a state of D x D numbers a head, for any length of text. At each position 
     A well-known copy is of a draft of October 2024, with other mixes, no residual of values and no
     shift in the MLP.
 Source: Peng et al. 2025, arXiv:2503.14456, sections 3 and 4 and appendix; BlinkDL/RWKV-LM, x070.
+Family: mixing.
 Changed from llama: Config, orthogonal, Shift, state_step, state_chunks, LowRank, TimeMix, MLP,
     Block, Model, linear, RMSNorm, rotary, rotate, Attention.
 """

@@ -6,6 +6,7 @@ Idea: ue keeps the rows of the table in fashion, uw1 moves many weights by few n
     As in uw1, Config can add multipliers of the columns and offsets of both; the original has them
     on today, but had none of them when it was run. sac1_0_1 has wide rows twice as wide.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from uw1: Config, UnifiedEmbedding, Model.
 """

@@ -4,6 +4,7 @@ Idea: sac1 with the layers of uw2_1: the table is made by a network of wide rows
     its two layers, of those in the blocks and of the head all come from one shared network. Do the
     two gains add up, and do tokens and blocks have anything in common that a bias can hold?
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from uw2: Config, SharedBiasLinear, UnifiedEmbedding, Model.
 """

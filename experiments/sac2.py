@@ -8,6 +8,7 @@ Idea: ue keeps the rows of the table in fashion; uw6 lets networks, shared by la
     columns are predicted. The blocks have no norms: `no_block_norms` is the control. After training
     each layer is multiplied out.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: no_block_norms.
 Changed from uw6: Config, SharedNets, PredictedLinear, layer_of, Attention, MLP, UnifiedEmbedding,
     Model.

@@ -5,6 +5,7 @@ Idea: a pre-norm bounds what a layer reads and nothing bounds what it writes. Wi
     (sandwich_norm_1), the first layer buries a token table of spread 0.02 by fifty times. Not to be
     combined with a zero start: the norm of a zero vector has a slope of 1 / sqrt(eps).
 Source: Gemma Team 2024, arXiv:2408.00118, section 2; Ding et al. 2021, arXiv:2105.13290, section 2.
+Family: norms.
 Changed from llama: Config, Block.
 """
 

@@ -4,6 +4,7 @@ Idea: scores that run off make attention look at one token only, and nothing pul
     before the mask, they cannot. After the mask the bend would show what is hidden. It holds T x T
     scores for each head; later models norm queries and keys instead.
 Source: Gemma Team 2024, arXiv:2408.00118, section 2 (50 for the scores).
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

@@ -5,6 +5,7 @@ Idea: depth without parameters: neighbouring blocks do similar things, so one se
     many blocks are there. Each place has a memory of its own in generation.
 Source: Liu et al. 2024, arXiv:2402.14905 (MobileLLM), section 2.2.3; Lan et al. 2019,
     arXiv:1909.11942 (ALBERT) shares all of them.
+Family: residual.
 Changed from llama: Config, Model.
 """
 

@@ -5,6 +5,7 @@ Idea: the score of two positions is then a sum of products, each times the cosin
     and keys are projected to D / 2 channels at once, and scaled for that many: BlaGPT projects to D
     and throws half away.
 Source: a post by S. Zhai, December 2025, after BlaGPT (Golge, github.com/erogol/BlaGPT).
+Family: positions.
 Changed from llama: rotary, rotate, Attention.
 """
 

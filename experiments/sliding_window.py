@@ -4,6 +4,7 @@ Idea: what is near needs many layers and what is far a few. Attention over a win
     W positions instead of T; the blocks between pass on what lies further back.
 Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1; alternating with full attention as in
     Gemma Team 2024, arXiv:2408.00118 (every second block) and 2025, arXiv:2503.19786 (every sixth).
+Family: attention.
 Changed from llama: Config, Attention, Block.
 """
 

@@ -5,6 +5,7 @@ Idea: weights are relu(e^s - 1) over the sum of |e^s - 1|, so they need not add 
     never by less than 0: the reference shifts by the largest alone and overflows where all are
     below -88. Masked keys are left out of the sum. It holds T x T scores for each head.
 Source: Zuhri et al. 2025, arXiv:2504.20966, section 3.
+Family: attention.
 Changed from llama: softpick, Attention.
 """
 

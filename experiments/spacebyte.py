@@ -12,6 +12,7 @@ Idea: the byte that begins a word is the hardest to predict, so the wide blocks 
     A well-known copy shifts its targets twice and keeps a learning rate that belongs to another
     start.
 Source: Slagle 2024, arXiv:2404.14408, sections 3 and 4.
+Family: patches.
 Changed from llama: Config, Attention, Block, word_starts, Model.
 """
 

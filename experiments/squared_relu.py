@@ -4,6 +4,7 @@ Idea: the simplest hidden unit that multiplies: a search over programs for langu
     before any gate. Four model widths wide, so that it has the parameters of the gated layer that
     it replaces.
 Source: So et al. 2021, arXiv:2109.08668 (Primer), section 4.2.
+Family: mlp.
 Changed from llama: Config, MLP.
 """
 

@@ -7,6 +7,7 @@ Idea: which token stands k places on is nearly noise; which tokens come soon is 
     The reference and BlaGPT hold a dense target for each vocabulary entry, and BlaGPT takes the
     start of the row for its future.
 Source: Zuhri et al. 2025, arXiv:2508.19228, section 3.
+Family: outputs.
 Folds to: llama.
 Changed from llama: Config, OrderHead, soonest, Model.
 """

@@ -4,6 +4,7 @@ Idea: a gated layer multiplies two maps of its input; where one of them is a tab
     costs a look-up and holds far more. The first block keeps its own. Rows start as large as what
     they stand for, an RMS of 0.5: from BlaGPT's 0.02 the product is 28 times too small.
 Source: Sadhukhan et al. 2026, arXiv:2601.10639 (STEM).
+Family: memory.
 Changed from llama: Config, MLP, Block, Model.
 """
 

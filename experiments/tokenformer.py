@@ -8,6 +8,7 @@ Idea: a matrix fixes the number of its inputs and outputs; a table of keys and v
     parameters where llama's has 12 C^2; tokenformer_even has 12 C^2. A small number is added to the
     length: neither well-known implementation has it, and a row of zeros is NaN there.
 Source: Wang et al. 2024, arXiv:2410.23168, section 3.2; norms, positions and head are llama's.
+Family: weights.
 Changed from llama: Config, Pattention, Attention, MLP.
 """
 

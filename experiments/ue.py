@@ -10,6 +10,7 @@ Idea: a rare token's row is seldom trained, so it lags behind the rest of the mo
     of the trained rows' length 8 % is left at 4,096 rows of width 192. The original's 50 epochs of
     Adagrad over 8,192 rows at a time left 58 %.
 Source: Jeff Ward, jmward01/lmplay.
+Family: embeddings.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, UnifiedEmbedding, Model.
 """

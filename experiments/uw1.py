@@ -9,6 +9,7 @@ Idea: a weight is moved by its own gradient alone. Here every row of a weight ma
     adds one to all channels of the stream: offsets of biases and of columns learn nothing in the
     head, in attention's output and in the MLP's `down`.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, Adjuster, UnifiedLinear, Attention, MLP, Model.
 """

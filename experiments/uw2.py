@@ -7,6 +7,7 @@ Idea: biases are many small numbers that are trained each for itself. Here every
     uw2_6 a second network for the head alone. After training a bias is a constant.
     In the original uw2_6 hands the first network to the head and leaves the second untrained.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, Adjuster, BiasNet, SharedBiasLinear, Attention, MLP, Block, Model.
 """

@@ -5,6 +5,7 @@ Idea: uw2 lets all layers share a network that predicts their biases; here each 
     depth on the way to a bias? Rows of the weights have multipliers and the bias a scalar, as in
     uw2_1. After training a bias is a constant.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, Adjuster, Predictor, DeepBiasLinear, Attention, MLP, Model.
 """

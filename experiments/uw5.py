@@ -8,6 +8,7 @@ Idea: every linear layer has a wide trained vector and a trunk, one layer and GE
     every layer near zero; here it starts at `scale_start`, 1. uw4_1 is as intended there, where it
     cannot be built.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: gpt2ish.
 Changed from gpt2ish: Config, Adjuster, UnifiedLinear, Predicted, DeepLinear, Attention, MLP,
     Model.

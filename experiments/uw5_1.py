@@ -6,6 +6,7 @@ Idea: like uw5, but the multipliers of the rows are predicted too, rows and colu
     multipliers start at 0, and with them every layer near zero; here they start at `scale_start`,
     1. uw5_2 repeats uw5_1 there.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: no_block_norms.
 Changed from no_block_norms: Config, Predicted, DeepLinear, Attention, MLP, Model.
 """

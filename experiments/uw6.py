@@ -9,6 +9,7 @@ Idea: every linear layer in the blocks has a multiplier for each column and each
     blocks, as in the original; uw6_6 no norm before the head. The blocks have no norms, so
     `no_block_norms` is the control. After training each layer is multiplied out.
 Source: Jeff Ward, jmward01/lmplay.
+Family: weights.
 Folds to: no_block_norms.
 Changed from no_block_norms: Config, SharedNet, SharedNets, Vector, PredictedLinear, Adjuster,
     UnifiedLinear, Attention, MLP, Block, Model.

@@ -4,6 +4,7 @@ Idea: attention averages values, so one very long value can drown the others; a 
     head's value makes every token's vote the same size. One norm serves all heads of a block. The
     relatives do so in some blocks only, or norm the keys, instead of the values or as well.
 Source: Jeff Ward, jmward01/lmplay.
+Family: attention.
 Changed from gpt2ish: Config, Attention, Block.
 """
 

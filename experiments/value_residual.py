@@ -6,6 +6,7 @@ Idea: the first layer's values are the tokens themselves, before any average; mi
     values are not detached (BlaGPT's are, and its run had another MLP, another start and no gates,
     so its bad number says nothing). Generation keeps the mixed values.
 Source: Zhou et al. 2024, arXiv:2410.17897, section 3.2 (ResFormer, learnable).
+Family: attention.
 Changed from llama: Config, Attention, Block, Model.
 """
 

@@ -4,6 +4,7 @@ Idea: the stream has to carry the token through all layers; handed in anew, it m
     numbers for each block, of the stream and of the embedding, start at 1 and 0, so the model
     starts as llama.
 Source: Jordan et al., github.com/KellerJordan/modded-nanogpt (November 2024, "x0 lambdas").
+Family: residual.
 Changed from llama: Block, Model.
 """
 

@@ -5,6 +5,7 @@ Idea: cross-entropy does not mind what is added to all logits, so they may drift
     number, pins them. On both sides of 1: BlaGPT cuts it off below, where its own comment fears the
     drift, and counts it into its reported loss, which is all of the increase that it reports.
 Source: Chowdhery et al. 2022, arXiv:2204.02311, section 5; Wortsman et al. 2023, arXiv:2309.14322.
+Family: outputs.
 Changed from llama: Config, Model.
 """
 

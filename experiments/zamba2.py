@@ -9,6 +9,7 @@ Idea: attention's quality for the parameters of a single block. Every layer is a
     what remains without it: a well-known copy had switched the shared block off by its settings,
     so its number says nothing about Zamba2.
 Source: Glorioso et al. 2024, arXiv:2411.15242, section 2; Dao and Gu 2024, arXiv:2405.21060.
+Family: mixing.
 Changed from llama: Config, ShortConvolution, scan_step, scan_chunks, Mamba, LowRank, Attention,
     MLP, SharedBlock, Use, Block, Layer, Model.
 """

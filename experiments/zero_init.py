@@ -5,6 +5,7 @@ Idea: the model starts as the identity from the table to the head, and each laye
     on. By role, not by name: BlaGPT's pattern of names misses those of several techniques.
 Source: Zhang et al. 2019, arXiv:1901.09321 (Fixup), section 3; Yang et al. 2022, arXiv:2203.03466,
     appendix D.2, for zero outputs.
+Family: residual.
 Changed from llama: Config.
 """
 

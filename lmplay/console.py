@@ -119,14 +119,23 @@ def note(text: str) -> None:
 
 
 def table(
-    title: str | None, columns: list[str], rows: list[list[str]], right: Iterable[str] = ()
+    title: str | None,
+    columns: list[str],
+    rows: list[list[str]],
+    right: Iterable[str] = (),
+    cut: str | None = None,
 ) -> Table:
-    """A rich table; the columns named in `right` hold numbers: to the right and never wrapped."""
+    """A rich table; the columns named in `right` hold numbers: to the right and never wrapped.
+
+    Args:
+        cut: the column of which a narrow terminal shows what fits: then each row is one line.
+    """
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        is_number = column in right
-        justify = "right" if is_number else "left"
-        made.add_column(column, justify=justify, no_wrap=is_number, overflow="fold")
+        justify = "right" if column in right else "left"
+        is_whole = cut is not None or column in right
+        overflow = "ellipsis" if column == cut else "fold"
+        made.add_column(column, justify=justify, no_wrap=is_whole, overflow=overflow)
     for row in rows:
         made.add_row(*row)
     return made
@@ -263,7 +272,7 @@ def _least(made: Table) -> int:
     """The width of the numbers with a little text beside them."""
     widths = [
         max(cell_len(str(cell)) for cell in [column.header, *column.cells])
-        if column.no_wrap
+        if column.no_wrap and column.overflow != "ellipsis"
         else _TEXT_COLUMN
         for column in made.columns
     ]

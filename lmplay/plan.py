@@ -255,6 +255,12 @@ class Plan(_Strict):
         description="Budget, rounded up to whole steps; the last stage goes on until it is spent. "
         "Without it every stage runs its epochs.",
     )
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Most seconds of training, validations left out: the run ends with the step "
+        "that reaches them, whatever is left of its tokens.",
+    )
     freeze: list[str] = Field(
         [],
         description="Names of parameters that training leaves as they are; * and ? stand for more "

@@ -39,6 +39,17 @@ def test_a_terminals_table_folds_what_has_no_blank_and_loses_no_character(termin
     assert any("1,234" in line for line in lines)
 
 
+def test_a_table_may_show_what_fits_of_one_column_and_keep_each_row_on_a_line(terminal, capsys):
+    terminal(80)
+    rows = [["idea", "some words " * 20, "here.py"], ["other", "few", ""]]
+
+    show(table("T", ["name", "what it is", "file"], rows, cut="what it is"))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+    assert lines[2].startswith("idea   some words") and lines[2].rstrip().endswith("…  here.py")
+
+
 def test_off_a_terminal_every_row_is_one_line_without_blanks_at_its_end(capsys):
     show(table("T", ["a", "b"], [WIDE[:2], ["x", ""]]))
 

@@ -162,6 +162,7 @@ def test_the_docstring_names_the_idea_and_its_source(entry: Entry):
     assert re.fullmatch(r"[A-Z][^\n:]*: [^\n]+\.", title)
     sections = re.findall(r"^(\w[\w ]*): ", rest, re.MULTILINE)
     expected = ["Idea", "Source"]
+    expected += ["Family"] if entry.family else []
     expected += ["Folds to"] if "def fold(" in entry.source else []
     expected += [f"Changed from {entry.parent}"] if entry.parent else []
     assert sections == expected

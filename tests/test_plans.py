@@ -203,7 +203,7 @@ def test_noam_is_the_winners_recipe():
 
     assert (clock.num_steps, clock.at(0).tokens) == (10_000, 131_072)
     assert rates == pytest.approx([1.25e-3, 1.25e-4], rel=1e-2)
-    assert (plan.clip, plan.optimizer.weight_decay) == (1.0, 0.1)
+    assert (plan.clip, plan.optimizer.weight_decay, plan.seconds) == (1.0, 0.1, 3 * 3600)
     assert plan.optimizer.roles["head"].weight_decay == 0  # the winner's tied table
 
 

@@ -1,6 +1,7 @@
 """Names that a merge of lines leaves wrong: defined twice, mistaken for another, taken away."""
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +25,13 @@ def is_named(node: ast.stmt) -> bool:
     return isinstance(node, ast.ClassDef | ast.FunctionDef)
 
 
-def _names(source: str) -> Iterator[tuple[tuple[str, str], str]]:
+@functools.lru_cache(maxsize=256)  # a file is stacked with many others
+def _names(source: str) -> list[tuple[tuple[str, str], str]]:
     """((scope, name), source) of what a file defines; scopes are the file, classes, their self."""
+    return list(_defined(source))
+
+
+def _defined(source: str) -> Iterator[tuple[tuple[str, str], str]]:
     for node in ast.parse(source).body:
         if is_named(node):
             yield ("the file", node.name), ast.unparse(node)
@@ -47,8 +53,8 @@ def _names(source: str) -> Iterator[tuple[tuple[str, str], str]]:
 
 def _doubled(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     """Reports on names that the merged file defines more often than any of the files does."""
-    before = list(_names(base))
-    named = {name: list(_names(source)) for name, source in ideas.items()}
+    before = _names(base)
+    named = {name: _names(source) for name, source in ideas.items()}
     counts = [Counter(key for key, _ in found) for found in (before, *named.values())]
     reports = []
     for key, count in Counter(key for key, _ in _names(merged)).items():
@@ -118,6 +124,7 @@ def _taken(what: str, text: str, takers: list[str], readers: dict[str, list[str]
     return "\n".join([who, *removed, *(hunk(name, [], lines) for name, lines in readers.items())])
 
 
+@functools.lru_cache(maxsize=256)
 def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, str]]]]:
     """Of each function: its local names, each with a statement that stores it, and its reads.
 

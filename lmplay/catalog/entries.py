@@ -63,6 +63,38 @@ def _named(text: str, known: dict[str, Entry]) -> Entry:
     raise UserError(f"no experiment called {text!r}", hint=hint)
 
 
+def family_of(entry: Entry, known: dict[str, Entry]) -> str | None:
+    """The family of an experiment: its own word, else that of what it was copied from.
+
+    Args:
+        known: experiments by name, as `entries` gives them.
+    """
+    seen = set()
+    while not entry.family and entry.parent in known and entry.file not in seen:
+        seen.add(entry.file)
+        entry = known[entry.parent]
+    return entry.family
+
+
+def listed(word: str, known: dict[str, Entry]) -> dict[str, Entry]:
+    """Those of `known` in the family called `word`; or this experiment and all copied from it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    families = {name: family_of(entry, known) for name, entry in known.items()}
+    if word in families.values():
+        return {name: entry for name, entry in known.items() if families[name] == word}
+    if word not in known:
+        words = sorted({family for family in families.values() if family})
+        hint = nearest(word, [*words, *known]) + f"families: {', '.join(words)}"
+        raise UserError(f"--exp list:{word}: no family and no experiment", hint)
+    below = {known[word].file}
+    while more := {e.file for e in known.values() if e.parent in below} - below:
+        below |= more
+    return {name: entry for name, entry in known.items() if entry.file in below}
+
+
 def canonical_name(entry: Entry) -> str:
     """One name for one setting: the first in the file that means the same Config values."""
     if entry.ideas:
@@ -82,7 +114,7 @@ def stacked(ideas: list[Entry]) -> Entry:
     from lmplay.catalog.stack import compose  # here: no list needs it
 
     name = "+".join(idea.name for idea in ideas)
-    lines = [_line_of(idea) for idea in ideas]
+    lines = [line_of(idea) for idea in ideas]
     shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
     if not shared:
         roots = ", ".join(sorted({line[-1].file for line in lines}))
@@ -109,7 +141,7 @@ def stacked(ideas: list[Entry]) -> Entry:
     return replace(entry, name=name, variant=variant, variants={}, ideas=tuple(ideas))
 
 
-def _line_of(entry: Entry) -> list[Entry]:
+def line_of(entry: Entry) -> list[Entry]:
     """The experiment, its parent, and so on up to the root."""
     line = [entry]
     while parent := parent_of(line[-1]):
@@ -138,7 +170,7 @@ def named_in(entry: Entry, name: str) -> Entry:
     what they are copied from come first.
     """
     for idea in entry.ideas:
-        for known in _line_of(idea):
+        for known in line_of(idea):
             if known.file == name:
                 return replace(known, name=name, variant={})
     beside = entry.path.with_name(f"{name}.py")

@@ -37,6 +37,11 @@ class Entry:
         """The docstring's first line."""
         return self.docstring.strip().partition("\n")[0]
 
+    @property
+    def family(self) -> str | None:
+        """What its docstring says that it belongs to; what is copied from it does so too."""
+        return section(self.docstring, "Family") or None
+
     @cached_property
     def fields(self) -> dict[str, str]:
         """The names in Config, each with its annotation."""

@@ -11,11 +11,14 @@ class Conflict(UserError):
 
     Attributes:
         merged: the whole file with conflict markers.
+        kind: what collides: "lines"; "names", of which one is given twice or taken away; or
+            "syntax", where the lines merge into what is no Python.
     """
 
-    def __init__(self, problem: str, merged: str):
+    def __init__(self, problem: str, merged: str, kind: str):
         super().__init__(problem, hint="--write experiments/mine.py gives the file to settle it in")
         self.merged = merged
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def merge(
         at = stop
     merged += base[at:]
     if reports:
-        raise Conflict("\n".join(reports), "".join(merged))
+        raise Conflict("\n".join(reports), "".join(merged), "lines")
     return merged
 
 

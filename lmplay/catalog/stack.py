@@ -31,16 +31,18 @@ def compose(name: str, base: Entry, parts: list[Entry], variant: dict[str, objec
         merged = merge(base_body, bodies, file, numbers)
     except Conflict as conflict:
         lines = conflict.merged.splitlines(keepends=True)
-        raise Conflict(conflict.problem, _headed(name, base, parts, lines, tiny, variant)) from None
+        whole = _headed(name, base, parts, lines, tiny, variant)
+        raise Conflict(conflict.problem, whole, conflict.kind) from None
     try:
         merged = _once(merged)
     except SyntaxError as error:
         problem = f"{name} merges into what is no Python: line {error.lineno}: {error.msg}"
-        raise Conflict(problem, _headed(name, base, parts, merged, tiny, variant)) from None
+        whole = _headed(name, base, parts, merged, tiny, variant)
+        raise Conflict(problem, whole, "syntax") from None
     texts = {part: "".join(body) for part, body in bodies.items()}
     if reports := conflicts("".join(base_body), texts, "".join(merged)):
-        problem = "\n".join(reports)
-        raise Conflict(problem, _headed(name, base, parts, merged, tiny, variant))
+        whole = _headed(name, base, parts, merged, tiny, variant)
+        raise Conflict("\n".join(reports), whole, "names")
     return _headed(name, base, parts, merged, tiny, variant)
 
 

@@ -13,8 +13,12 @@ from lmplay.errors import BAD_CHECKPOINT, UserError
 
 Values = Mapping[str, object]
 
-# an experiment's file, which is their model_type: their class
-NATIVE = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+# an experiment's file: their class
+NATIVE = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "grouped_query": "LlamaForCausalLM",
+}
 
 _ONLY = "only safetensors are read: transformers' save_pretrained writes them"
 
@@ -23,6 +27,7 @@ _ONLY = "only safetensors are read: transformers' save_pretrained writes them"
 class _Architecture:
     """How one experiment's Config and weights are called there."""
 
+    model_type: str
     sizes: Mapping[str, str]  # of our Config: as their config calls them
     fixed: Mapping[str, object]  # what we compute; a config that says otherwise is another model
     same: Callable[[Values], Values]  # other words of a config for what is fixed
@@ -42,9 +47,9 @@ def to_native(
         weights: its state dict.
     """
     ours = _ARCHITECTURES[file]
-    config: dict[str, object] = {"model_type": file, "architectures": [NATIVE[file]]}
+    config: dict[str, object] = {"model_type": ours.model_type, "architectures": [NATIVE[file]]}
     config |= {name: values[key] for key, name in ours.sizes.items()} | ours.fixed
-    config |= {"initializer_range": 0.02} | _also(file, values)
+    config |= {"initializer_range": 0.02} | _also(ours.model_type, values)
     state = {}
     for theirs, parts in ours.names(values).items():
         tensor = torch.cat([weights[name] for name in parts])
@@ -65,12 +70,13 @@ def from_native(
             or a tensor is missing (code BAD_CHECKPOINT).
     """
     file = config.get("model_type")
-    if file not in NATIVE:
+    if all(file != ours.model_type for ours in _ARCHITECTURES.values()):
         known = ", ".join(f"{name} ({kind})" for name, kind in NATIVE.items())
         raise UserError(f"no experiment computes a {file!r} of transformers", f"these do: {known}")
-    ours = _ARCHITECTURES[file]
     if file == "llama":
         config = _flat_rope(config)
+        file = "llama" if _group(config) == 1 else "grouped_query"
+    ours = _ARCHITECTURES[file]
     same = ours.same(config)
     for key, value in ours.fixed.items():
         if config.get(key, value) not in (value, same.get(key, value)):
@@ -79,7 +85,9 @@ def from_native(
     if missing := [key for key in ours.sizes.values() if key not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}")
     values = {key: config[name] for key, name in ours.sizes.items()}
-    if file == "llama":
+    if file == "grouped_query":
+        values["heads_per_group"] = _group(config)
+    if ours.model_type == "llama":
         values["mlp_multiple"] = _mlp_multiple(config, values["width"])
     state = {}
     for theirs, names in ours.names(values).items():
@@ -179,6 +187,12 @@ def _flat_rope(config: Values) -> Values:
     return {**config, "rope_theta": base, "rope_scaling": scaling}
 
 
+def _group(config: Values) -> int:
+    """How many of their heads share one of keys and values."""
+    heads = config.get("num_attention_heads", 1)
+    return heads // (config.get("num_key_value_heads") or heads)
+
+
 def _mlp_multiple(config: Values, width: int) -> int:
     """The multiple that the hidden width is rounded up to: itself does."""
     hidden_width = config.get("intermediate_size", 0)
@@ -188,19 +202,21 @@ def _mlp_multiple(config: Values, width: int) -> int:
     return hidden_width
 
 
-def _also(file: str, values: Values) -> dict[str, object]:
+def _also(model_type: str, values: Values) -> dict[str, object]:
     """What else a config says, where transformers' default would be another model."""
-    if file == "gpt2":
+    if model_type == "gpt2":
         return {"attn_pdrop": 0.0}
     width, multiple = values["width"], values["mlp_multiple"]
     hidden_width = -(-8 * width // (3 * multiple)) * multiple
-    heads = {"num_key_value_heads": values["num_heads"]}
+    group = values.get("heads_per_group", 1) or values["num_heads"]
+    heads = {"num_key_value_heads": values["num_heads"] // group}
     rope = {"rope_parameters": {"rope_theta": values["rope_base"], "rope_type": "default"}}
     return {"intermediate_size": hidden_width, **heads, **rope}
 
 
 _ARCHITECTURES = {
     "gpt2": _Architecture(
+        model_type="gpt2",
         sizes={
             "vocab_size": "vocab_size",
             "max_len": "n_positions",
@@ -228,6 +244,7 @@ _ARCHITECTURES = {
         is_transposed=_is_gpt2_transposed,
     ),
     "llama": _Architecture(
+        model_type="llama",
         sizes={
             "vocab_size": "vocab_size",
             "max_len": "max_position_embeddings",
@@ -240,14 +257,12 @@ _ARCHITECTURES = {
         },
         fixed={
             "hidden_act": "silu",
-            "num_key_value_heads": None,
             "head_dim": None,
             "attention_bias": False,
             "mlp_bias": False,
             "rope_scaling": None,
         },
         same=lambda config: {
-            "num_key_value_heads": config.get("num_attention_heads"),
             "head_dim": config.get("hidden_size", 0) // config.get("num_attention_heads", 1),
         },
         names=_llama_names,
@@ -255,6 +270,7 @@ _ARCHITECTURES = {
         is_transposed=lambda theirs: False,
     ),
 }
+_ARCHITECTURES["grouped_query"] = _ARCHITECTURES["llama"]
 
 
 def _read_json(path: Path) -> dict:

@@ -138,9 +138,9 @@ class Facts:
         """The same of a run whose model saw what it must not: it is never compared."""
         return replace(self, status="leaked", exit_reason=reason)
 
-    def finished(self) -> Self:
-        """The same of a run that took its last step."""
-        return replace(self, status="finished", exit_reason=None)
+    def finished(self, num_steps: int) -> Self:
+        """The same of a run that took its last step, which may be earlier than was planned."""
+        return replace(self, status="finished", exit_reason=None, num_steps=num_steps)
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:

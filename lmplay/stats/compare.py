@@ -186,6 +186,10 @@ def why_not_comparable(run: RecordedRun, baseline: RecordedRun) -> str:
 
 
 def _other_budget(run: RecordedRun, baseline: RecordedRun) -> str:
+    limits = [one.facts.plan.get("seconds") for one in (run, baseline)]
+    if limits[0] != limits[1]:
+        ours, theirs = (f"{limit} seconds" if limit else "none" for limit in limits)
+        return f"other time limit ({ours}, not {theirs})"
     leagues = [one.facts.budget for one in (run, baseline)]
     kinds = {league.kind for league in leagues if league}
     if len(kinds) == 2:

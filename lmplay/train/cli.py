@@ -48,7 +48,9 @@ app = typer.Typer(
 
 
 def _experiment_names() -> list[str]:
-    return ["list", *catalog.entries()]
+    known = catalog.entries()
+    families = {catalog.family_of(entry, known) for entry in known.values()} - {None}
+    return ["list", *(f"list:{family}" for family in sorted(families)), *known]
 
 
 def _plan_names() -> list[str]:
@@ -98,7 +100,8 @@ def main(
         str | None,
         Option(
             help="Experiment: a name, a variant, a .py file, or a stack such as value_norm+ue; "
-            "several with commas; 'list' shows them all. Without it, gpt2ish.",
+            "several with commas; 'list' shows them all, 'list:attention' those of one family. "
+            "Without it, gpt2ish.",
             metavar="NAME|FILE",
             autocompletion=_experiment_names,
         ),
@@ -321,8 +324,8 @@ def main(
 
     Example: lmp-trainer --exp gpt2ish,value_norm --seeds 3..12 --plan quick
     """
-    if exp == "list":
-        return list_experiments(as_json)
+    if exp is not None and exp.partition(":")[0] == "list":
+        return list_experiments(exp.partition(":")[2], as_json)
     if plan == "list":
         return list_plans(as_json)
     if optimizer == "list":

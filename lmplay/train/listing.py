@@ -1,15 +1,17 @@
 """What lmp-trainer prints besides training: lists, descriptions, proofs, the path of a search."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from lmplay.catalog import entries as catalog
-from lmplay.catalog.entry import Entry
+from lmplay.catalog.entry import Entry, section
 from lmplay.console import note, out, print_json, show, table
 from lmplay.errors import UserError
+from lmplay.roots import bundled_root
 
 if TYPE_CHECKING:
     from lmplay.optim.rules import Group
@@ -73,6 +75,7 @@ def describe(
         sys.stdout.flush()  # this much needs no torch
     from dataclasses import asdict
 
+    from lmplay.catalog.partners import partners
     from lmplay.data.tokenizers import vocabulary_of
     from lmplay.model.counts import cache_bytes, count
     from lmplay.model.decoding import uses_cache
@@ -92,6 +95,9 @@ def describe(
     is_cached = uses_cache(experiment.model(experiment.config(**experiment.tiny)).eval())
     lengths = (max(1, made.config.max_len // 2), made.config.max_len)
     kept = [cache_bytes(experiment, made.config, T) for T in lengths] if is_cached else None
+    found = partners(entry)
+    stacks = [name for name, kind in found.items() if not kind]
+    others = {name: kind for name, kind in found.items() if kind}
     if as_json:
         return print_json(
             {
@@ -99,6 +105,8 @@ def describe(
                 "experiment": entry.name,
                 "file": str(entry.path),
                 "docstring": entry.docstring,
+                "family": catalog.family_of(entry, catalog.entries()),
+                "source": section(entry.docstring, "Source"),
                 "parent": entry.parent,
                 "variant": entry.variant,
                 "diff": diff,
@@ -111,6 +119,8 @@ def describe(
                 "flops_per_token": flops_per_token,
                 "uses_cache": is_cached,
                 "cache_bytes": kept and dict(zip(map(str, lengths), kept, strict=True)),
+                "stacks_with": stacks,
+                "collides_with": others,
             }
         )
     values = ", ".join(f"{key}={value!r}" for key, value in asdict(made.config).items())
@@ -133,6 +143,11 @@ def describe(
         out.print(f"Generating keeps {whole} bytes a row after {lengths[1]:,} tokens{grows}.")
     else:
         out.print("It ignores the cache: generating runs on the whole text again for each token.")
+    if found:
+        out.print(
+            f"\nStacks with {len(stacks)} of {len(found)} other ideas on its baseline", end=""
+        )
+        out.print(f"; not with {', '.join(others)}." if others else ".", markup=False)
     if show_plan:
         print_json(plan.model_dump())
         _note_ramp(plan)
@@ -162,13 +177,23 @@ def _trainer(group: "Group") -> dict:
     }
 
 
-def list_experiments(as_json: bool) -> None:
-    entries = catalog.entries(_note_error)
+def list_experiments(word: str, as_json: bool) -> None:
+    """Print the experiments as a tree, those of one family together.
+
+    Args:
+        word: a family, or an experiment with what was copied from it; empty for all.
+    Raises:
+        UserError: it is neither.
+    """
+    known = catalog.entries(_note_error)
+    entries = catalog.listed(word, known) if word else known
+    families = {e.file: catalog.family_of(e, known) or "" for e in entries.values()}
     if as_json:
         rows = [
             {
                 "name": e.name,
                 "summary": e.summary,
+                "family": families[e.file] or None,
                 "parent": e.parent if e.name == e.file else e.file,
                 "variant": e.variant,
                 "file": str(e.path),
@@ -176,7 +201,9 @@ def list_experiments(as_json: bool) -> None:
             for e in entries.values()
         ]
         return print_json({"schema_version": 1, "experiments": rows})
-    heads = {name: entry for name, entry in entries.items() if name == entry.file}
+    heads = [entry for name, entry in entries.items() if name == entry.file]
+    heads.sort(key=lambda entry: (families[entry.file] or "~", entry.file))  # baselines come last
+    home = bundled_root() / "experiments"
     rows: list[list[str]] = []
     shown_names = set()
 
@@ -184,27 +211,31 @@ def list_experiments(as_json: bool) -> None:
         if entry.name in shown_names:  # also where two name one another as parents
             return
         shown_names.add(entry.name)
-        named, file = f"{'  ' * depth}[bold]{entry.name}[/bold]", str(_shown(entry.path))
-        rows.append([named, escape(entry.summary), escape(file)])
+        file = "" if entry.path.parent == home else escape(str(_shown(entry.path)))
+        title, family = f"{'  ' * depth}[bold]{entry.name}[/bold]", families[entry.file]
+        rows.append([title, escape(family), escape(entry.summary), file])
         for name, values in entry.variants.items():
             shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
-            rows.append(
-                [
-                    f"{'  ' * depth}  [dim]{name}[/dim]",
-                    f"[dim]{escape(shown) or 'the same'}[/dim]",
-                    "",
-                ]
-            )
-        for child in heads.values():
+            shown = f"[dim]{escape(shown) or 'the same'}[/dim]"
+            rows.append([f"{'  ' * depth}  [dim]{name}[/dim]", "", shown, ""])
+        for child in heads:
             if child.parent == entry.name:
                 add(child, depth + 1)
 
-    for entry in heads.values():
-        if entry.parent not in heads:
+    for entry in heads:
+        if entry.parent not in families:
             add(entry, 0)
-    for entry in heads.values():
+    for entry in heads:
         add(entry, 0)
-    show(table("Experiments", ["name", "what it is", "file"], rows))
+    if not any(row[-1] for row in rows):
+        rows = [row[:-1] for row in rows]
+    columns = ["name", "family", "what it is", "file"][: len(rows[0])]
+    show(table("Experiments", columns, rows, cut="what it is"))
+    counts = Counter(family for family in families.values() if family)
+    if not word:
+        some = ", ".join(f"{family} {count}" for family, count in sorted(counts.items()))
+        note(f"--exp list:FAMILY shows one of {some}")
+        note("--exp list:NAME shows an experiment and what was copied from it")
     note("--exp NAME --describe shows its diff, --check proves it; your own files in experiments/")
     note("join the list")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lmplay.data.batches import Batch, Data
@@ -40,10 +41,13 @@ class Session:
     show: Callable[[str, dict], None]  # told of what `Display.row` shows
     validated: int  # step of the newest validation; -1 if there is none
     saved: int  # step of the newest checkpoint; -1 if there is none
+    is_over: bool = False  # all steps are taken, or the plan's seconds are spent
 
 
 def train(session: Session) -> None:
-    """Take every step of the plan that this run has not taken yet; validate and save when due.
+    """Take every step that this run has not taken yet; validate and save when due.
+
+    The steps are the plan's, as far as its seconds reach.
 
     Raises:
         Stopped: a signal came; the run was saved at the end of its last whole step.
@@ -51,7 +55,7 @@ def train(session: Session) -> None:
         NotFinite: a loss or gradient was not finite; the newest checkpoint is the last good one.
     """
     finish_step(session)  # a run that begins, or was stopped before its validation
-    while session.run.step < session.clock.num_steps:
+    while not session.is_over:
         advance(session)
         show_rows(session)
         finish_step(session)
@@ -126,7 +130,7 @@ def drop_step(session: Session, rng: dict, buffers: Buffers) -> None:
 def finish_step(session: Session) -> None:
     """Validate and save where the plan, the end or a signal asks for it."""
     run, plan, clock, signals = session.run, session.run.plan, session.clock, session.signals
-    is_last = run.step == clock.num_steps
+    is_last = session.is_over = run.step == clock.num_steps or is_late(session)
     due = is_last or clock.is_due(run.step, plan.validation.every_tokens)
     if due and session.validated < run.step:
         show_rows(session, now=True)
@@ -174,6 +178,20 @@ def validate_all(session: Session) -> dict | None:
         run.reshard()
         row = of_average and row | {average_column(name): of_average["loss"]}
     return row
+
+
+def is_late(session: Session) -> bool:
+    """Whether the plan's seconds of training are spent, as the first process counts them.
+
+    Several processes look together, when they look at the device anyway.
+    """
+    run, limit = session.run, session.run.plan.seconds
+    is_alone = run.world_size == 1
+    if limit is None or (not is_alone and run.step % session.curves.cadence):
+        return False
+    seconds = torch.tensor([run.seconds], dtype=torch.float32, device=run.device)
+    seconds_R = seconds if is_alone else run.accelerator.gather(seconds)
+    return seconds_R[0].item() >= limit
 
 
 def show_rows(session: Session, now: bool = False) -> None:

@@ -293,7 +293,11 @@ def _train(session: Session, reporter: Reporter) -> None:
             with suppress(OSError):  # a full disk is the error itself
                 reporter.write(ended)
         raise
-    reporter.write(reporter.facts.finished())
+    run, last = session.run, session.clock.num_steps
+    if run.step < last:
+        limit = f"{run.plan.seconds:,.10g} seconds are spent"
+        reporter.display.note(f"the plan's {limit} at step {run.step:,} of {last:,}")
+    reporter.write(reporter.facts.finished(run.step))
 
 
 def _ended_by(error: BaseException, session: Session, facts: Facts) -> Facts:

@@ -214,3 +214,42 @@ def test_odd_neighbours_are_named_once_and_passed_over(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="cannot be read"):
         catalog.resolve("folder")
+
+
+OTHER = IDEA.replace("Idea: one line.", "Other: one line.").replace("idea_", "other_")
+
+
+def test_a_file_is_of_the_family_that_it_names_or_else_of_its_parents(root):
+    write(root, "idea", IDEA.replace("Changed", "Family: inventions.\nChanged"))
+    write(root, "other", OTHER.replace("Changed from gpt2ish", "Changed from idea"))
+    known = catalog.entries()
+
+    assert [catalog.family_of(known[name], known) for name in ("idea", "idea_wide", "other")] == [
+        "inventions"
+    ] * 3
+    assert catalog.family_of(known["gpt2ish"], known) is None
+    assert set(catalog.listed("inventions", known)) == {
+        *("idea", "idea_wide", "idea_same", "other", "other_wide", "other_same"),
+    }
+
+
+def test_a_list_may_begin_at_an_experiment(root):
+    write(root, "idea")
+    write(root, "other", OTHER.replace("Changed from gpt2ish", "Changed from idea"))
+    known = catalog.entries()
+
+    assert {known[name].file for name in catalog.listed("idea", known)} == {"idea", "other"}
+    assert catalog.listed("idea_wide", known) == catalog.listed("idea", known)
+    assert "other" in catalog.listed("gpt2ish", known)
+    with pytest.raises(UserError) as raised:
+        catalog.listed("atention", known)
+    assert "did you mean 'attention'" in raised.value.hint and "positions" in raised.value.hint
+
+
+def test_files_that_are_copied_from_each_other_are_listed_all_the_same(root):
+    write(root, "idea", IDEA.replace("from gpt2ish", "from other"))
+    write(root, "other", OTHER.replace("Changed from gpt2ish", "Changed from idea"))
+    known = catalog.entries()
+
+    assert catalog.family_of(known["idea"], known) is None
+    assert {known[name].file for name in catalog.listed("idea", known)} == {"idea", "other"}

@@ -60,6 +60,7 @@ def filled(*pairs):
 
 IS_LLAMA = {
     "canon": ({}, filled(("taps", 0.0))),
+    "canon_full": ({}, filled(("taps", 0.0))),
     "attention_sinks": ({}, filled(("sink", -1e4))),
     "forgetting": ({"forget_bias": 30.0}, filled(("forget.weight", 0.0))),
     "grouped_query": ({"heads_per_group": 1}, nothing),
@@ -68,6 +69,7 @@ IS_LLAMA = {
         ("layer_tables.1.table", 0.0), ("layer_tables.2.output", 0.0))),
     "logit_cap": ({"cap": 1e5}, nothing),
     "multi_token_prediction": ({}, nothing),
+    "ngram_lambdas": ({}, nothing),
     "ngram_memory": ({}, nothing),
     "output_bias": ({}, nothing),
     "qkv_bias": ({}, nothing),
@@ -75,10 +77,12 @@ IS_LLAMA = {
     "score_cap": ({"score_cap": 1e5}, nothing),
     "shared_layers": ({"uses": 1}, nothing),
     "sliding_window": ({"window": 16}, nothing),
+    "sparse_indexer": ({"top_keys": 16}, nothing),
     "token_order_loss": ({}, nothing),
     "value_residual": ({}, lambda model: [
         block.attention.shares.data.copy_(torch.tensor([0.0, 1.0])) for block in model.blocks[1:]
     ]),
+    "value_residual_plus": ({}, filled(("total", 0.0), ("own_share", 1.0))),
     "x0_lambdas": ({}, nothing),
     "z_loss": ({}, nothing),
 }  # fmt: skip
@@ -597,3 +601,222 @@ def test_a_table_of_equal_rows_is_a_constant_second_layer():
     expected = mlp.down(F.silu(mlp.gate(x_BTC)) * mlp.up.weight[0])
 
     torch.testing.assert_close(mlp(x_BTC, tokens()), expected)
+
+
+class Always(nn.Module):
+    """A layer that says one number, whatever it reads."""
+
+    def __init__(self, outputs: int, value: float):
+        super().__init__()
+        self.outputs, self.value = outputs, value
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.new_full((*x_BTC.shape[:-1], self.outputs), self.value)
+
+
+def test_pro_without_shift_norms_and_gate_is_plain_forgetting():
+    plain = random_like(model_of("forgetting"))
+    model = with_weights_of(plain, "forgetting_pro")
+    for block in model.blocks:
+        attention = block.attention
+        attention.key_shift.share = attention.value_shift.share = Always(4, -1e4)
+        attention.query_norm = attention.key_norm = attention.head_norm = nn.Identity()
+        attention.output_gate = Always(32, 1e4)
+
+    torch.testing.assert_close(model(tokens()), plain(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_that_asks_for_it_gets_what_stands_before_and_gains_are_each_heads_own():
+    attention = model_of("forgetting_pro").blocks[0].attention
+    x_BTC = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    y_BHTD = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
+    attention.key_shift.share = Always(4, 1e4)
+    shifted = attention.key_shift(x_BTC, y_BHTD)
+    attention.key_norm.weight.data[2] = 3.0
+    sizes = attention.key_norm(y_BHTD).square().mean(-1).sqrt()
+
+    torch.testing.assert_close(shifted[:, :, 1:], y_BHTD[:, :, :-1])
+    assert not shifted[:, :, 0].any()
+    expected = torch.tensor([1.0, 1.0, 3.0, 1.0])[:, None].expand(2, 4, 5)
+    torch.testing.assert_close(sizes, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_kernels_of_one_place_and_unmixed_heads_are_plain_attention():
+    llama = random_llama()
+    model = with_weights_of(llama, "multi_token_attention")
+    for block in model.blocks:
+        block.attention.head_norm = nn.Identity()
+
+    torch.testing.assert_close(model(tokens()), llama(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_are_blended_with_those_of_the_past_only():
+    attention = random_like(model_of("multi_token_attention")).blocks[0].attention
+    attention.mixtures.data.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # pairs change places
+    T = 9
+    q, k = torch.randn(2, 1, 4, T, 8, generator=torch.Generator().manual_seed(0))
+    scores_HTS = (q @ k.mT / 8**0.5)[0]
+    expected = torch.full((4, T, T), -torch.inf)
+    for h in range(4):
+        for t in range(T):
+            for s in range(t + 1):
+                blended = 0.0
+                for up in range(6):
+                    for side in range(-5, 6):
+                        row, column = t - up, s + side
+                        if 0 <= column <= row:
+                            weight = attention.kernels[h, 0, 5 - up, 5 + side]
+                            blended = blended + weight * scores_HTS[h, row, column]
+                expected[h, t, s] = blended
+    expected = expected.softmax(-1)[[1, 0, 3, 2]]
+
+    torch.testing.assert_close(attention.weights(q, k)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_the_first_values_sum_to_the_number_of_layers_and_rise_with_depth():
+    model = model_of("value_residual_plus", num_blocks=5)
+    shares = model.total * model.depths.softmax(0)
+
+    assert shares.sum().item() == pytest.approx(5.0)
+    assert (shares[1:] > shares[:-1]).all()
+    assert not hasattr(model.blocks[0].attention, "own_share")
+
+
+def test_the_stream_stays_on_the_sphere_and_no_step_leaves_it_where_it_is():
+    model = random_like(model_of("unit_sphere"))
+    found = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, made: found.append((given[0], made)))
+    model(tokens())
+    for _, made in found:
+        torch.testing.assert_close(made.norm(dim=-1), torch.ones(2, 16))
+
+    model.after_step()
+    fill(model, "_step", 0.0)
+    found.clear()
+    model(tokens())
+    for given, made in found:
+        torch.testing.assert_close(made, given)
+
+
+def test_every_matrix_is_made_unit_vectors_along_the_axis_of_the_stream():
+    model = random_like(model_of("unit_sphere"))
+    model.after_step()
+    rows = [model.token_table, model.head]
+    columns = []
+    for block in model.blocks:
+        rows += [block.attention.query, block.attention.key, block.attention.value]
+        rows += [block.mlp.gate, block.mlp.up]
+        columns += [block.attention.output, block.mlp.down]
+
+    for dim, layers in ((1, rows), (0, columns)):
+        for layer in layers:
+            size = layer.weight.norm(dim=dim)
+            torch.testing.assert_close(size, torch.ones_like(size))
+
+
+def test_on_the_sphere_a_query_or_key_has_the_length_of_its_gains():
+    model = model_of("unit_sphere")
+    sizes = head_sizes(model)
+    fill(model, "attention.gain", 32**-0.5 * 3)
+
+    for size in sizes.values():
+        torch.testing.assert_close(size * 8**0.5, torch.ones_like(size))
+    for size in head_sizes(model).values():
+        torch.testing.assert_close(size * 8**0.5, torch.full_like(size, 3.0))
+
+
+def test_as_many_keys_are_chosen_as_may_be_and_the_nearest_of_equal_ones():
+    best = load_experiment(resolve("sparse_indexer")).module.best
+    scores = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
+    scores[1] = 0.0
+    scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
+    chosen = best(scores, 3)
+
+    assert chosen.sum(-1).tolist() == [[1, 2, 3, 3, 3, 3, 3, 3, 3]] * 2
+    for t in range(9):
+        wanted = scores[0, t].topk(3).indices.sort().values[: t + 1]
+        assert chosen[1, t].nonzero().flatten().tolist() == list(range(max(0, t - 2), t + 1))
+        assert t < 2 or torch.equal(chosen[0, t].nonzero().flatten(), wanted)
+
+
+def test_a_scorer_learns_from_its_own_term_and_nothing_else_does():
+    model = random_like(model_of("sparse_indexer")).train()
+    first, own = model.loss_terms(tokens(), tokens().roll(-1, 1))
+    own["penalty"].sum().backward()
+    reached = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    first["x"].square().sum().backward()
+    by_the_model = {name for name, weight in model.named_parameters() if weight.grad is not None}
+
+    assert (own["penalty"] >= 0).all()
+    assert reached and all(".indexer." in name for name in reached)
+    assert not reached & by_the_model
+
+
+def test_a_scorer_that_says_what_the_heads_do_loses_nothing():
+    module = load_experiment(resolve("sparse_indexer")).module
+    q, k = torch.randn(2, 1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    scores_BTS = (q @ k.mT / 8**0.5)[:, 0].masked_fill(later, -torch.inf)
+    chosen = module.best(scores_BTS, 4)[:, None]
+
+    lost = module.divergence(scores_BTS + 2.0, q, k, chosen)
+    torch.testing.assert_close(lost, torch.zeros(1, 6), rtol=0, atol=1e-6)
+    assert (module.divergence(-scores_BTS, q, k, chosen)[:, 3:] > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("learned_positions", "position_table"), ("relative_positions", "distances")],
+)
+def test_positions_without_numbers_are_no_positions(name, part):
+    plain = random_like(model_of("no_positions"))
+    model = with_weights_of(plain, name)
+    assert (model(tokens()) - plain(tokens())).abs().max() > 1e-4
+    fill(model, part, 0.0)
+
+    torch.testing.assert_close(model(tokens()), plain(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_distance_is_heard_by_the_query_and_beyond_the_farthest_all_are_alike():
+    model = random_like(model_of("relative_positions", num_blocks=1))
+    found = []
+    real = F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask):
+        found.append((q, attn_mask))
+        return real(q, k, v, attn_mask=attn_mask)
+
+    F.scaled_dot_product_attention = look
+    try:
+        model(tokens())
+    finally:
+        F.scaled_dot_product_attention = real
+    (q, bias), distances = found[0], model.blocks[0].attention.distances
+    for t, s in ((0, 0), (7, 6), (9, 5), (15, 10), (15, 0)):
+        expected = (q[:, :, t] * distances[min(t - s, 5)]).sum(-1) / 8**0.5
+        torch.testing.assert_close(bias[:, :, t, s], expected)
+    assert (bias[:, :, 3, 4:] == -torch.inf).all()
+
+
+def test_adding_one_number_to_all_channels_is_nothing_to_layer_norms():
+    moved = {}
+    for name in ("llama", "layer_norm"):
+        model = random_like(model_of(name))
+        before = model(tokens())
+        model.token_table.weight.data += 3.0
+        moved[name] = (model(tokens()) - before).abs().max().item()
+
+    assert moved["layer_norm"] < 1e-4 < 1e-2 < moved["llama"]
+
+
+def test_ngrams_have_the_rows_that_they_have_in_the_gated_memory():
+    model = random_like(model_of("ngram_lambdas"))
+    rows = model.ngrams.rows(tokens())
+    assert torch.equal(rows, model_of("ngram_memory").ngrams.rows(tokens()))
+
+    before = model(tokens())
+    model.ngrams.table.weight.data[rows[0, 7]] += 1.0
+    moved_T = (model(tokens()) - before).abs().amax(-1)[0] > 0
+    assert moved_T.nonzero().flatten().tolist() == list(range(7, 16))

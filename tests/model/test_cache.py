@@ -121,3 +121,17 @@ def test_the_first_tensor_settles_the_dtype():
     (keys,) = cache.append(module, positions(1, 2))
 
     assert keys.dtype == torch.bfloat16
+
+
+@given(first=integers(1, 100), num_steps=integers(0, 100), keep=integers(1, 90))
+def test_the_bytes_are_those_of_what_later_passes_see(first, num_steps, keep):
+    cache, module = Cache(capacity=500), nn.Identity()
+    for start, stop in steps(first, num_steps):
+        cache.append(module, positions(start, stop), positions(start, stop))
+        cache.append(module, positions(start, stop), keep=keep)
+        cache.state(module)["last"] = positions(start, stop)[:, :, -1:]
+        cache.advance(stop - start)
+    num_seen = first + num_steps
+
+    of_position = 2 * 3 * 4 * 4
+    assert cache.num_bytes == of_position * (2 * num_seen + min(num_seen, keep - 1) + 1)

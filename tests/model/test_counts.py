@@ -241,3 +241,39 @@ def test_what_generating_keeps_of_a_row_is_counted_without_a_model(name, first, 
     config = experiment.config(**experiment.tiny)
 
     assert [cache_bytes(experiment, config, T) for T in (8, 16)] == [first, second]
+
+
+def at_size(name, **values):
+    experiment = load_experiment(resolve(name))
+    sizes = {"vocab_size": V, "max_len": T, "num_blocks": L, "width": C, "num_heads": 4}
+    return experiment, experiment.config(**sizes | values)
+
+
+def test_what_only_training_predicts_is_paid_for_in_training():
+    one, more = count(*at_size("llama")), count(*at_size("multi_token_4"))
+    block = (one.matmul - C * V) // L
+
+    assert more.flops_per_token - one.flops_per_token == 3 * (
+        6 * (block + C * V) + 3 * 4 * C * CAUSAL_KEYS
+    )
+
+
+WHOLE = L * T * 2 * C * 4  # bytes: keys and values of all blocks in fp32
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kept"),
+    [
+        ("llama", {}, WHOLE),
+        ("gpt2ish", {}, WHOLE),
+        ("shared_layers", {"num_blocks": 4}, WHOLE // L * 4),  # a memory at each place
+        ("grouped_query", {"heads_per_group": 2}, WHOLE // 2),
+        ("multi_query", {}, WHOLE // 4),
+        ("latent_attention", {"latent_heads": 2}, L * T * (2 * 16 + 8) * 4),
+        ("window_only", {"window": 33}, WHOLE // T * 32),
+        ("kv_shift", {}, WHOLE + WHOLE // T),  # and the last key and value before the shift
+        ("canon", {}, WHOLE + 3 * WHOLE // T),  # and three inputs at two places
+    ],
+)
+def test_a_cache_holds_what_later_tokens_need(name, values, kept):
+    assert cache_bytes(*at_size(name, **values), T) == kept

@@ -177,15 +177,19 @@ def saved_llama(folder, **values):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_llama_answers_alike_there_and_here_and_there_again(tmp_path, tied):
-    model = saved_llama(tmp_path / "theirs", tie_word_embeddings=tied)
+@pytest.mark.parametrize("num_key_heads", [4, 2, 1])
+def test_a_llama_answers_alike_there_and_here_and_there_again(tmp_path, tied, num_key_heads):
+    values = {"tie_word_embeddings": tied, "num_key_value_heads": num_key_heads}
+    model = saved_llama(tmp_path / "theirs", **values)
     name, values, weights = read_native(tmp_path / "theirs")
     mine = ours(name, values, weights)
     config, state = to_native(name, vars(mine.config), mine.state_dict())
     again = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).eval()
     told = again.load_state_dict(state, strict=False)
 
-    assert name == "llama" and values["rope_base"] == 500.0 and values["tied"] is tied
+    assert name == ("llama" if num_key_heads == 4 else "grouped_query")
+    assert config["num_key_value_heads"] == num_key_heads
+    assert values["rope_base"] == 500.0 and values["tied"] is tied
     assert told.missing_keys == ["lm_head.weight"] * tied and not told.unexpected_keys
     for other in (mine(tokens()), again(tokens()).logits):
         torch.testing.assert_close(other, model(tokens()).logits, rtol=1e-5, atol=1e-5)
@@ -194,7 +198,6 @@ def test_a_llama_answers_alike_there_and_here_and_there_again(tmp_path, tied):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),

@@ -65,7 +65,8 @@ def test_a_run_that_goes_on_or_ends_well_has_no_reason_to_have_stopped(make_fact
 
     assert (stopped.status, stopped.exit_reason) == ("stopped", "stopped by signal 2")
     assert stopped.running() == replace(stopped, status="running", exit_reason=None)
-    assert stopped.finished() == replace(stopped, status="finished", exit_reason=None)
+    ended = replace(stopped, status="finished", exit_reason=None, num_steps=7)
+    assert stopped.finished(7) == ended
 
 
 def test_a_number_that_is_not_finite_counts_as_a_failure_and_stays_one(make_facts):

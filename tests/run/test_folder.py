@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(
     with monkeypatch.context() as patch:
         patch.setattr(os, victim, fail)
         with pytest.raises(OSError):
-            run.write(run.read().finished())
+            run.write(run.read().finished(9))
 
     assert run.read().status == "running"
     assert os.listdir(run.path) == ["run.json"]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -310,6 +312,18 @@ def test_runs_sized_to_seconds_may_have_other_tokens(make_run):
 
     assert why_not_comparable(idea, base) == ""
     assert why_not_comparable(idea, other) == "other league (seconds, not flops)"
+
+
+def test_runs_that_a_time_limit_ended_agree_where_the_limits_do(make_run):
+    runs = read(*(make_run(label, num_tokens=9000) for label in ("gpt2ish", "ue", "ue16x")))
+    base, idea, other = (
+        replace(run, facts=replace(run.facts, plan=run.facts.plan | {"seconds": seconds}))
+        for run, seconds in zip(runs, (60, 60, 90), strict=True)
+    )
+
+    assert why_not_comparable(idea, base) == ""
+    assert why_not_comparable(other, base) == "other time limit (90 seconds, not 60 seconds)"
+    assert why_not_comparable(runs[0], base) == "other time limit (none, not 60 seconds)"
 
 
 def test_like_for_like_looks_for_the_same_changes(make_run):

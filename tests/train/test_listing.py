@@ -12,7 +12,7 @@ from lmplay.plan import read_plan
 from lmplay.proofs import at_size
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof
-from lmplay.train.listing import describe, list_optimizers, print_check
+from lmplay.train.listing import describe, list_experiments, list_optimizers, print_check
 
 
 def test_check_tells_what_a_gpu_computes_wrongly_at_the_plan_s_size(place, monkeypatch, capsys):
@@ -91,3 +91,47 @@ def test_a_path_in_brackets_is_shown_whole(tmp_path, capsys):
     describe(resolve(str(path)), read_plan("quick"), {}, False, False)
 
     assert str(path) in capsys.readouterr().out
+
+
+def test_a_list_has_each_familys_experiments_together_and_baselines_last(capsys):
+    list_experiments("", as_json=False)
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    of_llama = [line.split()[:2] for line in lines if line.startswith("    ") and line[4] != " "]
+    families = [words[1] for words in of_llama[of_llama.index(["attention_sinks", "attention"]) :]]
+    families = [family for family in families if family in ("attention", "mlp", "positions")]
+
+    assert families == sorted(families) and len(set(families)) == 3
+    assert lines.index(next(x for x in lines if x.startswith("  llama"))) > lines.index(
+        next(x for x in lines if x.startswith("  uw5"))
+    )
+    assert "attention" in shown.err and "list:FAMILY" in shown.err
+
+
+def test_a_family_is_listed_alone_and_a_file_of_ones_own_with_its_path(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.py").write_text(resolve("qk_norm").source)
+    list_experiments("attention", as_json=False)
+    listed = capsys.readouterr().out
+    list_experiments("attention", as_json=True)
+    rows = json.loads(capsys.readouterr().out)["experiments"]
+
+    assert "qk_norm" in listed and "headwise_gate" in listed and "canon" not in listed
+    assert next(x for x in listed.splitlines() if x.startswith("mine")).endswith("mine.py")
+    assert {row["family"] for row in rows} == {"attention"}
+
+
+def test_describe_says_the_source_what_is_kept_and_what_it_stacks_with(place, capsys):
+    describe(resolve("multi_query"), read_plan("words"), {}, False, True)
+    told = json.loads(capsys.readouterr().out)
+    describe(resolve("multi_query"), read_plan("words"), {}, False, False)
+    shown = capsys.readouterr().out
+
+    assert told["family"] == "attention" and "arXiv:2305.13245" in told["source"]
+    assert told["cache_bytes"]["32"] == 32 * 2 * 8 * 4  # one head of two, in one block
+    assert "squared_relu" in told["stacks_with"] and told["collides_with"]["rwkv7"] == "lines"
+    assert "2,048 bytes a row after 32 tokens" in shown
+    assert f"Stacks with {len(told['stacks_with'])} of" in shown and "rwkv7" in shown

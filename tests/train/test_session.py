@@ -1,11 +1,13 @@
 """One run from request to result: what it writes, how it resumes, what it survives."""
 
 import csv
+import itertools
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +107,23 @@ def assert_equal_runs(one: RunFolder, other: RunFolder):
             for path in (getattr(one, name), getattr(other, name))
         ]
         assert rows[0] == rows[1]
+
+
+def test_a_run_ends_when_the_plans_seconds_are_spent_and_is_finished_then(place, monkeypatch):
+    ticks = SimpleNamespace(perf_counter=itertools.count().__next__)  # each look is a second on
+    monkeypatch.setattr(curves, "time", ticks)
+    display = Silent()
+    result = run(changes={"seconds": 3.5}, display=display)
+    folder = folder_of(result)
+    facts, validation = folder.read(), read_rows(folder.validation_csv)
+    last = read_rows(folder.train_csv)[-1]
+
+    assert last["seconds"] >= 3.5 > last["seconds"] - 1
+    assert 0 < last["step"] < NUM_STEPS
+    assert (facts.status, facts.num_steps, facts.num_tokens) == ("finished", last["step"], 1440)
+    assert validation[-1]["step"] == newest_checkpoint(folder, print).step == last["step"]
+    assert any("3.5 seconds are spent at step" in note for note in display.notes)
+    assert run(changes={"seconds": 3.5})["num_steps"] == last["step"]
 
 
 def test_a_run_leaves_all_that_it_takes_to_repeat_and_resume_it(place):

@@ -1,0 +1,272 @@
+"""Multi-token attention: scores are blended with those of nearby queries and keys.
+
+Idea: one score asks whether one query fits one key; "Alice near rabbit" takes two. A small kernel
+    of each head runs over the map of scores, over this query and the five before it and over the
+    key and five on both sides; behind the softmax, groups of heads exchange weights. What is later
+    than a query is zero under the kernel and hidden behind it, both of which are needed: then a key
+    to the right is still one of the past. What a head found is normed. Kernels start as one at the
+    place itself, pairs as they are, so a layer starts as normed attention.
+    The paper blends scores in every fourth layer and heads in all; `blended_every` 1 is every
+    layer, as it has fewer here. Its later gate is left out, and so is a constant factor behind the
+    norm. Generation keeps five queries; all scores are held, T x T for each head.
+    BlaGPT's kernels never ran: its attention calls the fused kernel. Those that it has look at
+    later queries.
+Source: Golovneva et al. 2025, arXiv:2504.00927, sections 3.1 to 3.3.
+Family: attention.
+Changed from llama: Config, Attention, Block, Model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary,
+# Q queries, those that reach into a kernel among them
+
+VARIANTS = {
+    "multi_token_attention_2": {"blended_every": 2},
+}
+TINY = {
+    "vocab_size": 61,
+    "max_len": 16,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "heads_per_group": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
+    rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    num_queries: int = 6  # under a kernel, the last ones
+    num_keys: int = 11  # under a kernel, half of them on each side
+    heads_per_group: int = 3  # that exchange weights
+    blended_every: int = 1  # every so many blocks one has kernels over scores
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+        if self.num_heads % self.heads_per_group:
+            raise ValueError(f"{self.num_heads} heads are no groups of {self.heads_per_group}")
+        if self.num_keys % 2 == 0:
+            raise ValueError(f"num_keys={self.num_keys} has no middle")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        return -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+def rotary(positions_T: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which each position turns the D / 2 pairs of a head."""
+    pairs_D = torch.arange(0, D, 2, device=positions_T.device, dtype=torch.float32)
+    rates_D = base ** (-pairs_D / D)
+    angles_TD = positions_T[:, None] * rates_D
+    angles_TD = torch.cat([angles_TD, angles_TD], dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def rotate(x_BHTD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each position turned by its own angles; channel i is paired with channel i + D / 2."""
+    cos_TD, sin_TD = turn
+    first, second = x_BHTD.chunk(2, dim=-1)
+    crossed_BHTD = torch.cat([-second, first], dim=-1)
+    turned_BHTD = x_BHTD * cos_TD + crossed_BHTD * sin_TD
+    return turned_BHTD.to(x_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H, with rotary positions."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = linear(config.width, config.width)
+        self.key = linear(config.width, config.width)
+        self.value = linear(config.width, config.width)
+        self.output = linear(config.width, config.width, config.output_std)
+        self.group = config.heads_per_group
+        self.kernels = None
+        if (index + 1) % config.blended_every == 0:
+            kernels = torch.zeros(config.num_heads, 1, config.num_queries, config.num_keys)
+            kernels[:, :, -1, config.num_keys // 2] = 1.0
+            self.kernels = nn.Parameter(kernels)
+        groups = torch.eye(self.group).repeat(config.num_heads // self.group, 1, 1)
+        self.mixtures = nn.Parameter(groups)
+        self.head_norm = RMSNorm(config.head_width, config.norm_eps)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        q_BHTD = rotate(q_BHTD, turn)
+        k_BHSD = rotate(k_BHSD, turn)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        weights_BHTS = self.weights(q_BHTD, k_BHSD, cache).to(v_BHSD.dtype)
+        y_BHTD = weights_BHTS @ v_BHSD
+        y_BHTD = self.head_norm(y_BHTD)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+    def weights(self, q_BHTD: Tensor, k_BHSD: Tensor, cache=None) -> Tensor:
+        """What each head gives to each key, in fp32 at least."""
+        T, S = q_BHTD.shape[2], k_BHSD.shape[2]
+        if cache is not None and self.kernels is not None:
+            (q_BHTD,) = cache.append(self, q_BHTD, keep=self.kernels.shape[2])
+        scores_BHQS = q_BHTD @ k_BHSD.mT * q_BHTD.shape[-1] ** -0.5
+        scores_BHQS = scores_BHQS.to(torch.promote_types(q_BHTD.dtype, torch.float32))
+        at_S = torch.arange(S, device=q_BHTD.device)
+        later_QS = at_S[S - q_BHTD.shape[2] :, None] < at_S
+        if self.kernels is not None:
+            _, _, num_queries, num_keys = self.kernels.shape
+            scores_BHQS = scores_BHQS.masked_fill(later_QS, 0.0)
+            edges = (num_keys // 2, num_keys // 2, num_queries - 1, 0)
+            padded = F.pad(scores_BHQS, edges)
+            scores_BHQS = F.conv2d(padded, self.kernels.to(padded.dtype), groups=len(self.kernels))
+        scores_BHTS = scores_BHQS[:, :, -T:].masked_fill(later_QS[-T:], -torch.inf)
+        weights_BHTS = scores_BHTS.softmax(dim=-1)
+        grouped = weights_BHTS.unflatten(1, (-1, self.group))
+        mixed = torch.einsum("gij,bgjts->bgits", self.mixtures.to(grouped.dtype), grouped)
+        return mixed.flatten(1, 2)
+
+
+class MLP(nn.Module):
+    """A hidden layer gated by another, then back to width C."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = linear(config.width, config.hidden_width)
+        self.up = linear(config.width, config.hidden_width)
+        self.down = linear(config.hidden_width, config.width, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        g_BTF = self.gate(x_BTC)
+        g_BTF = F.silu(g_BTF)
+        h_BTF = self.up(x_BTC)
+        h_BTF = g_BTF * h_BTF
+        y_BTC = self.down(h_BTF)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, index)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, turn, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        T = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
+        x_BTC = self.token_table(tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, turn, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        mixtures = [block.attention.mixtures for block in self.blocks]
+        groups = [{"params": mixtures, "role": "vector"}]
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update: nothing here."""

@@ -1,0 +1,208 @@
+"""Relative positions: a key looks to each query as a learned vector of their distance changes it.
+
+Idea: what matters is how far back a key stands. Each block has one vector for each distance up to
+    `max_distance`, shared by its heads; what is farther has that of the farthest. The query's
+    product with it joins the score: as a bias of the fused call, and from a query's products with
+    all distances, so no vector is there for each pair. apos has a vector for every distance and
+    head, with a table at the entrance too. The paper's second table, for values, made no
+    difference there and is left out. BlaGPT's switch of this name cannot run.
+Source: Shaw et al. 2018, arXiv:1803.02155, section 3.2.
+Changed from no_positions: Config, Attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B rows, T positions, S positions attended to, C model width, H heads, D head width,
+# F hidden width, V vocabulary, K distances
+
+TINY = {
+    "vocab_size": 61,
+    "max_len": 16,
+    "num_blocks": 2,
+    "width": 16,
+    "num_heads": 2,
+    "max_distance": 5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    max_len: int = 1024  # tokens
+    num_blocks: int = 6
+    width: int = 768
+    num_heads: int = 12
+    mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the token table
+    max_distance: int = 64  # positions; a key farther back looks as one that far
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        return -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
+
+    @property
+    def output_std(self) -> float:
+        """Of the matrices that write into the stream, two in each block."""
+        return 0.02 * (2 * self.num_blocks) ** -0.5
+
+
+def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A layer without bias whose weights start with this spread."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Divides each position by its root mean square, in fp32 at least, and scales each channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide_BTC = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32))
+        y_BTC = F.rms_norm(wide_BTC, self.weight.shape, self.weight, self.eps)
+        return y_BTC.to(x_BTC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of width D = C / H."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = linear(config.width, config.width)
+        self.key = linear(config.width, config.width)
+        self.value = linear(config.width, config.width)
+        self.output = linear(config.width, config.width, config.output_std)
+        self.distances = nn.Parameter(torch.empty(config.max_distance + 1, config.head_width))
+        nn.init.normal_(self.distances, std=0.02)
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        x_BTHD = x_BTC.unflatten(-1, (self.num_heads, -1))
+        x_BHTD = x_BTHD.transpose(1, 2)
+        return x_BHTD
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        T = x_BTC.shape[1]
+        q_BTC = self.query(x_BTC)
+        k_BTC = self.key(x_BTC)
+        v_BTC = self.value(x_BTC)
+        q_BHTD = self.split(q_BTC)
+        k_BHSD = self.split(k_BTC)
+        v_BHSD = self.split(v_BTC)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
+        at_S = torch.arange(k_BHSD.shape[2], device=x_BTC.device)
+        back_TS = at_S[-T:, None] - at_S
+        scale = q_BHTD.shape[-1] ** -0.5
+        by_distance_BHTK = scale * (q_BHTD @ self.distances.to(q_BHTD.dtype).mT)
+        place_TS = back_TS.clamp(0, len(self.distances) - 1)
+        place_BHTS = place_TS.expand(*q_BHTD.shape[:2], -1, -1)
+        bias_BHTS = by_distance_BHTK.gather(-1, place_BHTS)
+        bias_BHTS = bias_BHTS.masked_fill(back_TS < 0, -torch.inf)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias_BHTS)
+        y_BTHD = y_BHTD.transpose(1, 2)
+        y_BTC = y_BTHD.flatten(2)
+        y_BTC = self.output(y_BTC)
+        return y_BTC
+
+
+class MLP(nn.Module):
+    """A hidden layer gated by another, then back to width C."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = linear(config.width, config.hidden_width)
+        self.up = linear(config.width, config.hidden_width)
+        self.down = linear(config.hidden_width, config.width, config.output_std)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        g_BTF = self.gate(x_BTC)
+        g_BTF = F.silu(g_BTF)
+        h_BTF = self.up(x_BTC)
+        h_BTF = g_BTF * h_BTF
+        y_BTC = self.down(h_BTF)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
+        u_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.attention(u_BTC, cache)
+        x_BTC = x_BTC + y_BTC
+        u_BTC = self.mlp_norm(x_BTC)
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC
+
+
+class Model(nn.Module):
+    """Tokens to the logits of the token after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.progress = 0.0
+        self.token_table = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = linear(config.width, config.vocab_size)
+        nn.init.normal_(self.token_table.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.token_table.weight
+
+    def at(self, progress: float) -> None:
+        """Take up what depends on the share of training that is done, 0 to 1."""
+        self.progress = progress
+
+    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.token_table(tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, cache)
+        x_BTC = self.final_norm(x_BTC)
+        return x_BTC
+
+    def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        x_BTC = self.hidden(tokens_BT, cache)
+        logits_BTV = self.head(x_BTC)
+        return logits_BTV
+
+    def loss_terms(self, tokens_BT: Tensor, targets_BT: Tensor) -> list[dict]:
+        """What training minimises: the ruler's own term first, then those of ideas."""
+        x_BTC = self.hidden(tokens_BT)
+        terms = [{"x": x_BTC, "head": self.head, "targets": targets_BT}]
+        return terms
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters that the optimizer treats apart; the rest goes by role."""
+        groups = []
+        return groups
+
+    def after_step(self) -> None:
+        """What an idea does to parameters after each update: nothing here."""

@@ -1,0 +1,80 @@
+"""What an idea stacks with is found by merging, and told with what keeps the others from it."""
+
+import itertools
+import os
+from datetime import date
+from zlib import crc32
+
+import pytest
+
+from lmplay.catalog.entries import entries, family_of, resolve
+from lmplay.catalog.partners import baseline_of, collision, partners
+from lmplay.errors import UserError
+from lmplay.model.experiment import load_experiment
+from lmplay.proofs.tiny import check
+
+
+def test_each_other_idea_on_the_baseline_is_a_partner_or_told_by_what_collides():
+    found = partners(resolve("qk_norm"))
+
+    assert found["gated_attention"] == found["squared_relu"] == ""
+    assert found["latent_attention"] == "lines"
+    assert not {"qk_norm", "llama", "gpt2ish", "value_norm"} & found.keys()
+
+
+def test_an_idea_on_an_idea_is_a_partner_of_others_but_not_of_its_own_line():
+    found = partners(resolve("canon_full"))
+
+    assert "canon" not in found and found["x0_lambdas"] == ""
+    assert "canon_full" not in partners(resolve("canon"))
+
+
+def test_a_baseline_is_what_belongs_to_no_family():
+    known = entries()
+
+    assert baseline_of(resolve("forgetting_pro"), known) == "llama"
+    assert baseline_of(resolve("sac2"), known) == "gpt2ish"
+    assert partners(resolve("llama")) == {}
+
+
+def test_values_and_names_keep_ideas_apart_too():
+    assert collision(resolve("geglu"), resolve("glu")) == "values"
+    assert collision(resolve("ngram_memory"), resolve("ngram_lambdas")) == "names"
+    assert collision(resolve("no_positions"), resolve("simple_rope")) == "lines"
+
+
+def ideas_on(baseline):
+    known = entries()
+    return [
+        name
+        for name, entry in known.items()
+        if name == entry.file and entry.parent == baseline and family_of(entry, known)
+    ]
+
+
+@pytest.mark.slow
+def test_most_pairs_of_ideas_on_llama_stack():
+    pairs = itertools.combinations(ideas_on("llama"), 2)
+    sample = [pair for pair in pairs if crc32("+".join(pair).encode()) % 24 == 0]
+    found = [collision(resolve(one), resolve(other)) for one, other in sample]
+
+    assert len(found) > 30 and found.count("") >= 0.85 * len(found)
+
+
+THREE = "gated_attention+qk_norm+zero_init"
+GOOD = [f"{THREE}+{name}" for name in ideas_on("llama") if name not in THREE]
+GOOD += ["layer_token_embedding+gated_attention+ngram_memory+differential_v2"]
+if "LMP_ALL" not in os.environ:  # each takes a check, so some each day
+    GOOD = [name for name in GOOD if (date.today().toordinal() + crc32(name.encode())) % 16 == 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
+def test_what_stacks_with_three_that_all_start_from_passes_the_check(name):
+    try:
+        entry = resolve(name)
+    except UserError as error:
+        pytest.skip(error.problem.partition("\n")[0])
+    failed = [proof for proof in check(load_experiment(entry)) if proof.passed is False]
+
+    assert not failed
