@@ -16,6 +16,7 @@ Idea: narrow blocks in a window read all bytes. At the end of each word the vect
     Of two well-known copies one pools at places of other rows and one spreads a word's vector over
     the word's own bytes, and both leak.
 Source: Videau et al. 2025, arXiv:2506.14761, section 2; facebookresearch/lingua, apps/aunet.
+Family: patches.
 Changed from llama: Config, Attention, Block, word_ends, Model.
 """
 

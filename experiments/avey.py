@@ -11,6 +11,7 @@ Idea: text is cut into chunks. A ranker picks the earlier chunks most similar to
     text's first chunk is kept out of the mixing. A layer weighs 7 / 12 of a block of llama, so
     there are more of them.
 Source: Hammoud and Acharya 2025, arXiv:2506.11305, section 3; rimads/avey-dpa.
+Family: mixing.
 Changed from llama: Config, linear, Layer, Window, Model, rotary, rotate, Attention, MLP, Block.
 """
 

@@ -12,6 +12,7 @@ Idea: the stream is the plain sum of all that was written; a layer far up cannot
     are divided by sqrt(C), which the paper does not do: without it, and with queries as large as a
     proof draws them, rounding moves what four blocks give 30 times as far as llama's.
 Source: Kimi Team 2026, arXiv:2603.15031, equations 1 to 6; keys are normed, values are not.
+Family: residual.
 Changed from llama: Config, DepthMix, Block, Model.
 """
 

@@ -10,6 +10,7 @@ Idea: short contexts are learned sooner, and cost less. A row is cut in fragment
     rows grow does the same to llama.
 Source: Zhu et al. 2025, arXiv:2503.15450 (SkyLadder), section 4, and the authors' code, which cuts
     fragments; the share and the first window are theirs.
+Family: attention.
 Changed from llama: Config, attend_within, Attention, Block, Model.
 """
 

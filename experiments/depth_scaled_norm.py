@@ -5,6 +5,7 @@ Idea: in a pre-norm stack the stream grows with depth, so that deep blocks chang
     the final norm is not. With a gain behind the norm this is a start and a rate, not another
     function: depth_scaled_gain has the start alone, as a gain of that size.
 Source: Sun et al. 2025, arXiv:2502.05795 (The Curse of Depth), section 4.
+Family: norms.
 Changed from llama: Config, Block.
 """
 

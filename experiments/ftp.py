@@ -11,6 +11,7 @@ Idea: a position's state is expanded to a few vectors, and a small decoder that 
     then outweighs most of the encoder. Here one block decodes, from 4 vectors, and takes the place
     of one that encodes.
 Source: Walker 2024, arXiv:2410.18160; sizes from the copy in erogol/BlaGPT, presumably the paper's.
+Family: patches.
 Changed from llama: Config, CrossAttention, DecoderBlock, Model.
 """
 

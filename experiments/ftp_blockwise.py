@@ -9,6 +9,7 @@ Idea: text is cut into blocks of K. The encoder sees all earlier blocks and the 
     vectors. This is what a well-known copy calls FTP: there the encoder could not tell the order
     of the tokens in a block, and the first block was shown its own answers.
 Source: Walker 2024, arXiv:2410.18160, after the copy in erogol/BlaGPT; `ftp` is the paper's own.
+Family: patches.
 Changed from llama: Config, Attention, Block, CrossAttention, DecoderBlock, PatchMemory, Model.
 """
 

@@ -7,6 +7,7 @@ Idea: models grow a few huge channels only to let the norm shrink all others the
     It reads what it multiplies, the normed copy: gating the stream itself, or what a layer adds,
     was worse where it was tried.
 Source: Qiu et al. 2026, arXiv:2601.22966 (GatedNorm); the factor of 2 and the zero start are ours.
+Family: norms.
 Changed from llama: Config, NormGate, Block.
 """
 

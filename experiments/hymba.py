@@ -12,6 +12,7 @@ Idea: heads of attention recall exactly, a scan sums up; both read the same inpu
     than a block of llama. A well-known copy shifts its targets twice.
 Source: Dong et al. 2024, arXiv:2411.13676, section 2; NVlabs/hymba; Gu and Dao 2023,
     arXiv:2312.00752, section 3 (Mamba).
+Family: mixing.
 Changed from llama: Config, ShortConvolution, scan_step, scan_chunks, Mamba, Attention, Mixer,
     Block, Model.
 """

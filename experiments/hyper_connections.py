@@ -9,6 +9,7 @@ Idea: N copies of the stream. Each layer reads a weighted sum of them, adds what
     copied implementation went on with streams that it had not mixed, so its matrices did nothing.
 Source: Zhu et al. 2024, arXiv:2409.19606, sections 2.1 to 2.3 and algorithm 2; its wider start of
     output matrices is left out, and the streams' mean is read, which a norm takes for their sum.
+Family: residual.
 Changed from llama: Config, Connection, Block, Model.
 """
 

@@ -9,6 +9,7 @@ Idea: N copies of the stream, which never mix but through layers. Each layer rea
     multiplies what depends on the position, never the bias, which it would drown.
 Source: the marin project's experiment 7409 (github.com/marin-community/marin); the form is that of
     Xie et al. 2025, arXiv:2512.24880, section 4, with the identity for the mixing matrix.
+Family: residual.
 Changed from llama: Config, Connection, Block, Model.
 """
 

@@ -8,6 +8,7 @@ Idea: a norm on the stream itself keeps it at one size, but each divides what co
     transformers did. It is meant for depths of hundreds: of six blocks expect nothing.
 Source: Chen and Wei 2026, arXiv:2601.19895; with the two controls, Xiong et al. 2020,
     arXiv:2002.04745, on what a norm behind the sum does to gradients.
+Family: norms.
 Changed from llama: Config, Block, Model.
 """
 

@@ -7,6 +7,7 @@ Idea: what upper layers look up need not be what the layer below them has just m
     llama keeps.
 Source: the marin project's experiment 8196 (github.com/marin-community/marin); Sun et al. 2024,
     arXiv:2405.05254 (YOCO), has one set of keys for the whole upper half.
+Family: attention.
 Changed from llama: Attention, Block, Model.
 """
 

@@ -9,6 +9,7 @@ Idea: neighbouring layers find much the same keys and values; made and kept once
     step of generation on.
 Source: Brandon et al. 2024, arXiv:2405.12981 (cross-layer attention); Sun et al. 2024,
     arXiv:2405.05254 (YOCO), for the last blocks; Gemma 3n has them.
+Family: attention.
 Changed from llama: Config, Attention, Block, Model.
 """
 

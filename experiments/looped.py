@@ -11,6 +11,7 @@ Idea: depth without parameters. A third of the blocks reads the tokens, a third 
     looped_naive is the control: the blocks on state plus input, nothing fades.
 Source: Prairie et al. 2026, arXiv:2604.12946 (Parcae), in the form with an exact hold; Geiping et
     al. 2025, arXiv:2502.05171, for the shape.
+Family: residual.
 Changed from llama: Config, Carry, Model.
 """
 

@@ -11,6 +11,7 @@ Idea: as hyper_connections, but products of free matrices over depth can grow. A
     but nearly the mean of all streams.
 Source: Xie et al. 2025, arXiv:2512.24880, equations 6 to 9; lite: Yang and Gao 2026,
     arXiv:2601.05732. The streams' mean is read, which a norm takes for their sum.
+Family: residual.
 Changed from llama: Config, sinkhorn, Connection, Block, Model.
 """
 

@@ -11,6 +11,7 @@ Idea: parameters that most tokens do not use cost memory, not arithmetic. A rout
     sign turned round. The tokens of each expert are counted over the step, not a micro-batch, and
     while training only. Their numbers are read by the host, for which a GPU waits in each block.
 Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2; Wang et al. 2024, arXiv:2408.15664.
+Family: mlp.
 Changed from llama: Config, Mixture, Block, Model.
 """
 

@@ -7,6 +7,7 @@ Idea: blocks without rotary positions look for what a token means wherever it st
     A well-known model's configuration calls the list of blocks no_rope_layers in which 1 stands for
     those that do turn: taken at its word, it is the inverse of this.
 Source: Yang et al. 2025, arXiv:2501.18795 (RNoPE); Llama 4 and SmolLM3 have it.
+Family: positions.
 Changed from llama: Config, Attention, Block.
 """
 

@@ -9,6 +9,7 @@ Idea: a larger vocabulary for the input only, where a row costs no arithmetic. T
     the same as that token behind a 0. Unlike ngram_memory it acts at the input alone, by no gate.
 Source: Huang et al. 2025, arXiv:2501.16975 (Over-Tokenized Transformer), section 3.2; the sum and
     the zero start are ours, public code takes the mean of all terms.
+Family: memory.
 Changed from llama: Config, NgramEmbedding, Model.
 """
 

@@ -5,6 +5,7 @@ Idea: the first layer's values are the tokens themselves, before any average. If
     one layer's values beside all keys. It costs a little loss, and nearly halves the cache.
     The first layer hands on all values so far, not the new ones only.
 Source: Zhou et al. 2024, arXiv:2410.17897, section 3.3 (SVFormer).
+Family: attention.
 Changed from llama: Attention, Block, Model.
 """
 

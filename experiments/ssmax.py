@@ -7,6 +7,7 @@ Idea: the more keys, the flatter a softmax: one key that stands out by 5 gets 0.
     It multiplies: a well-known library subtracts s ln n from the scores, which no softmax notices.
     n is the number of keys that a position sees, also when generating.
 Source: Nakanishi 2025, arXiv:2501.19399, sections 2 and 3.
+Family: attention.
 Changed from llama: Config, Attention.
 """
 

@@ -10,6 +10,7 @@ Idea: early training learns mostly which words go together; a position that hold
     one token. Nothing is scored for the first bag's own tokens; the rest counts for them. Bags
     never straddle rows.
 Source: Peng, Gigant and Quesnelle 2026, arXiv:2605.06546.
+Family: outputs.
 Changed from llama: Config, Model.
 """
 

@@ -6,6 +6,7 @@ Idea: the stream is the model's memory of a position, and its width bounds what 
     head grow with the stream. wide_residual_direct has no such matrix: queries, keys, values and
     the MLP read the stream itself. Neither is free: 1.64 and 2 times the FLOPs of the blocks.
 Source: the marin project's experiments 9295 and 9317 (github.com/marin-community/marin).
+Family: residual.
 Changed from llama: Config, Attention, MLP, Block, Model.
 """
 

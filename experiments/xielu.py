@@ -7,6 +7,7 @@ Idea: integrated from two slopes that are learned: a parabola above 0, an integr
     What is below 0 is cut off before expm1: above, it would overflow, and its slope be NaN. It is
     computed in fp32. Some copies forget the one half in the lower slope.
 Source: Huang and Schlag 2024, arXiv:2411.13010; Apertus has it.
+Family: mlp.
 Changed from llama: Config, XIELU, MLP.
 """
 
