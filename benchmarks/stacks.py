@@ -3,7 +3,7 @@
 Example: python benchmarks/stacks.py --only llama
 
 No benchmark of speed: it says what share merges, what keeps the rest apart (lines that both change,
-names that one gives or takes away, text that is no Python, values of Config or TINY), and which
+names that one gives or takes away, text that is no Python, values of TINY), and which
 ideas collide most. Ideas on two baselines are not paired: what a baseline rewrote, the other's
 ideas change too.
 """

@@ -20,6 +20,12 @@ def conflicts(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     return [report for check in checks for report in check(base, ideas, merged)]
 
 
+@functools.lru_cache(maxsize=64)
+def parsed(source: str) -> ast.Module:
+    """The tree of a source, which several checks look at and none changes."""
+    return ast.parse(source)
+
+
 def is_named(node: ast.stmt) -> bool:
     """Whether a statement defines a class or a function."""
     return isinstance(node, ast.ClassDef | ast.FunctionDef)
@@ -32,7 +38,7 @@ def _names(source: str) -> list[tuple[tuple[str, str], str]]:
 
 
 def _defined(source: str) -> Iterator[tuple[tuple[str, str], str]]:
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if is_named(node):
             yield ("the file", node.name), ast.unparse(node)
         elif isinstance(node, ast.Assign):
@@ -131,7 +137,7 @@ def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, s
     A read is a name, the statement that reads it, and the one before it that stored it.
     """
     found = {}
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
         for function in inner:
             if isinstance(function, ast.FunctionDef):

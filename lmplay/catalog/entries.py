@@ -115,11 +115,10 @@ def stacked(ideas: list[Entry]) -> Entry:
 
     name = "+".join(idea.name for idea in ideas)
     lines = [line_of(idea) for idea in ideas]
-    shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
-    if not shared:
+    base = shared_ancestor(lines)
+    if base is None:
         roots = ", ".join(sorted({line[-1].file for line in lines}))
         raise UserError(f"{name}: no common ancestor ({roots})", hint="stack ideas of one family")
-    base = shared[0]
     variant: dict[str, object] = {}
     for i, (idea, line) in enumerate(zip(ideas, lines, strict=True)):
         others = lines[:i] + lines[i + 1 :]
@@ -139,6 +138,12 @@ def stacked(ideas: list[Entry]) -> Entry:
         hint = "an idea takes it away that a variant of another one sets"
         raise UserError(f"{name}: Config has no {key!r} any more", hint=hint)
     return replace(entry, name=name, variant=variant, variants={}, ideas=tuple(ideas))
+
+
+def shared_ancestor(lines: list[list[Entry]]) -> Entry | None:
+    """The nearest experiment that is in all of these lines, as `line_of` gives them."""
+    shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]
+    return shared[0] if shared else None
 
 
 def line_of(entry: Entry) -> list[Entry]:

@@ -3,7 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from lmplay.errors import UserError
@@ -72,6 +72,11 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
 
 def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]:
     """As `read_file`, for source that is already at hand; `path` gives the name."""
+    return list(_read(source, path, head_only))
+
+
+@lru_cache(maxsize=512)  # a stack looks at the same few files again and again
+def _read(source: str, path: Path, head_only: bool) -> tuple[Entry, ...]:
     try:
         tree = _parsed_head(source) if head_only else ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -94,7 +99,7 @@ def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]
         "changed": changed,
     }
     named = {path.stem: {}, **variants}
-    return [Entry(name=name, variant=values, **common) for name, values in named.items()]
+    return tuple(Entry(name=name, variant=values, **common) for name, values in named.items())
 
 
 def definitions(source: str) -> dict[str, str]:

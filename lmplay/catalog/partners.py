@@ -1,15 +1,16 @@
 """What an experiment stacks with: every other idea on its baseline is merged with it as text."""
 
-from lmplay.catalog.entries import entries, family_of, line_of, resolve, stacked
-from lmplay.catalog.entry import Entry
+from lmplay.catalog.entries import entries, family_of, line_of, shared_ancestor
+from lmplay.catalog.entry import Entry, read_file
 from lmplay.catalog.merge import Conflict
+from lmplay.catalog.stack import composed_tiny, merged_body
 from lmplay.errors import UserError
 
 
 def partners(entry: Entry) -> dict[str, str]:
     """The files of the other ideas on its baseline, each with what keeps the two from stacking.
 
-    That is nothing, a kind of `Conflict`, or "values" where Config or TINY refuses. What it was
+    That is nothing, a kind of `Conflict`, or "values" where TINY would need two. What it was
     copied from, and what was copied from it, is no other idea. A baseline has no partners.
     """
     known = entries()
@@ -20,7 +21,7 @@ def partners(entry: Entry) -> dict[str, str]:
     for name, head in known.items():
         if name != head.file or family_of(head, known) is None or head.path in line:
             continue
-        other = resolve(name)
+        other = read_file(head.path)[0]
         is_below = entry.path in [one.path for one in line_of(other)]
         if not is_below and baseline_of(other, known) == baseline:
             found[name] = collision(entry, other)
@@ -34,9 +35,12 @@ def baseline_of(entry: Entry, known: dict[str, Entry]) -> str:
 
 
 def collision(one: Entry, other: Entry) -> str:
-    """What keeps two experiments from stacking; nothing where they do."""
+    """What keeps two files of one root from stacking; nothing where they do."""
+    base = shared_ancestor([line_of(one), line_of(other)])
+    parts = [entry for entry in (one, other) if entry.path != base.path]
     try:
-        stacked([one, other])
+        merged_body(f"{one.name}+{other.name}", base, parts)
+        composed_tiny(base, parts)
     except Conflict as conflict:
         return conflict.kind
     except UserError:

@@ -3,8 +3,9 @@
 import ast
 import re
 import textwrap
+from functools import lru_cache
 
-from lmplay.catalog.conflicts import conflicts, is_named
+from lmplay.catalog.conflicts import conflicts, is_named, parsed
 from lmplay.catalog.entry import Entry, section
 from lmplay.catalog.merge import Conflict, merge
 from lmplay.errors import UserError
@@ -23,36 +24,44 @@ def compose(name: str, base: Entry, parts: list[Entry], variant: dict[str, objec
         Conflict: edits collide, or two ideas add one name to one scope.
         UserError: the merged file is not valid Python.
     """
-    bodies = {part.name: list(_body(part.source).values()) for part in parts}
-    numbers, base_body = (list(part) for part in zip(*_body(base.source).items(), strict=True))
-    file = f"{base.file}.py"
-    tiny = _composed_tiny(base, parts, file)
+    tiny = composed_tiny(base, parts)
     try:
-        merged = merge(base_body, bodies, file, numbers)
+        merged = merged_body(name, base, parts)
     except Conflict as conflict:
         lines = conflict.merged.splitlines(keepends=True)
         whole = _headed(name, base, parts, lines, tiny, variant)
         raise Conflict(conflict.problem, whole, conflict.kind) from None
+    return _headed(name, base, parts, merged, tiny, variant)
+
+
+def merged_body(name: str, base: Entry, parts: list[Entry]) -> list[str]:
+    """The ancestor's lines with the edits of all parts, but for what a stack writes anew.
+
+    Raises:
+        Conflict: edits collide, two ideas add one name to one scope, or it is no Python.
+    """
+    bodies = {part.name: list(_body(part.source).values()) for part in parts}
+    numbers, base_body = (list(part) for part in zip(*_body(base.source).items(), strict=True))
+    merged = merge(base_body, bodies, f"{base.file}.py", numbers)
     try:
         merged = _once(merged)
     except SyntaxError as error:
         problem = f"{name} merges into what is no Python: line {error.lineno}: {error.msg}"
-        whole = _headed(name, base, parts, merged, tiny, variant)
-        raise Conflict(problem, whole, "syntax") from None
+        raise Conflict(problem, "".join(merged), "syntax") from None
     texts = {part: "".join(body) for part, body in bodies.items()}
     if reports := conflicts("".join(base_body), texts, "".join(merged)):
-        whole = _headed(name, base, parts, merged, tiny, variant)
-        raise Conflict("\n".join(reports), whole, "names")
-    return _headed(name, base, parts, merged, tiny, variant)
+        raise Conflict("\n".join(reports), "".join(merged), "names")
+    return merged
 
 
+@lru_cache(maxsize=256)
 def _body(source: str) -> dict[int, str]:
     """Number and text of the lines that a stack does not write anew.
 
     It writes the docstring, the legend, TINY and VARIANTS.
     """
     lines = source.splitlines(keepends=True)
-    tree = ast.parse(source)
+    tree = parsed(source)
     gone = set(_legend_lines(lines))
     for node in tree.body:
         is_docstring = node is tree.body[0] and isinstance(node, ast.Expr)
@@ -90,7 +99,7 @@ def _once(merged: list[str]) -> list[str]:
     """Without the second of two equal top-level classes, functions or constants."""
     seen: set[str] = set()
     gone: set[int] = set()
-    for node in ast.parse("".join(merged)).body:
+    for node in parsed("".join(merged)).body:
         if is_named(node) or isinstance(node, ast.Assign):
             text = ast.unparse(node)
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
@@ -105,7 +114,12 @@ def _is_gap(lines: list[str], node: ast.stmt, number: int) -> bool:
     return not "".join(lines[node.end_lineno : number + 1]).strip()
 
 
-def _composed_tiny(base: Entry, parts: list[Entry], file: str) -> dict[str, object]:
+def composed_tiny(base: Entry, parts: list[Entry]) -> dict[str, object]:
+    """The TINY of a stack: the ancestor's, with what its parts change or add.
+
+    Raises:
+        UserError: two parts want two values.
+    """
     tiny = dict(base.tiny)
     for part in parts:
         for key, value in part.tiny.items():
@@ -113,7 +127,7 @@ def _composed_tiny(base: Entry, parts: list[Entry], file: str) -> dict[str, obje
             if changed and value != base.tiny.get(key) and tiny[key] != base.tiny.get(key):
                 problem = f"TINY[{key!r}] is {tiny[key]!r} in one idea and {value!r} in {part.name}"
                 raise UserError(
-                    problem, hint=f"they share the ancestor {file}: give both one value"
+                    problem, hint=f"they share the ancestor {base.file}.py: give both one value"
                 )
             if key not in tiny or value != base.tiny.get(key):
                 tiny[key] = value
