@@ -23,17 +23,21 @@ KINDS = ("lines", "names", "syntax", "values")
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-def collisions(baseline: str) -> dict[tuple[str, str], str]:
+def collisions(baseline: str, left_out: list[str]) -> dict[tuple[str, str], str]:
     """Every two files of ideas on a baseline, with what keeps them apart; nothing where they stack.
 
     A file and what was copied from it are no pair.
+
+    Args:
+        left_out: families.
     """
     known = entries()
-    ideas = {
-        name: resolve(name)
-        for name, entry in known.items()
-        if name == entry.file and family_of(entry, known) and baseline_of(entry, known) == baseline
-    }
+    ideas = {}
+    for name, entry in known.items():
+        family = family_of(entry, known)
+        is_idea = name == entry.file and family is not None and family not in left_out
+        if is_idea and baseline_of(entry, known) == baseline:
+            ideas[name] = resolve(name)
     lines = {name: [one.path for one in line_of(entry)] for name, entry in ideas.items()}
     return {
         (one, other): collision(ideas[one], ideas[other])
@@ -47,13 +51,17 @@ def main(
     only: Annotated[
         str, Option(help="Baselines, several with commas.", metavar="NAMES")
     ] = "llama,gpt2ish",
+    without: Annotated[
+        str,
+        Option(help="Families to leave out: mixing,patches,diffusion are whole architectures."),
+    ] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Count which pairs of experiments stack."""
     rows, found = [], {}
     for baseline in only.split(","):
         note(f"merging all pairs on {baseline}")
-        pairs = found[baseline] = collisions(baseline)
+        pairs = found[baseline] = collisions(baseline, without.split(","))
         kinds = Counter(pairs.values())
         share = f"{kinds[''] / max(len(pairs), 1):.1%}"
         rows.append([baseline, f"{len(pairs):,}", share, *(str(kinds[kind]) for kind in KINDS)])

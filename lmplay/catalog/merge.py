@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from lmplay.catalog.arguments import ARGUMENT, merge_apart
 from lmplay.errors import UserError
 
 
@@ -105,8 +106,9 @@ def merge(
 ) -> list[str]:
     """The lines of `base` with the edits of every idea.
 
-    Insertions at one place keep the order of the ideas; equal replacements, and equal insertions
-    of whole classes, functions or imports, count once.
+    Arguments that several ideas add to one call or function are all there, in the order of the
+    ideas. Insertions at one place keep the order of the ideas; equal replacements, and equal
+    insertions of whole classes, functions or imports, count once.
 
     Args:
         ideas: the changed lines, by name.
@@ -123,8 +125,11 @@ def merge(
     for group in groups:
         start, stop = group[0].start, max(edit.stop for edit in group)
         merged += base[at:start]
-        if _collide(group):
-            versions = _versions(base, group, start, stop)
+        versions = _versions(base, group, start, stop) if _collide(group) else {}
+        apart = merge_apart(base[start:stop], list(versions.values()), _merge_arguments)
+        if versions and apart is not None:
+            merged += apart
+        elif versions:
             where = (numbers or range(1, len(base) + 1))[min(start, len(base) - 1)]
             reports.append(_report(base, group, names, f"{file}, line {where}"))
             merged += _marked({names[idea]: lines for idea, lines in versions.items()})
@@ -135,6 +140,18 @@ def merge(
     if reports:
         raise Conflict("\n".join(reports), "".join(merged), "lines")
     return merged
+
+
+def _merge_arguments(base: list[str], ideas: list[list[str]]) -> list[str] | None:
+    """Of lines that may be arguments: None where an idea takes one away, or edits collide."""
+    for lines in ideas:
+        for edit in edits_of(base, lines):
+            if any(line.startswith(ARGUMENT) for line in base[edit.start : edit.stop]):
+                return None
+    try:
+        return merge(base, {str(number): lines for number, lines in enumerate(ideas)})
+    except Conflict:
+        return None
 
 
 def _groups(edits: list[Edit]) -> list[list[Edit]]:
