@@ -152,7 +152,11 @@ def show(made: Table) -> None:
     Off a terminal every row is one line.
     """
     if out.is_terminal:
-        return Console(width=max(out.width, _least(made)), highlight=False).print(made)
+        width = max(out.width, _least(made))
+        for column in made.columns:
+            if column.overflow == "ellipsis":
+                column.max_width = _TEXT_COLUMN + width - _least(made)
+        return Console(width=width, highlight=False).print(made)
     title = [] if made.title is None else Text.from_markup(made.title).plain.split("\n")
     sys.stdout.write("\n".join([*title, *_plain_lines(made), ""]))
 
@@ -271,7 +275,7 @@ def _most(made: Table) -> int:
 def _least(made: Table) -> int:
     """The width of the numbers with a little text beside them."""
     widths = [
-        max(cell_len(str(cell)) for cell in [column.header, *column.cells])
+        max(cell_len(_without_markup(str(cell))) for cell in [column.header, *column.cells])
         if column.no_wrap and column.overflow != "ellipsis"
         else _TEXT_COLUMN
         for column in made.columns
