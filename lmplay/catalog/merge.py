@@ -106,8 +106,8 @@ def merge(
 ) -> list[str]:
     """The lines of `base` with the edits of every idea.
 
-    Arguments that several ideas add to one call or function are all there, in the order of the
-    ideas. Insertions at one place keep the order of the ideas; equal replacements, and equal
+    Arguments that several ideas add to one call or function, or take away, are merged as lines
+    are. Insertions at one place keep the order of the ideas; equal replacements, and equal
     insertions of whole classes, functions or imports, count once.
 
     Args:
@@ -143,10 +143,11 @@ def merge(
 
 
 def _merge_arguments(base: list[str], ideas: list[list[str]]) -> list[str] | None:
-    """Of lines that may be arguments: None where an idea takes one away, or edits collide."""
+    """Of lines that may be arguments: None where an idea changes one, or edits collide."""
     for lines in ideas:
         for edit in edits_of(base, lines):
-            if any(line.startswith(ARGUMENT) for line in base[edit.start : edit.stop]):
+            changed = base[edit.start : edit.stop] if edit.lines else []
+            if any(line.startswith(ARGUMENT) for line in changed):
                 return None
     try:
         return merge(base, {str(number): lines for number, lines in enumerate(ideas)})

@@ -28,6 +28,13 @@ def test_each_idea_hands_on_what_it_adds():
     assert merged([CALL], [one], [more])[0].startswith("        x_BTC, first = block(x_BTC, e_BTC,")
 
 
+def test_what_one_idea_takes_away_is_gone_and_what_another_adds_is_there():
+    one, other = CALL.replace("turn, ", ""), CALL.replace("turn,", "turn, first,")
+
+    assert merged([CALL], [one], [other]) == [CALL.replace("turn", "first")]
+    assert merged([CALL], [other], [one]) == [CALL.replace("turn", "first")]
+
+
 def test_what_they_add_at_one_place_keeps_their_order_in_head_and_call_alike():
     heads = [[HEAD.replace("cache", f"{name}: int, cache")] for name in ("b", "a")]
     calls = [[CALL.replace("cache", f"{name}, cache")] for name in ("b", "a")]
@@ -56,7 +63,7 @@ def test_heads_of_several_lines_are_written_as_ruff_would_with_what_stands_below
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("block(x_BTC, cache)", "block(x_BTC, e_BTC, turn, cache)"),  # takes one away
+        ("block(x_BTC)", "block(x_BTC, e_BTC, turn, kept, cache)"),  # takes what is around it
         ("block(x_BTC, turn, kept)", "block(x_BTC, e_BTC, turn, cache)"),  # changes one
         ("block(x_BTC, e_BTC, turn, cache)", "block(x_BTC, turn, e_BTC, cache)"),  # one name twice
         ("layer(x_BTC, turn, cache)", "other(x_BTC, turn, cache)"),  # another function each
