@@ -4,9 +4,9 @@ Idea: the paper's best form of value_residual. The shares of the first layer's v
     over the layers times one learned number, the number of layers at the start, so that more for
     one layer is less for others; deeper ones begin with more. The share of a layer's own values is
     its own number, one half at the start. How steep the paper's start is was not found; here the
-    last layer starts with e^2 times the share of the first.
+    last layer starts with e^2 times the share of the first, which has no use for its own.
 Source: Zhou et al. 2024, arXiv:2410.17897, section 3.2 (ResFormer, learnable plus).
-Changed from value_residual: Attention, Block, Model.
+Changed from value_residual: Config, Attention, Block, Model.
 """
 
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         x_BTC: Tensor,
         turn: tuple[Tensor, Tensor],
         first_BHTD: Tensor | None,
-        first_share: Tensor | None,
+        first_share: Tensor,
         cache=None,
     ) -> tuple[Tensor, Tensor]:
         T = x_BTC.shape[1]
@@ -175,7 +175,7 @@ class Block(nn.Module):
         x_BTC: Tensor,
         turn: tuple[Tensor, Tensor],
         first_BHTD: Tensor | None,
-        first_share: Tensor | None,
+        first_share: Tensor,
         cache=None,
     ) -> tuple[Tensor, Tensor]:
         u_BTC = self.attention_norm(x_BTC)
@@ -199,7 +199,7 @@ class Model(nn.Module):
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
         nn.init.normal_(self.token_table.weight, std=0.02)
-        self.depths = nn.Parameter(torch.linspace(0.0, 2.0, config.num_blocks - 1))
+        self.depths = nn.Parameter(torch.linspace(0.0, 2.0, config.num_blocks))
         self.total = nn.Parameter(torch.tensor(float(config.num_blocks)))
         if config.tied:
             self.head.weight = self.token_table.weight
@@ -216,7 +216,7 @@ class Model(nn.Module):
         x_BTC = self.token_table(tokens_BT)
         first_BHTD = None
         first_shares = self.total * self.depths.softmax(dim=0)
-        for block, first_share in zip(self.blocks, [None, *first_shares], strict=True):
+        for block, first_share in zip(self.blocks, first_shares, strict=True):
             x_BTC, first_BHTD = block(x_BTC, turn, first_BHTD, first_share, cache)
         x_BTC = self.final_norm(x_BTC)
         return x_BTC

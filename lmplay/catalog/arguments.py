@@ -25,6 +25,8 @@ def merge_apart(
     Returns:
         None where nothing can be taken apart, the edits collide, or two ideas add one name.
     """
+    if any(line.startswith(ARGUMENT) for lines in (base, *ideas) for line in lines):
+        return None  # these are taken apart
     apart = [_taken_apart(lines) for lines in (base, *ideas)]
     if any(lines is None for lines in apart) or apart[0] == base:
         return None

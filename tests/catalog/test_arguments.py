@@ -64,6 +64,7 @@ def test_heads_of_several_lines_are_written_as_ruff_would_with_what_stands_below
     ("one", "other"),
     [
         ("block(x_BTC)", "block(x_BTC, e_BTC, turn, kept, cache)"),  # takes what is around it
+        ("block(x_BTC, turn, cache, a(1))[0]", "block(x_BTC, turn, cache, b(2))[1]"),
         ("block(x_BTC, turn, kept)", "block(x_BTC, e_BTC, turn, cache)"),  # changes one
         ("block(x_BTC, e_BTC, turn, cache)", "block(x_BTC, turn, e_BTC, cache)"),  # one name twice
         ("layer(x_BTC, turn, cache)", "other(x_BTC, turn, cache)"),  # another function each
