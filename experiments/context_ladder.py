@@ -70,7 +70,7 @@ class Config:
         """Tokens that attention sees at this part of the run: a power of two; None for all."""
         share = progress / self.ladder_share
         grown = self.first_window + (self.max_len - self.first_window) * share
-        return None if share >= 1 or grown >= self.max_len else 2 ** int(math.log2(grown))
+        return None if grown >= self.max_len else 2 ** int(math.log2(grown))
 
     @property
     def hidden_width(self) -> int:
