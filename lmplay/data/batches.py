@@ -126,6 +126,11 @@ class Data:
                         f"{plan.max_len:,} of a row",
                         hint="give it more text, or the plan shorter rows: --set sequence_length=N",
                     )
+                if (learned := _share_learned(shards)) < 0.5:
+                    note(
+                        f"{name}: {learned:.1%} of its tokens are learned, those of the answers; "
+                        "a budget of tokens counts the prompts too"
+                    )
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
             self.num_rows: int | None = None
             if plan.tokens is None:
@@ -368,6 +373,13 @@ def _bpe_file(plan: Plan, note: Note) -> Path:
             note(f"training the tokenizer {plan.tokenizer} on the plan's text")
             open_tokenizer(plan.tokenizer, texts=texts, note=note).save(path)
     return path
+
+
+def _share_learned(shards: Shards) -> float:
+    """Of the tokens at the start of a text; 1 where there is none yet."""
+    if shards.num_tokens is None:
+        return 1.0
+    return float(shards.window(0, min(shards.num_tokens, 1 << 16))[1].mean())
 
 
 def _all(shards: Shards) -> int:

@@ -473,6 +473,18 @@ def test_examples_are_of_the_stage_that_was_trained_last(folder):
         assert BYTE.decode(prompt).startswith(name)
 
 
+@pytest.mark.parametrize(
+    ("truth", "is_told"), [("x", True), ("an answer as long as what it asks", False)]
+)
+def test_answers_that_are_a_small_part_of_their_rows_are_told(folder, truth, is_told):
+    rows = [{"prompt": f"what is {i} plus {i}?", "truth": truth} for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = []
+    Data(make_plan({"a": {"files": [str(folder / "a.jsonl")]}}), BYTE, 0, note=notes.append)
+
+    assert any("of its tokens are learned, those of the answers" in n for n in notes) == is_told
+
+
 def test_bpe_is_trained_on_the_plans_training_text_once(folder, monkeypatch):
     plan = make_plan({"a": files(folder, "a", 300)}, tokens=1000, tokenizer="bpe:270")
     read = []
