@@ -12,6 +12,7 @@ Idea: as a model grows wider and deeper, a step at one rate changes by more what
     does not follow the width.
 Source: Yang et al. 2022, arXiv:2203.03466, table 3 (muP, whose head is used); Dey et al. 2025,
     arXiv:2505.01618, table 1 (CompleteP divides by the depth, depth-muP by its root).
+Family: weights.
 Changed from gpt2ish: Config, Block, Model.
 """
 
