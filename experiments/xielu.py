@@ -1,4 +1,4 @@
-"""xIELU: an activation whose slope grows with x on one side and rises again on the other.
+"""XIELU: an activation whose slope grows with x on one side and rises again on the other.
 
 Idea: integrated from two slopes that are learned: a parabola above 0, an integrated ELU below, both
     with slope one half at 0. It falls to its lowest near -1 and is positive again below -2.4, so no
