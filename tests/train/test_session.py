@@ -571,10 +571,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(plac
 def test_a_run_that_is_deleted_under_way_ends_in_words_and_stays_deleted(place, monkeypatch, step):
     real = loop.take_step
 
-    def take_step(a_session, batch):
+    def take_step(a_session, *batch):
         if a_session.run.step == step:
             shutil.rmtree(a_session.run.folder.path)
-        return real(a_session, batch)
+        return real(a_session, *batch)
 
     monkeypatch.setattr(loop, "take_step", take_step)
     changes = {"validation.every_tokens": 3 * 160 if step == 1 else 10**6}
