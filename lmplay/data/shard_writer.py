@@ -180,7 +180,8 @@ class Writer:
             raise UserError(
                 f"no text is left in {where} for {self._about.get('split')}",
                 hint="two records are needed, one to train on and one to hold out: rows, or "
-                "passages of 16,384 characters of plain text",
+                "passages of 16,384 characters of plain text; or name the text to hold out with "
+                "--validation-data",
                 code=NO_DATA,
             )
         self._about = {**self._about, **facts}
