@@ -13,6 +13,7 @@ from lmplay.optim.joint import make_optimizer
 from lmplay.optim.known import KNOWN, replaced
 from lmplay.plan import Optimizer
 
+pytestmark = pytest.mark.slow  # two processes import torch
 NAMES = [name for name, known in KNOWN.items() if known.by_matrix]
 
 

@@ -141,6 +141,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_estimate_what_one_does(tmp_path):
     code = PROCESS.format(here=str(pathlib.Path(__file__).parent), folder=str(tmp_path))
     processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
