@@ -274,7 +274,8 @@ def list_optimizers(as_json: bool) -> None:
     show(table("Optimizers", columns, rows, right={"bytes", "rate", "decay"}))
     note("bytes of state for each parameter in fp32; rate and decay where AdamW has 0.001 and 0.1:")
     note(f"--optimizer scales them with the plan's own. * needs {EXTRA}")
-    note("any of them: --set optimizer.options.cautious=true, .hyperball=true, .decay=cautious")
+    note("any of them: --set optimizer.options.cautious=true, .hyperball=true, .decay=cautious;")
+    note("any with momentum: .momentum_warmup=0.1, .momentum_cooldown=0.1")
 
 
 def list_plans(as_json: bool) -> None:

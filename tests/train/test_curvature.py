@@ -116,6 +116,14 @@ def test_tokens_are_drawn_by_their_probabilities_and_where_there_are_targets():
     ]
 
 
+def test_a_token_that_cannot_be_is_never_drawn():
+    logits_NV = torch.tensor([[-float("inf"), 0.0, -float("inf")]])
+    draws = torch.tensor([0.0]), torch.tensor([0.999999])
+
+    for draws_N in draws:
+        assert drawn(logits_NV, nn.Identity(), torch.tensor([0]), draws_N).tolist() == [1]
+
+
 def test_a_model_that_draws_no_next_token_is_refused():
     model = Model()
     model.log_likelihood = lambda tokens_BT, targets_BT: targets_BT
