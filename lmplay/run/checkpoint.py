@@ -143,6 +143,8 @@ def newest_checkpoint(folder: RunFolder, note: Callable[[str], None]) -> Checkpo
         UserError: there are checkpoints, but none is whole (code BAD_CHECKPOINT).
     """
     parent = folder.checkpoints
+    with suppress(OSError):
+        _remove_leftovers(parent)  # of a run's last save too, after which none comes
     candidates = _candidates(parent)
     for step, path in candidates:
         try:

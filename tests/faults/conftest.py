@@ -39,7 +39,7 @@ class Trial:
         self.log = Path(names["LOG"])
         _CONTEXT.set_forkserver_preload(["lmplay.train.session", "torch._dynamo"])
         self.process = _CONTEXT.Process(
-            target=runpy.run_path, args=(str(HERE / "child.py"), names, "__main__")
+            target=runpy.run_path, args=(str(HERE / "child.py"), names, "child")
         )
         self.process.start()
         self.pid = self.process.pid
@@ -196,6 +196,11 @@ class Bench:
         """The steps of its checkpoints."""
         folder = self.folder(out).checkpoints
         return sorted(int(path.name.partition("-")[2]) for path in folder.glob("step-*"))
+
+    def num_taken(self, out: str) -> int:
+        """Steps that were taken so far, those that were taken twice counted twice."""
+        ledger = self.path / f"{out}.rows"
+        return len(ledger.read_text().splitlines()) if ledger.exists() else 0
 
     def num_moved(self, one: str, other: str) -> int:
         """Rows that a step of one training has and the same step of the other lacks."""

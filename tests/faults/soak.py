@@ -1,7 +1,8 @@
 """Every fault test at full length, then one table of what each measured: docs/reliability.md.
 
     make soak                    all of it: an hour or two on two cores
-    make soak SOAK="kill signal" only the tests whose names hold one of these words
+    make soak SOAK="kills disk"  only the tests whose names hold one of these words; "elsewhere"
+                                 is those that lie outside this folder
 
 A figure that is not measured again stays as it was; docs/reliability.json has them with their
 values.
@@ -80,35 +81,39 @@ FAULTS: list[tuple[str, list[str] | str]] = [
 ]
 
 
-def collected(words: list[str]) -> list[str]:
-    """What pytest is asked for: the folder of faults, and the tests elsewhere."""
-    elsewhere = [w for _, tests in FAULTS if isinstance(tests, list) for w in tests if "::" in w]
-    files = sorted({name.partition("::")[0] for name in elsewhere})
-    if words:
-        return ["-k", " or ".join(words), "tests/faults"]
-    return ["tests/faults", *files]
+ELSEWHERE = [
+    name for _, names in FAULTS if isinstance(names, list) for name in names if "::" in name
+]
 
 
-def run(words: list[str]) -> int:
-    """Run them; keep what the tests elsewhere did beside the figures."""
-    report = ROOT / ".soak.xml"
+def pytest(*args: str) -> subprocess.CompletedProcess:
+    """Run it here, with everything at full length."""
     environ = os.environ | {"LMP_SOAK": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "--timeout=7200"]
-    code = subprocess.run([*command, *collected(words)], cwd=ROOT, env=environ).returncode
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    for name in [w for _, tests in FAULTS if isinstance(tests, list) for w in tests if "::" in w]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--timeout=7200", *args],
+        cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE if "--co" in args else None,
+    )  # fmt: skip
+
+
+def run_elsewhere() -> int:
+    """Run the tests that lie outside this folder, and keep how many of their cases hold."""
+    files = sorted({name.partition("::")[0] for name in ELSEWHERE})
+    found = [line for line in pytest("--co", *files).stdout.splitlines() if "::" in line]
+    wanted = [line for line in found if line.startswith(tuple(ELSEWHERE))]
+    report = ROOT / ".soak.xml"
+    code = pytest(f"--junitxml={report}", *wanted).returncode
+    known = json.loads(FIGURES.read_text())
+    for name in ELSEWHERE:
         file, _, start = name.partition("::")
         module = file.removesuffix(".py").replace("/", ".")
         cases = [
             case
             for case in ElementTree.parse(report).iter("testcase")
-            if case.get("classname") == module and case.get("name", "").startswith(start)
+            if case.get("classname") == module and case.get("name").startswith(start)
         ]
-        failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-        if cases:
-            passed = len(cases) - len(failed)
-            known[name] = {"figure": f"{passed} of {len(cases)} cases hold"}
-    report.unlink(missing_ok=True)
+        bad = sum(case.find(kind) is not None for case in cases for kind in ("failure", "error"))
+        known[name] = {"figure": f"{len(cases) - bad} of {len(cases)} cases hold", "test": name}
+    report.unlink()
     FIGURES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return code
 
@@ -122,8 +127,8 @@ def table() -> str:
             rows.append(f"| {fault} | {names} | |")
             continue
         figures = [known[name]["figure"] for name in names if name in known]
-        tests = [known.get(name, {}).get("test", name) for name in names]
-        files = sorted({test.partition("::")[0] for test in tests if "::" in test})
+        tests = [known[name]["test"] for name in names if name in known]
+        files = sorted({test.partition("::")[0] for test in tests})
         shown = "; ".join(figures) or "not measured"
         rows.append(f"| {fault} | {shown} | {', '.join(f'`{file}`' for file in files)} |")
     return "\n".join(rows) + "\n"
@@ -140,6 +145,9 @@ def write_page() -> None:
 
 
 if __name__ == "__main__":
-    code = run(sys.argv[1:])
+    words = sys.argv[1:]
+    code = pytest("tests/faults", *(["-k", " or ".join(words)] if words else [])).returncode
+    if not words or "elsewhere" in words:
+        code = run_elsewhere() or code
     write_page()
     sys.exit(code)
