@@ -62,7 +62,7 @@ def test_a_kill_at_any_named_place_costs_nothing(bench, trials, figure, tmp_path
 
 def test_kills_at_random_times_change_nothing(bench, trials, figure):
     runs = [f"cut-{number}" for number in range(trials(1, 4))]  # at the same time
-    rounds, steps, draw = trials(4, 50), trials(60, 200), random.Random(0)
+    rounds, steps, draw = trials(4, 60), trials(60, 500), random.Random(0)
     bench.plan(steps=steps, every=5)
     bench.train("proved", "--tokens", "80")  # which takes long, the first time
     began = time.monotonic()
