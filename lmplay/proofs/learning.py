@@ -1,9 +1,11 @@
 """Proofs about training: finite at the start, every weight is reached, one batch is learned."""
 
+import copy
 import math
 import statistics
 
 import torch
+from torch import nn
 
 from lmplay.model.abilities import (
     has_groups,
@@ -51,7 +53,7 @@ def begins_with_the_ruler(specimen: Specimen) -> str:
     targets_BT = tokens_BT.roll(-1, 1)
     Objective(model).train()(tokens_BT, targets_BT)  # which refuses what breaks the contract
     torch.manual_seed(1)
-    terms = model.loss_terms(tokens_BT, targets_BT)
+    terms = copy.deepcopy(model).loss_terms(tokens_BT, targets_BT)
     torch.manual_seed(1)
     moved = how_far(terms[0]["x"], model.hidden(tokens_BT))
     if not moved <= EXACT:
@@ -86,9 +88,20 @@ def can_be_optimised(specimen: Specimen) -> str:
     model = specimen.model()
     names = {id(weight): name for name, weight in model.named_parameters()}
     claimed: dict[int, str] = {}
-    for number, group in enumerate(model.parameter_groups() if has_groups(model) else []):
+    groups = [g | {"params": [*g["params"]]} for g in _groups(model)]
+    if [[*map(id, g["params"])] for g in groups] != [
+        [*map(id, g["params"])] for g in _groups(model)
+    ]:
+        raise Refuted("parameter_groups gives others when it is asked again")
+    for number, group in enumerate(groups):
         if unknown := group.keys() - {"params", "role", "lr_scale", "weight_decay"}:
             raise Refuted(f"group {number} has an unknown {min(unknown)!r}")
+        if not group["params"]:
+            raise Refuted(f"group {number} is empty: does a name that it looks for not exist?")
+        if not 0 < group.get("lr_scale", 1.0) < math.inf:
+            raise Refuted(f"group {number} has lr_scale={group['lr_scale']}: it would never learn")
+        if not 0 <= group.get("weight_decay", 0.0) < math.inf:
+            raise Refuted(f"group {number} has weight_decay={group['weight_decay']}")
         for weight in group["params"]:
             if id(weight) not in names:
                 raise Refuted(f"group {number} has what is no parameter of the model")
@@ -105,6 +118,10 @@ def can_be_optimised(specimen: Specimen) -> str:
                 f"{name} is not finite after a step of AdamW", unless=("gradients", "loss at start")
             )
     return f"{len(claimed)} parameters in groups of their own; a step of AdamW can be taken"
+
+
+def _groups(model: nn.Module) -> list[dict]:
+    return model.parameter_groups() if has_groups(model) else []
 
 
 def learns_a_batch(specimen: Specimen) -> str:

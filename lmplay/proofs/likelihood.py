@@ -1,11 +1,13 @@
 """Whether a likelihood of a model's own is one: probabilities of all texts sum to at most 1."""
 
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lmplay.model.abilities import draws_likelihood
 from lmplay.model.objective import Objective
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ STEPS = 60  # of Adam on drawn tokens, in which a leak would be learned
 FEW = 4  # tokens, of which longer texts are made
 LONG = 4  # tokens of such a text
 DRAWS = 128  # of a bound, to average over
-LARGEST = 1.05  # a sum that is no mistake, where a bound is an average over few draws
+LARGEST = {True: 1.001, False: 1.05}  # a sum that is no mistake: exact, or of averages over draws
+LEAST = 0.02  # nats per token below the entropy of drawn tokens, beyond the error, that are none
 
 
 class Likelihood:
@@ -25,7 +28,8 @@ class Likelihood:
 
     They are Kraft's sums: a loss that is no likelihood, or one whose target can be seen, gives
     more than 1, and no text can be coded in so few bits. A bound is averaged over draws, and taken
-    where it is two standard errors higher.
+    where it is two standard errors higher. Texts of the full length are too many: there, tokens
+    drawn by chance need as many nats as they have (Gibbs' inequality).
     """
 
     def __init__(self, specimen: "Specimen"):
@@ -35,24 +39,29 @@ class Likelihood:
         objective = Objective(model).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for step in range(STEPS):
-            length = min(T, LONG if step % 2 else 2)
-            tokens_NT = torch.randint(len(few) if step % 2 else V, (64, length + 1))
+            length = min(T, (2, LONG, T)[step % 3])
+            tokens_NT = torch.randint(len(few) if step % 3 else V, (256 // length, length + 1))
             optimizer.zero_grad()
             sums = objective(tokens_NT[:, :-1], tokens_NT[:, 1:])
-            (sums.objective / (64 * length)).backward()
+            (sums.objective / tokens_NT[:, 1:].numel()).backward()
             optimizer.step()
         self._model = model.eval()
+        self.is_exact = not draws_likelihood(model)
+        self.is_exact &= not specimen.draws(model, torch.zeros(2, 2, dtype=torch.int64))
         self.sums = {"1 token": self._sum(specimen, itertools.product(range(V), repeat=1))}
         if T >= 2 and V <= 128:
-            is_exact = not specimen.draws(model, torch.zeros(2, 2, dtype=torch.int64))
-            two = range(V) if is_exact else few
+            two = range(V) if self.is_exact else few
             self.sums["2 tokens"] = self._sum(specimen, itertools.product(two, repeat=2))
         if T >= LONG:
             self.sums[f"{LONG} tokens"] = self._sum(specimen, itertools.product(few, repeat=LONG))
+        drawn_NT = torch.randint(len(few), (32, T + 1))
+        more_N = self._nats(drawn_NT[:, :-1], drawn_NT[:, 1:], 0) / T - math.log(len(few))
+        self.beyond = more_N.mean().item()  # the entropy of drawn tokens, nats per token
+        self.least = -LEAST - 5 * more_N.std().item() / len(more_N) ** 0.5
 
     @property
     def is_one(self) -> bool:
-        return max(self.sums.values()) <= LARGEST
+        return max(self.sums.values()) <= LARGEST[self.is_exact] and self.beyond >= self.least
 
     def _sum(self, specimen: "Specimen", texts) -> float:
         targets_NT = torch.tensor(list(texts))
@@ -69,4 +78,6 @@ class Likelihood:
     @torch.no_grad()
     def _nats(self, tokens_NT: Tensor, targets_NT: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)
+        if draws_likelihood(self._model):  # which is what is reported
+            return self._model.likelihood_draws(tokens_NT, targets_NT).double().mean(0).sum(1)
         return self._model.log_likelihood(tokens_NT, targets_NT).double().sum(1)

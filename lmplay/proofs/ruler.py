@@ -1,6 +1,7 @@
 """Proofs that what is reported is measured by lmplay's ruler, and that a likelihood is one."""
 
 import importlib
+import inspect
 import math
 import pkgutil
 import types
@@ -16,15 +17,17 @@ from lmplay.proofs.specimen import Specimen
 
 # B rows, T positions, N positions in a line, V vocabulary
 
+_EXPERIMENT = "lmplay_experiment"
 FAR = 1e-4  # how far nats in fp32 may be from those in fp64, against these
 
 
 def _namespaces() -> Iterator[tuple[str, object]]:
     """What an experiment might reach into: torch's functions and modules, and lmplay's model/."""
     modules = [torch, torch.nn.functional, torch.nn.init, torch.autograd, torch.random, math]
+    modules += [torch.nn.utils, torch.special, torch.linalg, torch.fft, torch.amp, torch.optim]
     yield from ((module.__name__, module) for module in modules)
     yield "torch.Tensor", Tensor
-    for name, value in vars(nn).items():
+    for name, value in [*vars(nn).items(), *vars(torch.optim).items()]:
         if isinstance(value, type):
             yield f"{value.__module__}.{name}", value
     for found in pkgutil.iter_modules(lmplay.model.__path__):
@@ -51,18 +54,48 @@ _TRUE = _callables()  # before an experiment is loaded
 _TRUE_IDS = {id(value) for _, value in _TRUE.values()}
 
 
-def _is_a_librarys(value: object) -> bool:
-    """Whether a package has put it there, as torch's compiler and transformers do when loaded."""
-    where = getattr(value, "__globals__", {}).get("__name__", "lmplay_experiment")
-    return not where.startswith("lmplay_experiment") and id(value) not in _TRUE_IDS
+def _is_a_librarys(value: object, true: object = None) -> bool:
+    """Whether a package has put it there, as torch's compiler and transformers do when loaded.
+
+    Args:
+        true: what was there, which it may wrap, as an optimizer of torch's does with its step.
+    """
+    inner = inspect.unwrap(value) if callable(value) else value
+    homes = [getattr(v, "__globals__", {}).get("__name__", _EXPERIMENT) for v in (value, inner)]
+    if any(home.startswith(_EXPERIMENT) for home in homes):
+        return False
+    return id(value) not in _TRUE_IDS and (inner is true or id(inner) not in _TRUE_IDS)
 
 
-def is_the_rulers(specimen: Specimen) -> str:
-    """No function was put in the place of another; and nats in fp64 from forward are the same."""
+_HOOKS = {key: d for key, d in vars(nn.modules.module).items()
+          if key.startswith("_global_") and isinstance(d, dict)}  # fmt: skip
+
+
+def _settings() -> dict[str, object]:
+    """What torch computes by, besides its functions."""
+    found = {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": str(torch.get_default_device()),
+        "whether torch makes gradients": torch.is_grad_enabled(),
+        "the precision of fp32 products": torch.get_float32_matmul_precision(),
+        "autocast's cache": torch.is_autocast_cache_enabled(),
+        "how torch rounds in cuDNN": torch.backends.cudnn.allow_tf32,
+        "whether torch looks for nan": torch.is_anomaly_enabled(),
+    }
+    for device in ("cpu", "cuda"):
+        found[f"autocast on {device}"] = torch.is_autocast_enabled(device)
+    return found | {f"torch's {key}": len(hooks) for key, hooks in _HOOKS.items()}
+
+
+_SETTINGS = _settings()
+
+
+def refuse_other_functions() -> None:
+    """Raise Refuted where a function of torch or lmplay was replaced; all are put back first."""
     put_back = []
     for (where, name), (owner, value) in _TRUE.items():
         now = vars(owner).get(name)
-        if now is not value and not _is_a_librarys(now):
+        if now is not value and not _is_a_librarys(now, value):
             setattr(owner, name, value)
             put_back.append(f"{where}.{name}")
     for where, owner, names in _CLASSES:
@@ -73,6 +106,31 @@ def is_the_rulers(specimen: Specimen) -> str:
                 put_back.append(f"{where}.{name}")
     if put_back:
         raise Refuted(f"{put_back[0]} is no more what it was before the file was loaded")
+
+
+def _refuse_other_settings() -> None:
+    changed = [name for name, value in _settings().items() if value != _SETTINGS[name]]
+    _put_settings_back()
+    if changed:
+        raise Refuted(f"{changed[0]} is no more what it was before the file was loaded")
+
+
+def _put_settings_back() -> None:
+    torch.set_default_dtype(_SETTINGS["torch's default dtype"])
+    if str(torch.get_default_device()) != _SETTINGS["torch's default device"]:
+        torch.set_default_device(None)
+    torch.set_grad_enabled(_SETTINGS["whether torch makes gradients"])
+    torch.set_float32_matmul_precision(_SETTINGS["the precision of fp32 products"])
+    torch.set_autocast_cache_enabled(_SETTINGS["autocast's cache"])
+    for key, hooks in _HOOKS.items():
+        while len(hooks) > _SETTINGS[f"torch's {key}"]:
+            hooks.popitem()
+
+
+def is_the_rulers(specimen: Specimen) -> str:
+    """No function was put in the place of another; and nats in fp64 from forward are the same."""
+    refuse_other_functions()
+    _refuse_other_settings()
     if specimen.scores_itself:
         return f"{len(_TRUE):,} functions of torch and lmplay are what they were"
     model = specimen.randomised()
@@ -107,6 +165,9 @@ def sums_to_one(specimen: Specimen) -> str:
     found = "; ".join(
         f"texts of {length}: {total:.3f}" for length, total in likelihood.sums.items()
     )
+    found += f"; {likelihood.beyond:+.3f} nats beyond the entropy of drawn tokens"
     if not likelihood.is_one:
-        raise Refuted(f"probabilities sum to more than 1: {found}", unless=("repeat",))
+        raise Refuted(
+            f"probabilities sum to more than 1, or targets are seen: {found}", unless=("repeat",)
+        )
     return f"probabilities sum to at most 1: {found}"

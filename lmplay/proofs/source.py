@@ -4,11 +4,16 @@ import ast
 import re
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import definitions
+from lmplay.model.objective import Objective
 from lmplay.proofs.proof import Exempt, Refuted
 from lmplay.proofs.specimen import Specimen
+
+# B rows, T positions
 
 
 def imports_torch_only(specimen: Specimen) -> str:
@@ -28,16 +33,25 @@ def imports_torch_only(specimen: Specimen) -> str:
     for node in ast.walk(tree):
         if (reached := _reached(node)) is not None:
             raise Refuted(f"line {node.lineno} reaches into {reached}")
-    opened = _opened_by_loading(specimen)
-    if opened:
+    if opened := _opened_by_loading(specimen):
         raise Refuted(f"while it is loaded, {opened}")
+    if opened := _opened_by_running(specimen):
+        raise Refuted(f"while its model is made or run, {opened}")
     return ", ".join(sorted(found))
+
+
+# what a run's folder does not keep, or what is not the experiment's
+_OUTSIDE = ("sys.modules", "sys.argv", "os.environ", "os.getenv", "builtins.__import__")
 
 
 def _reached(node: ast.AST) -> str | None:
     """What of other modules it gets hold of without importing it."""
-    if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules":
-        return "sys.modules"
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in _OUTSIDE:
+        return ast.unparse(node)
+    if isinstance(node, ast.ImportFrom):
+        found = [f"{node.module}.{alias.name}" for alias in node.names]
+        if outside := [name for name in found if name in _OUTSIDE]:
+            return outside[0]
     if isinstance(node, ast.Name | ast.Attribute | ast.Import | ast.ImportFrom):
         words = ast.unparse(node).replace(".", " ").split()
         found = [word for word in words if word in ("importlib", "__import__")]
@@ -49,18 +63,34 @@ def _reached(node: ast.AST) -> str | None:
 
 def _opened_by_loading(specimen: Specimen) -> str:
     """What it opens while it is run once more; what an import or a traceback reads is no matter."""
-    path = str(specimen.experiment.entry.path)
+    path = specimen.experiment.module.__file__
     module = types.ModuleType(f"{specimen.experiment.module.__name__}_again")
     module.__file__ = path
     sys.modules[module.__name__] = module
+    try:
+        with _watching(path):
+            exec(compile(specimen.experiment.source, path, "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+    return _seen[0] if _seen else ""
+
+
+def _opened_by_running(specimen: Specimen) -> str:
+    with _watching(specimen.experiment.module.__file__), suppress(Exception):  # for other proofs
+        model, tokens_BT = specimen.model(), specimen.tokens(B=2)
+        for training in (True, False):
+            Objective(model).train(training)(tokens_BT, tokens_BT.roll(-1, 1))
+    return _seen[0] if _seen else ""
+
+
+@contextmanager
+def _watching(path: str) -> Iterator[None]:
     _watched.append(path)
     _seen.clear()
     try:
-        exec(compile(specimen.experiment.source, path, "exec"), module.__dict__)
+        yield
     finally:
         _watched.pop()
-        del sys.modules[module.__name__]
-    return _seen[0] if _seen else ""
 
 
 _watched: list[str] = []  # the files that are loaded now

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lmplay.proofs.proof import CLOSE, Refuted, how_far
 
 # B rows, T positions
 
+OPENINGS = ((0.1, 1.0), (-1.0, -0.1), (1.0, 3.0))  # of vectors: each opens other gates
 PROGRESS = (0.0, 0.5, 1.0)  # of a run, at which a model that changes is proved
 
 
@@ -122,17 +123,10 @@ class Specimen:
         """A model in eval mode, as `randomise` leaves it."""
         return randomise(self.model(), sign, strength)
 
-    def opened(self, sign: int) -> nn.Module:
-        """A randomised model whose vectors and scalars are drawn anew, all of one sign.
-
-        No gate stays shut, whatever it starts from.
-        """
-        model = self.randomised()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() <= 1:
-                    weight.uniform_(0.1, 1.0).mul_(sign)
-        return model
+    def opened(self) -> Iterator[nn.Module]:
+        """Randomised models whose vectors and scalars are drawn anew: no gate stays shut."""
+        for ends in OPENINGS:
+            yield open_gates(self.randomised(), ends)
 
     def randomised_models(self) -> Iterator[tuple[str, nn.Module]]:
         """Two draws of the weights, each in eval and in training mode.
@@ -163,10 +157,16 @@ class Specimen:
         V = self.config.vocab_size
         return (tokens_BT + torch.randint(1, V, tokens_BT.shape)) % V
 
-    def outputs(self, model: nn.Module, tokens_BT: Tensor) -> Tensor:
-        """What a curve is made from: logits, or for a model with its own likelihood, nats."""
+    def outputs(self, model: nn.Module, tokens_BT: Tensor, moves_buffers: bool = False) -> Tensor:
+        """What a curve is made from: logits, or for a model with its own likelihood, nats.
+
+        Args:
+            moves_buffers: whether a pass in training mode leaves in buffers what it puts there.
+        """
         torch.manual_seed(1)  # a model that draws numbers draws the same ones each time
-        with torch.set_grad_enabled(model.training):  # as training and validation do
+        is_put_back = model.training and not moves_buffers
+        kept = unchanged(model) if is_put_back else nullcontext()
+        with kept, torch.set_grad_enabled(model.training):  # as training and validation do
             if self.scores_itself:
                 return model.log_likelihood(tokens_BT, tokens_BT.roll(-1, 1))[..., None].detach()
             return model(tokens_BT).detach()
@@ -264,3 +264,26 @@ def randomise(model: nn.Module, sign: int = 1, strength: float = 1.0) -> nn.Modu
                 noise = 0.1 + 0.4 * torch.rand_like(weight)
                 weight += noise * (1 if weight.any() else sign) * strength
     return model.eval()
+
+
+def open_gates(model: nn.Module, ends: tuple[float, float]) -> nn.Module:
+    """The same, with vectors and scalars drawn anew between the ends."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() <= 1:
+                weight.uniform_(*ends)
+    return model
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What a pass does to the mode and the buffers of a model is undone."""
+    training = model.training
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        model.train(training)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)

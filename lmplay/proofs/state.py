@@ -1,8 +1,14 @@
 """Proofs that a pass leaves nothing behind: in the model, its module, or the tokens."""
 
+import array
+import collections
+import contextvars
 import dataclasses
+import functools
 import hashlib
+import random
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +18,7 @@ from lmplay.model.cache import Cache
 from lmplay.model.objective import Objective
 from lmplay.proofs.proof import EXACT, Refuted, how_far
 from lmplay.proofs.specimen import Specimen
+from lmplay.proofs.weights import refuse_shared_numbers
 
 # B rows, T positions
 
@@ -19,7 +26,10 @@ _DEPTH = 6  # of containers in containers
 
 
 def keeps_nothing(specimen: Specimen) -> str:
-    """In eval mode nothing at all; in training mode a state dict may change, and nothing else."""
+    """In eval mode nothing at all; in training mode buffers may change, by after_step weights too.
+
+    `Model.at` gives what follows from progress alone.
+    """
     model = specimen.randomised()
     module = specimen.experiment.module
     tokens_BT = specimen.tokens(B=3)
@@ -39,19 +49,28 @@ def keeps_nothing(specimen: Specimen) -> str:
     if not how_far(again, answer) <= EXACT:
         moved = how_far(again, answer)
         raise Refuted(f"the same tokens give another answer after others, by {moved:.1e}")
-    before = _marks(model, module, with_state=False)
+    before = _marks(model.train(), module, with_state=False)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for tokens in (tokens_BT, others_BT):
         targets_BT = tokens.roll(-1, 1)
         kept_BT = targets_BT.clone()
-        Objective(model.train())(tokens, targets_BT).objective.backward()
-        if has_after_step(model):
-            model.after_step()
+        Objective(model)(tokens, targets_BT).objective.backward()
         if not torch.equal(targets_BT, kept_BT):
             raise Refuted("it writes to the targets that it is given")
     _refuse_changes(before, _marks(model, module, with_state=False), "in training mode")
+    for name, weight in model.named_parameters():
+        if not torch.equal(weight, weights[name]):
+            raise Refuted(f"{name} is written to in a pass in training mode, not in after_step")
+    if has_after_step(model):
+        for _ in range(4):
+            model.after_step()
+        _refuse_changes(before, _marks(model, module, with_state=False), "and after_step")
+        refuse_shared_numbers(model)
     if not torch.equal(tokens_BT, given_BT):
         raise Refuted("it writes to the tokens that it is given")
     _refuse_remembered_calls(specimen)
+    if specimen.follows_progress:
+        _refuse_more_than_progress(specimen)
     return f"{len(before)} attributes and globals, and the state dict, stay the same"
 
 
@@ -61,21 +80,44 @@ def _refuse_changes(before: dict[str, object], after: dict[str, object], where: 
             raise Refuted(f"{name} is not the same after a pass {where}")
 
 
+def _refuse_more_than_progress(specimen: Specimen) -> None:
+    """`Model.at` makes the same of one progress, whatever it was told before, of any weights."""
+    model, module = specimen.randomised(), specimen.experiment.module
+    before, drawn = _marks(model, module), torch.get_rng_state()
+    model.at(0.5)
+    after, told = _marks(model, module), _marks(model, module, with_state=False)
+    if not torch.equal(drawn, torch.get_rng_state()):
+        raise Refuted("at(0.5) draws random numbers")
+    for name in model.state_dict():
+        if after.get(name) != before.get(name):
+            raise Refuted(f"at(0.5) changes {name}: it sets Python numbers only")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    for progress in (0.0, 1.0, 1.0, 0.5):
+        model.at(progress)
+    for name, mark in _marks(model, module, with_state=False).items():
+        if told.get(name) != mark:
+            raise Refuted(f"at(0.5) gives another {name} later: it follows not progress alone")
+
+
 def _refuse_remembered_calls(specimen: Specimen) -> None:
     """A function whose results are remembered must not have looked at a token."""
-    remembering = [v for v in _all_of(specimen.experiment.module) if hasattr(v, "cache_clear")]
-    if not remembering:
-        return
     model, tokens_BT = specimen.randomised(), specimen.tokens(B=3)
-    found = []
-    for first_BT in (tokens_BT, specimen.others(tokens_BT)):
-        for function in remembering:
-            function.cache_clear()
-        specimen.outputs(model, first_BT)
-        found.append(specimen.outputs(model, tokens_BT))
-    if not how_far(*found) <= EXACT:
-        names = ", ".join(function.__name__ for function in remembering)
-        raise Refuted(f"{names} remembers what depends on tokens")
+    own = [v for part in model.modules() for v in vars(part).values()]
+    found = [*_all_of(specimen.experiment.module), *own]
+    remembering = [v for v in found if isinstance(v, functools._lru_cache_wrapper)]
+    for training in (False, True) if remembering else ():
+        model.train(training)
+        answers = []
+        for first_BT in (tokens_BT, specimen.others(tokens_BT)):
+            for function in remembering:
+                function.cache_clear()
+            specimen.outputs(model, first_BT)
+            answers.append(specimen.outputs(model, tokens_BT))
+        if not how_far(*answers) <= EXACT:
+            names = ", ".join(getattr(f, "__name__", "a cache") for f in remembering)
+            raise Refuted(f"{names} remembers what depends on tokens")
 
 
 def _all_of(module: types.ModuleType) -> list[object]:
@@ -88,7 +130,7 @@ def _marks(
     model: nn.Module, module: types.ModuleType, with_state: bool = True
 ) -> dict[str, object]:
     """What is equal where nothing changed: for each attribute, global and tensor of the state."""
-    hidden = {"_parameters", "_buffers", "_modules", "training"}
+    hidden = {"_parameters", "_buffers", "_modules"}
     marks: dict[str, object] = {}
     for name, part in model.named_modules():
         for key, value in vars(part).items():
@@ -98,6 +140,10 @@ def _marks(
     for key, value in vars(module).items():
         if not key.startswith("__"):
             marks[key] = _mark(value, module.__name__)
+    for name, weight in model.named_parameters():
+        how = (id(weight), weight.requires_grad, weight.dtype, tuple(weight.shape))
+        marks[f"the Parameter {name}"] = how
+        marks[f"what is stored beside {name}"] = _mark(vars(weight), module.__name__)
     if with_state:
         marks |= {key: _mark(tensor, "") for key, tensor in model.state_dict().items()}
     return marks
@@ -120,6 +166,18 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
         return bytes(value.get_state().tolist())
     if depth == 0 or isinstance(value, nn.Module):
         return id(value)
+    if isinstance(value, contextvars.ContextVar):
+        return inner(value.get(None))
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, functools.partial):
+        return [inner(part) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.GeneratorType):
+        return value.gi_frame and (value.gi_frame.f_lasti, inner(value.gi_frame.f_locals))
+    if isinstance(value, bytearray | array.array):
+        return bytes(value)
+    if isinstance(value, collections.deque):
+        return [inner(part) for part in value]
     if isinstance(value, int | float | str | bytes | bool | None | complex):
         return type(value), repr(value)
     if isinstance(value, dict):
@@ -129,8 +187,7 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
     if isinstance(value, set | frozenset):
         return type(value), {repr(part) for part in value}
     if getattr(value, "__module__", None) != module and type(value).__module__ != module:
-        is_counter = type(value).__module__ in ("itertools", "collections")
-        return repr(value) if is_counter else id(value)
+        return _mark_of_a_librarys(value, inner)
     if isinstance(value, types.FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
         return id(value), [
@@ -140,6 +197,19 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
         return [inner(getattr(value, field.name, None)) for field in dataclasses.fields(value)]
     own = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")}
     return id(value), inner(own)
+
+
+def _mark_of_a_librarys(value: object, inner: Callable[[object], object]) -> object:
+    """By what it holds where that is its user's, as in a namespace or a weak dictionary."""
+    home = type(value).__module__.partition(".")[0]
+    if home == "itertools":
+        return repr(value)
+    if hasattr(value, "__length_hint__"):  # an iterator
+        return value.__length_hint__()
+    is_box = home in ("types", "_thread", "weakref", "collections", "threading")
+    if is_box and not isinstance(value, types.ModuleType | type | types.FunctionType):
+        return id(value), inner(getattr(value, "__dict__", {}))
+    return id(value)
 
 
 def _content(cell: types.CellType) -> object:

@@ -1,9 +1,16 @@
 """Proofs about weights: nothing else is kept, and a seed or a state dict gives all of them."""
 
 import copy
+import functools
+import math
+import random
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmplay.model.abilities import has_after_step
 from lmplay.model.objective import Objective
@@ -12,21 +19,32 @@ from lmplay.proofs.specimen import Specimen
 
 # B rows, T positions
 
+_FIXED = ("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules")
+_FIXED += ("children", "state_dict", "load_state_dict", "zero_grad", "eval", "__call__")
+_DAY = 86_400  # seconds
+_CLOCKS = ("time", "monotonic", "perf_counter")
+
 
 def holds_only_weights(specimen: Specimen) -> str:
     model, shapes = specimen.model(), specimen.experiment.model(specimen.config, device="meta")
     own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    listed = set(model.modules())
     for name, module in model.named_modules():
         where = name or "Model"
+        for key in _FIXED:
+            if _is_own(getattr(type(module), key), specimen.experiment.module):
+                raise Refuted(f"{where}.{key} is written anew: optimizer and checkpoint rely on it")
         for key in module._non_persistent_buffers_set:
             raise Refuted(f"{where}.{key} is a buffer that no checkpoint keeps")
         for key, value in vars(module).items():
+            if hides := _hidden_module(value, listed):
+                raise Refuted(f"{where}.{key} holds a {hides} unseen: make it a ModuleList")
             if key not in ("_parameters", "_buffers", "_modules") and _holds_tensor(value, own):
                 raise Refuted(f"{where}.{key} is a tensor but neither parameter nor buffer")
-    storages: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if (other := storages.setdefault(tensor.untyped_storage().data_ptr(), name)) != name:
-            raise Refuted(f"{name} and {other} share their numbers: make them one Parameter")
+    refuse_shared_numbers(model)
+    for name, weight in model.named_parameters():
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            raise Refuted(f"{name} is {weight.dtype}, in which an optimizer's small steps are lost")
     for name, tensor in shapes.state_dict().items():
         if tensor.device.type != "meta":
             raise Refuted(f"{name} is made on {tensor.device} when it is asked for on another")
@@ -35,22 +53,62 @@ def holds_only_weights(specimen: Specimen) -> str:
     return f"{sum(p.numel() for p in model.parameters()):,} parameters here"
 
 
+def refuse_shared_numbers(model: nn.Module) -> None:
+    """Raise Refuted where two parameters or buffers lie in one storage."""
+    storages: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (other := storages.setdefault(tensor.untyped_storage().data_ptr(), name)) != name:
+            raise Refuted(f"{name} and {other} share their numbers: make them one Parameter")
+
+
 def repeats_by_seed(specimen: Specimen) -> str:
+    """Building, training and testing are the same for one seed, a day later in another process."""
     tokens_BT = specimen.tokens(B=2)
     losses, states = [], []
-    for _ in range(2):
-        model = specimen.model(seed=5, dropout=0.3).train()
-        states.append(copy.deepcopy(model.state_dict()))
-        torch.manual_seed(6)
-        losses.append(Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.item())
+    for days in (0, 1):
+        with _elsewhere(specimen.experiment.module, days):
+            model = specimen.model(seed=5, dropout=0.3).train()
+            states.append(copy.deepcopy(model.state_dict()))
+            torch.manual_seed(6)
+            loss = Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.item()
+            losses.append((loss, specimen.outputs(model.eval(), tokens_BT).double().sum().item()))
     for name, tensor in states[0].items():
         if not torch.equal(tensor, states[1][name]):
             raise Refuted(f"{name} starts with other numbers for the same seed")
-    if losses[0] != losses[1]:
-        raise Refuted(f"the training loss is {losses[0]}, then {losses[1]} for the same seed")
+    for what, *found in zip(("training loss", "sum of all outputs"), *losses, strict=True):
+        if found[0] != found[1] and not math.isnan(found[0]):
+            raise Refuted(
+                f"the {what} is {found[0]:.6g}, then {found[1]:.6g} for the same seed, a day later "
+                "in another process"
+            )
     _refuse_alike(states[0], specimen.model(seed=6).state_dict())
     _refuse_a_seed_of_its_own(specimen, tokens_BT)
     return f"{len(states[0])} tensors and the training loss; another seed gives others"
+
+
+@contextmanager
+def _elsewhere(module: types.ModuleType, days: int) -> Iterator[None]:
+    """As in another process, where the clock reads more and text has another hash."""
+    clocks = {name: getattr(time, name) for name in _CLOCKS}
+    kept = dict(vars(module))
+    vars(module).setdefault("hash", lambda of: hash((days, of) if isinstance(of, str) else of))
+    try:
+        for name, true in clocks.items():
+            later = functools.partial(_later, true, days)
+            setattr(time, name, later)
+            vars(module).update({key: later for key, value in kept.items() if value is true})
+        yield
+    finally:
+        for name, true in clocks.items():
+            setattr(time, name, true)
+        if "hash" not in kept:
+            del module.hash
+        own = {k: v for k, v in kept.items() if any(v is clock for clock in clocks.values())}
+        vars(module).update(own)
+
+
+def _later(clock: Callable[[], float], days: int) -> float:
+    return clock() + days * _DAY
 
 
 def _refuse_alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -80,6 +138,7 @@ def _refuse_a_seed_of_its_own(specimen: Specimen, tokens_BT: Tensor) -> None:
         "a pass in eval mode": lambda: run(False),
     }
     for name, do in passes.items():
+        pythons = random.getstate()
         ends = []
         for num_drawn in (0, 1):
             torch.manual_seed(5)
@@ -90,6 +149,8 @@ def _refuse_a_seed_of_its_own(specimen: Specimen, tokens_BT: Tensor) -> None:
                 raise Refuted(f"{name} sets torch's seed, to {torch.initial_seed()}")
         if torch.equal(*ends):
             raise Refuted(f"{name} sets the state of torch's generator")
+        if random.getstate() != pythons:
+            raise Refuted(f"{name} draws from Python's random, which no seed of a run reaches")
 
 
 def is_its_state(specimen: Specimen) -> str:
@@ -113,3 +174,21 @@ def _holds_tensor(value: object, own: set[int]) -> bool:
     if isinstance(value, list | tuple | set):
         return any(_holds_tensor(part, own) for part in value)
     return isinstance(value, Tensor) and id(value) not in own
+
+
+def _hidden_module(value: object, listed: set[nn.Module]) -> str | None:
+    """The kind of a module with weights that is not among the model's own."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return next(filter(None, (_hidden_module(part, listed) for part in value)), None)
+    is_hidden = (
+        isinstance(value, nn.Module)
+        and value not in listed
+        and next(value.parameters(), None) is not None
+    )
+    return type(value).__name__ if is_hidden else None
+
+
+def _is_own(value: object, module: types.ModuleType) -> bool:
+    return getattr(value, "__module__", None) == module.__name__

@@ -13,6 +13,8 @@ from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.plan import Plan
 from lmplay.proofs.at_size import Passes, find_leak, num_rows
+from lmplay.proofs.proof import Refuted
+from lmplay.proofs.ruler import refuse_other_functions
 from lmplay.roots import cache_root
 from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.run import Run
@@ -29,9 +31,11 @@ class Leaked(UserError):
 def refuse_leak(run: Run, data: Data, is_last: bool) -> None:
     """Stop a run whose model, as it is now, answers by tokens that it must not see.
 
-    Three forward passes over validation text: each row with other tokens from a cut of its own on,
-    and beside other rows. They cost what a step on as many rows does; where validations follow one
-    another so closely that this would be more than SHARE, only the first and the last one look.
+    Three forward passes over validation text in training mode and three in eval mode: each row
+    with other tokens from a cut of its own on, and beside other rows. They cost at most what two
+    steps on as many rows do; where validations follow one another so closely that this would be
+    more than SHARE, only the first and the last one look. Torch's functions and lmplay's are what
+    they were.
 
     Raises:
         Leaked: with the step, the position and the cut.
@@ -39,6 +43,13 @@ def refuse_leak(run: Run, data: Data, is_last: bool) -> None:
     rows = rows_to_look_at(run, is_last)
     if not rows:
         return
+    try:
+        refuse_other_functions()
+    except Refuted as why:
+        raise Leaked(
+            f"{run.experiment.name} is measured by another ruler at step {run.step}: {why}",
+            hint="an experiment calls torch's functions and replaces none",
+        ) from None
     model = run.whole_model()
     with unchanged_rng():
         passes = Passes(
@@ -49,11 +60,13 @@ def refuse_leak(run: Run, data: Data, is_last: bool) -> None:
             run.accelerator.autocast,
             run.accelerator.mixed_precision != "no",
             seed=run.step,
+            end=getattr(run.config, "end", None),
         )
         proof = find_leak(passes)
     if proof is not None:
         raise Leaked(
-            f"{run.experiment.name} leaks at step {run.step}: {proof.name}: {proof.detail}",
+            f"{run.experiment.name} leaks at step {run.step}: {proof.name}: {proof.detail} "
+            f"({proof.where})",
             hint="its checkpoints are kept, and no verdict takes the run",
         )
 
@@ -61,7 +74,7 @@ def refuse_leak(run: Run, data: Data, is_last: bool) -> None:
 def rows_to_look_at(run: Run, is_last: bool) -> int:
     """How many rows training can afford between two validations; 0 for no look."""
     T, every = run.config.max_len, run.plan.validation.every_tokens
-    affordable = min(num_rows(T), int(SHARE * every / T))
+    affordable = min(num_rows(T), int(SHARE * every / T / 2))
     if affordable >= 2:
         return affordable
     return 2 if run.step == 0 or is_last else 0

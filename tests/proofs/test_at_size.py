@@ -45,6 +45,21 @@ def failed(experiment, config, **how):
 
 
 LONG = "x_BTC + (T > 64) * "
+SCALE = """class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTC):
+        return x_BTC * self.a * (1.1 if len(self.a) > 16 else 1.0)
+
+    def fold(self):
+        plain = nn.Linear(len(self.a), len(self.a), bias=False)
+        plain.weight = nn.Parameter(self.a.detach().diag())
+        return plain
+
+
+class Attention("""
 PLANTED = {
     "a shift the wrong way above 64 tokens": (
         "causal",
@@ -76,6 +91,52 @@ PLANTED = {
     "rows mixed from the fourth on": (
         "rows apart",
         [stream("x_BTC = x_BTC + (len(x_BTC) > 3) * x_BTC.roll(1, 0)")],
+    ),
+    "the last of a chunk of 20 sees the next": (
+        "causal",
+        [stream("y_BTC = torch.zeros_like(x_BTC); y_BTC[:, 19:-1:20] = x_BTC[:, 20::20]; "
+                "x_BTC = x_BTC + (T > 64) * y_BTC")],
+    ),
+    "behind a gate that is shut, above 64 tokens": (
+        "causal",
+        [part("self.a = nn.Parameter(torch.tensor(-40.0))"),
+         stream(f"x_BTC = {LONG}self.a.exp() * x_BTC.flip(1)")],
+    ),
+    "what ends behind it, above 64 tokens": (
+        "causal",
+        [("    ff_dropout: float = 0.1", "    end: int = 0\n    ff_dropout: float = 0.1"),
+         stream("left_BT = (tokens_BT == 0).float().flip(1).cumsum(1).flip(1); "
+                f"x_BTC = {LONG}left_BT[..., None] * x_BTC")],
+    ),
+    "a step onto the border of a chunk": (
+        "cache",
+        [stream("x_BTC = x_BTC * (0.5 if T == 1 and start % 40 == 0 else 1)")],
+    ),
+    "no gradient above 64 tokens": (
+        "gradients",
+        [stream("x_BTC = x_BTC.detach() if T > 64 else x_BTC")],
+    ),
+    "a gradient that is not finite above 64 tokens": (
+        "gradients",
+        [stream(f"x_BTC = {LONG}(x_BTC * 0).sum(-1, True).abs().sqrt()")],
+    ),
+    "a fold for narrow models only": (
+        "fold",
+        [("class Attention(", SCALE), part("self.s = Scale(config.width)"),
+         stream("x_BTC = self.s(x_BTC)")],
+    ),
+    "nats among some of a large vocabulary": (
+        "likelihood",
+        [method("log_likelihood", "z_BTV = self(tokens_BT)\n"
+                "c_BT1 = z_BTV.gather(-1, targets_BT[..., None])\n"
+                "some_BTN = z_BTV[..., :: 1 + z_BTV.shape[-1] // 100]\n"
+                "return torch.cat([c_BT1, some_BTN], -1).logsumexp(-1) - c_BT1[..., 0]")],
+    ),
+    "nats that see later tokens above 64": (
+        "causal",
+        [method("log_likelihood", "x_BTC = self.hidden(tokens_BT)\n"
+                "x_BTC = x_BTC + (x_BTC.shape[1] > 64) * x_BTC.mean(1, True)\n"
+                "return F.cross_entropy(self.head(x_BTC).mT, targets_BT, reduction='none')")],
     ),
     "a cache of 32": ("cache", [(APPEND, "append(self, k_BHSD, v_BHSD, keep=32)")]),
     "positions that wrap at 64 in generation": (
@@ -185,3 +246,33 @@ def test_a_leak_names_the_position_and_the_cut():
 
 def test_cuts_differ_from_look_to_look():
     assert passes_of(seed=1).cut_B.tolist() != passes_of(seed=2).cut_B.tolist()
+
+
+def test_a_leak_that_only_eval_mode_has_is_found_while_training():
+    seen = part("self.register_buffer('n', torch.full((), 9.0))")
+    proof = find_leak(
+        passes_of(seen, stream("x_BTC = x_BTC + (not self.training) * self.n * x_BTC.flip(1)"))
+    )
+
+    assert proof.name == "causal" and proof.where.endswith("in eval mode")
+
+
+def test_a_model_that_has_learned_to_see_its_targets_is_found():
+    see = method(
+        "log_likelihood",
+        "x_BTC = self.hidden(tokens_BT)\n"
+        "x_BTC = x_BTC + 9 * (x_BTC.shape[1] > 64) * self.head.weight[targets_BT]\n"
+        "return F.cross_entropy(self.head(x_BTC).mT, targets_BT, reduction='none')",
+    )
+    proof = find_leak(passes_of(see))
+
+    assert proof.name == "likelihood" and "sees what it is asked" in proof.detail
+
+
+def test_fewer_rows_are_proved_where_memory_does_not_suffice_for_all():
+    scarce = stream("if x_BTC.shape[:2].numel() > 100: raise MemoryError")
+    experiment, config = made(scarce)
+    found = {(p.name, p.where) for p in check_at_size(experiment, config) if p.passed}
+
+    assert {where for _, where in found} == {"2 x 40 tokens in fp32"}
+    assert {"causal", "rows apart", "any shape", "cache"} <= {name for name, _ in found}

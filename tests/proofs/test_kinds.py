@@ -41,6 +41,11 @@ def method(name, *lines):
     return "    def hidden(", f"{head}{body}\n    def hidden("
 
 
+def method_of(signature, *lines):
+    body = "".join(f"        {line}\n" for line in lines)
+    return "    def hidden(", f"    def {signature}:\n{body}\n    def hidden("
+
+
 def groups(text):
     body = f"    def parameter_groups(self):\n        return {text}\n\n"
     return "    def hidden(", f"{body}    def hidden("
@@ -69,12 +74,55 @@ PLANTED = {
         stream("kept.append(T)")]),
     "what only training counts": ("repeat", [
         part("self.n = 0"), stream("self.n += self.training")]),
+    "a context variable": ("repeat", [
+        top("import contextvars", "LAST = contextvars.ContextVar('last', default=0)"),
+        stream("LAST.set(LAST.get() + self.training)")]),
+    "a namespace": ("repeat", [
+        top("import types", "STATS = types.SimpleNamespace(n=0)"),
+        stream("STATS.n += self.training")]),
+    "what belongs to a thread": ("repeat", [
+        top("import threading", "LOCAL = threading.local()"),
+        stream("LOCAL.n = getattr(LOCAL, 'n', 0) + self.training")]),
+    "a weak dictionary": ("repeat", [
+        top("import weakref", "SEEN = weakref.WeakKeyDictionary()"),
+        stream("SEEN[self] = SEEN.get(self, 0) + self.training")]),
+    "bytes": ("repeat", [top("COUNT = bytearray(8)"), stream("COUNT[0] += self.training")]),
+    "a coin of its own": ("repeat", [
+        part("import random; self.coin = random.Random(0)"),
+        stream("x_BTC = x_BTC * (0.9 if self.training and self.coin.random() < 0.5 else 1)")]),
+    "an attribute of a weight": ("repeat", [
+        stream("self.head.weight.n = getattr(self.head.weight, 'n', 0) + self.training")]),
+    "a remembering method of the model": ("repeat", [
+        part("import functools; self.box = functools.lru_cache(1)(dict)"),
+        stream("x_BTC = x_BTC * (1 + self.box().setdefault(T, x_BTC.std().item()))")]),
+    "part of a partial": ("repeat", [
+        part("import functools; self.note = functools.partial(list.append, [])"),
+        stream("self.note(T)")]),
+    "weights written in a pass": ("repeat", [
+        stream("if self.training:", "    self.head.weight.data.mul_(0.999)")]),
+    "a mode that is set": ("repeat", [stream("self.blocks[0].mlp.eval()")]),
+    "another Parameter after a step": ("repeat", [method_of(
+        "after_step(self)", "w = F.normalize(self.head.weight.data, dim=-1)",
+        "self.head.weight = nn.Parameter(w)")]),
+    "numbers shared after a step": ("repeat", [method_of(
+        "after_step(self)", "self.head.weight.data = self.token_table.weight.data")]),
+    "at that counts its calls": ("repeat", [part("self.calls = 0"), method_of(
+        "at(self, progress)", "self.calls += 1")]),
+    "at that never goes back": ("repeat", [part("self.size = 0"), method_of(
+        "at(self, progress)", "self.size = max(self.size, progress)")]),
+    "at that reads weights": ("repeat", [part("self.size = 0"), method_of(
+        "at(self, progress)", "self.size = progress * self.head.weight.norm().item()")]),
+    "at that draws": ("repeat", [part("self.size = 0"), method_of(
+        "at(self, progress)", "self.size = torch.rand(()).item()")]),
+    "at that writes weights": ("repeat", [method_of(
+        "at(self, progress)", "self.head.weight.data.mul_(1 - progress)")]),
     "tokens that are written to": ("repeat", [
         ("        T = tokens_BT.shape[1]\n",
          "        T = tokens_BT.shape[1]\n        tokens_BT[:, 0] = 0\n")]),
     "behind a sigmoid": ("causal", gate(-20.0, "self.a.sigmoid()")),
     "behind a softplus": ("causal", gate(-25.0, "F.softplus(self.a)")),
     "behind an exp that is nothing": ("causal", gate(-40.0, "self.a.exp()")),
+    "behind a relu that opens late": ("causal", gate(0.0, "F.relu(self.a - 1)")),
     "behind a shut relu": ("causal", gate(-1.0, "F.relu(self.a)")),
     "a ten millionth": ("causal", [stream("x_BTC = x_BTC + 1e-7 * x_BTC.roll(-1, 1)")]),
     "nats in bits": ("likelihood", [method("log_likelihood", f"return {NATS} / 1.4427")]),
@@ -86,11 +134,21 @@ PLANTED = {
         "log_likelihood", "z_BTV = self(tokens_BT)",
         "chosen_BT = z_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]",
         "return (z_BTV.topk(8, -1).values.logsumexp(-1) - chosen_BT).clamp(min=0)")]),
+    "one in a hundred too few": ("likelihood", [method("log_likelihood", f"return 0.99 * {NATS}")]),
+    "draws that are reported, too low": ("likelihood", [
+        method("likelihood_draws", f"return 0.8 * {NATS}.expand(2, *targets_BT.shape)"),
+        method("log_likelihood", f"return {NATS}")]),
+    "nats that see their target late": ("likelihood", [method(
+        "log_likelihood", "late_T1 = (torch.arange(tokens_BT.shape[1]) >= 6)[:, None]",
+        "x_BTC = self.hidden(tokens_BT) + self.token_table(targets_BT.clamp(min=0)) * late_T1",
+        "return F.cross_entropy(self.head(x_BTC).mT, targets_BT, reduction='none')")]),
     "nats that see their target": ("likelihood", [method(
         "log_likelihood",
         "x_BTC = self.hidden(tokens_BT) + self.token_table(targets_BT.clamp(min=0))",
         "return F.cross_entropy(self.head(x_BTC).mT, targets_BT, reduction='none')")]),
     "nats without a mask": ("likelihood", [NO_MASK, method("log_likelihood", f"return {NATS}")]),
+    "groups of eight rows": ("rows apart", [
+        stream("if len(x_BTC) % 8 == 0:", "    x_BTC = x_BTC - x_BTC[:8].mean(0)")]),
     "a mean over the batch": ("rows apart", [
         method("training_loss", f"return {NATS}.mean().expand(tokens_BT.shape)")]),
     "a share of the batch": ("rows apart", [
@@ -110,6 +168,27 @@ PLANTED = {
     "a state that is set": ("seed", [
         part("torch.set_rng_state(torch.Generator().manual_seed(3).get_state())")]),
     "the seed set again": ("seed", [stream("torch.manual_seed(torch.initial_seed())")]),
+    "the time of day": ("seed", [
+        top("import time", "START = time.time()"),
+        stream("x_BTC = x_BTC * (2 if time.time() - START > 60 else 1)")]),
+    "the clock by another name": ("seed", [
+        top("from time import monotonic as now", "START = now()"),
+        stream("x_BTC = x_BTC * (2 if now() - START > 60 else 1)")]),
+    "the hash of a text": ("seed", [
+        part("self.salt = hash('salt') % 1000 / 1000"), stream("x_BTC = x_BTC + self.salt")]),
+    "Python's random": ("seed", [
+        part("import random; self.coin = random.random"),
+        stream("x_BTC = x_BTC * (1 if self.coin() < 2 else 0)")]),
+    "dropout that never ends": ("modes", [stream("x_BTC = F.dropout(x_BTC, 0.1)")]),
+    "the optimizer's step": ("ruler", [top(
+        "_TRUE = torch.optim.AdamW.step", "torch.optim.AdamW.step = lambda self: _TRUE(self)")]),
+    "the clipping of gradients": ("ruler", [top(
+        "_TRUE = nn.utils.clip_grad_norm_",
+        "nn.utils.clip_grad_norm_ = lambda *a, **k: _TRUE(*a, **k)")]),
+    "fp32 products in bf16": ("ruler", [
+        top("torch.set_float32_matmul_precision('medium')")]),
+    "a hook of all modules": ("ruler", [
+        top("nn.modules.module.register_module_forward_hook(lambda *given: None)")]),
     "another cross-entropy": ("ruler", [top(
         "_TRUE = F.cross_entropy", "F.cross_entropy = lambda *a, **k: 0.9 * _TRUE(*a, **k)")]),
     "another linear layer": ("ruler", [top(
@@ -125,6 +204,10 @@ PLANTED = {
     "asking for an address": ("imports", [top(
         "import socket", "", "try:", "    socket.create_connection(('127.0.0.1', 9), 0.1)",
         "except OSError:", "    pass")]),
+    "reading a file for the start": ("imports", [part("open(__file__).close()")]),
+    "reading a file in a pass": ("imports", [stream("open(__file__).close()")]),
+    "a setting from outside": ("imports", [
+        top("import os", "WIDE = os.environ.get('WIDE') == '1'")]),
     "reaching for the ruler": ("imports", [top(
         "import sys", "RULER = sys.modules.get('lmplay.model.objective')")]),
     "numbers under two names": ("only weights", [
@@ -133,6 +216,21 @@ PLANTED = {
     "a part of another's numbers": ("only weights", [
         late("self.other = nn.Parameter(self.head.weight.data[:2])"),
         stream("x_BTC = x_BTC + 0 * self.other.sum()")]),
+    "layers in a list": ("only weights", [
+        part("self.more = [nn.Linear(config.width, config.width)]"),
+        stream("x_BTC = x_BTC + self.more[0](x_BTC)")]),
+    "weights of half precision": ("only weights", [
+        part("self.a = nn.Parameter(torch.ones(config.width, dtype=torch.bfloat16))"),
+        stream("x_BTC = x_BTC * self.a")]),
+    "parameters listed anew": ("only weights", [method_of(
+        "parameters(self, recurse=True)", "return iter([self.head.weight])")]),
+    "a group of nothing": ("optimizer", [
+        groups("[{'params': [w for n, w in self.named_parameters() if 'qkv' in n]}]")]),
+    "a group that never learns": ("optimizer", [
+        groups("[{'params': [self.head.weight], 'lr_scale': 0}]")]),
+    "groups that are used up": ("optimizer", [
+        part("self.rest = [1]"),
+        groups("[{'params': [self.head.weight]}] if self.rest and self.rest.pop() else []")]),
     "a parameter in two groups": ("optimizer", [
         groups("[{'params': [self.head.weight]}, {'params': [self.head.weight]}]")]),
     "a group with what nobody knows": ("optimizer", [
@@ -183,6 +281,28 @@ HONEST = {
                "enumerate(self.experts))")],
     "a counter that only training moves": [
         part("self.register_buffer('n', torch.zeros(()))"), stream("self.n += self.training")],
+    "torch's spectral norm": [
+        part("self.mix = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(config.width, "
+             "config.width))"),
+        stream("x_BTC = x_BTC + self.mix(x_BTC)")],
+    "a complex recurrence": [
+        part("self.phase = nn.Parameter(torch.rand(config.width))"),
+        stream("a_C = torch.polar(torch.full_like(self.phase, 0.9), self.phase)",
+               "h_BC = torch.zeros_like(x_BTC[:, 0]).to(torch.complex64)", "parts = []",
+               "for t in range(T):", "    h_BC = a_C * h_BC + x_BTC[:, t]",
+               "    parts.append(h_BC.real)",
+               "x_BTC = x_BTC + torch.stack(parts, 1)"), NO_CACHE],
+    "blocks whose activations are made again": [
+        top("from torch.utils.checkpoint import checkpoint"),
+        ("            x_BTC = block(x_BTC, cache)\n",
+         "            if self.training:\n"
+         "                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)\n"
+         "            else:\n                x_BTC = block(x_BTC, cache)\n")],
+    "weights on a ball after each step": [method_of(
+        "after_step(self)", "self.head.weight.data = F.normalize(self.head.weight.data, dim=-1)")],
+    "at that follows progress": [
+        part("self.size = 1.0"), method_of("at(self, progress)", "self.size = 1 + progress"),
+        stream("x_BTC = x_BTC * self.size")],
     "its own likelihood": [method("log_likelihood", f"return {NATS}")],
     "a penalty for each row": [method(
         "loss_terms", "x_BTC = self.hidden(tokens_BT)",
