@@ -15,18 +15,11 @@ from lmplay.proofs.tiny import check
 
 
 def test_each_other_idea_on_the_baseline_is_a_partner_or_told_by_what_collides():
-    found = partners(resolve("qk_norm"))
-
-    assert found["gated_attention"] == found["squared_relu"] == ""
-    assert found["latent_attention"] == "lines"
-    assert not {"qk_norm", "llama", "gpt2ish", "value_norm"} & found.keys()
-
-
-def test_an_idea_on_an_idea_is_a_partner_of_others_but_not_of_its_own_line():
     found = partners(resolve("canon_full"))
 
-    assert "canon" not in found and found["x0_lambdas"] == ""
-    assert "canon_full" not in partners(resolve("canon"))
+    assert found["gated_attention"] == found["qk_norm"] == found["x0_lambdas"] == ""
+    assert found["rwkv7"] == "lines"
+    assert not {"canon", "canon_full", "llama", "gpt2ish", "value_norm"} & found.keys()
 
 
 def test_a_baseline_is_what_belongs_to_no_family():

@@ -124,7 +124,9 @@ def test_a_family_is_listed_alone_and_a_file_of_ones_own_with_its_path(
     assert {row["family"] for row in rows} == {"attention"}
 
 
-def test_describe_says_the_source_what_is_kept_and_what_it_stacks_with(place, capsys):
+def test_describe_says_the_source_what_is_kept_and_what_it_stacks_with(place, monkeypatch, capsys):
+    found = {"squared_relu": "", "rwkv7": "lines"}
+    monkeypatch.setattr("lmplay.catalog.partners.partners", lambda entry: found)
     describe(resolve("multi_query"), read_plan("words"), {}, False, True)
     told = json.loads(capsys.readouterr().out)
     describe(resolve("multi_query"), read_plan("words"), {}, False, False)
@@ -132,6 +134,6 @@ def test_describe_says_the_source_what_is_kept_and_what_it_stacks_with(place, ca
 
     assert told["family"] == "attention" and "arXiv:2305.13245" in told["source"]
     assert told["cache_bytes"]["32"] == 32 * 2 * 8 * 4  # one head of two, in one block
-    assert "squared_relu" in told["stacks_with"] and told["collides_with"]["rwkv7"] == "lines"
+    assert told["stacks_with"] == ["squared_relu"] and told["collides_with"] == {"rwkv7": "lines"}
     assert "2,048 bytes a row after 32 tokens" in shown
-    assert f"Stacks with {len(told['stacks_with'])} of" in shown and "rwkv7" in shown
+    assert "Stacks with 1 of 2 other ideas on its baseline; not with rwkv7." in shown
