@@ -124,7 +124,7 @@ def test_a_number_that_is_not_finite_stops_every_process_before_it_is_learned(
 ):
     bench.plan(steps=STEPS)
     bench.train_group("whole")
-    cases = trials([(1, 7)], [(rank, step) for rank in (0, 1) for step in (0, 4, 7, 11)])
+    cases = trials([(1, 7)], [(rank, step) for rank in (0, 1) for step in (4, 7, 11)])
     named = 0
 
     for rank, step in cases:
