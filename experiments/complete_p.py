@@ -3,9 +3,9 @@
 Idea: as a model grows wider and deeper, a step at one rate changes by more what its layers give.
     So that it changes that by as much at every size, each addition to the stream is divided by the
     depth to the power of `depth_exponent`, and the head starts smaller as the model grows wider;
-    rates and decay of matrices and head follow the width by the plan (`scaling.width=mup`), which
-    --sizes goes by. At the size that rates were found at (`base_width` and `base_blocks`; None is
-    this one) it is gpt2ish. `mup` has no rule for depth; `depth_mup` divides by the root of the
+    rates and decay of matrices and head follow the width by the plan (`scaling.by_width=mup`),
+    which --sizes goes by. At the size that rates were found at (`base_width`, `base_blocks`; None
+    is this one) it is gpt2ish. `mup` has no rule for depth; `depth_mup` divides by the root of the
     depth, and lowers the rate of blocks by as much. Hidden matrices start with one over the root of
     the width, as torch has them and the rule asks. Heads are added as wide as they were, so scores
     need no rule. Implementations went wrong by multiplying the stream itself, and by decay that

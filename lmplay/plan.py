@@ -188,12 +188,12 @@ class Schedule(_Strict):
 class Scaling(_Strict):
     """By which rules `--sizes` carries what the plan says to models of other sizes."""
 
-    width: Literal["all", "mup"] = Field(
+    by_width: Literal["all", "mup"] = Field(
         "all",
         description="all: every rate is as one over the width. mup: the rates of matrices and head "
         "are, and their decay is as the width.",
     )
-    tokens: Literal["none", "power", "sde"] = Field(
+    by_tokens: Literal["none", "power", "sde"] = Field(
         "none",
         description="power: batch, rates and decay follow the tokens by power laws. sde: rates, "
         "decay and averages fall with their root at the same batch.",

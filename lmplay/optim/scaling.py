@@ -38,20 +38,20 @@ def scaled(plan: Plan, wider: float, longer: float) -> dict[str, object]:
     rule, optimizer = plan.scaling, plan.optimizer
     changed: dict[str, object] = {}
     rate = decay = 1.0
-    if rule.tokens == "power":
+    if rule.by_tokens == "power":
         batch = 2.0 ** round(BATCH_POWER * math.log2(longer))
         changed["batch_size"] = _times(plan.batch_size, batch)
         batch = changed["batch_size"][0][1] / plan.batch_sizes[0][1]  # as it was rounded
         if isinstance(plan.batch_size, int):
             changed["batch_size"] = changed["batch_size"][0][1]
         rate, decay = math.sqrt(batch), math.sqrt(batch) / longer
-    elif rule.tokens == "sde":
+    elif rule.by_tokens == "sde":
         rate = decay = 1 / math.sqrt(longer)
         changed |= _betas(optimizer, 1 / longer)
-    changed |= rates_times(optimizer, rate if rule.width == "mup" else rate / wider)
+    changed |= rates_times(optimizer, rate if rule.by_width == "mup" else rate / wider)
     if decay != 1:
         changed |= _decays(optimizer, decay)
-    if rule.width == "mup":
+    if rule.by_width == "mup":
         for role in HIDDEN:
             changed |= _by_width(rule_of(optimizer, role), rate, decay, wider)
     return changed
@@ -61,8 +61,8 @@ def _by_width(rule: Rule, rate: float, decay: float, wider: float) -> dict[str, 
     name = rule.known.name
     if name in _BY_GRADIENT:
         raise UserError(
-            f"scaling.width=mup does not hold for {name}, whose steps follow the gradient's length",
-            hint="--set scaling.width=all, or another optimizer",
+            f"scaling.by_width=mup does not hold for {name}: its steps are as long as gradients",
+            hint="--set scaling.by_width=all, or another optimizer",
         )
     is_on_ball = rule.options.get("hyperball") or rule.known.fixed.get("hyperball")
     if name in _BY_LENGTH or is_on_ball:

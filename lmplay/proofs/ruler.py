@@ -64,7 +64,8 @@ def _is_a_librarys(value: object, true: object = None) -> bool:
     homes = [getattr(v, "__globals__", {}).get("__name__", _EXPERIMENT) for v in (value, inner)]
     if any(home.startswith(_EXPERIMENT) for home in homes):
         return False
-    return id(value) not in _TRUE_IDS and (inner is true or id(inner) not in _TRUE_IDS)
+    wraps_it = inner is (inspect.unwrap(true) if callable(true) else true)  # that may wrap too
+    return id(value) not in _TRUE_IDS and (wraps_it or id(inner) not in _TRUE_IDS)
 
 
 _HOOKS = {key: d for key, d in vars(nn.modules.module).items()
@@ -101,7 +102,8 @@ def refuse_other_functions() -> None:
     for where, owner, names in _CLASSES:
         for name in vars(owner).keys() - names:
             value = vars(owner)[name]
-            if isinstance(value, types.FunctionType) and not _is_a_librarys(value):
+            inherited = getattr(super(owner, owner), name, None)
+            if isinstance(value, types.FunctionType) and not _is_a_librarys(value, inherited):
                 delattr(owner, name)
                 put_back.append(f"{where}.{name}")
     if put_back:

@@ -20,7 +20,7 @@ def holds_every_idea(specimen: Specimen) -> str:
     tokens_BT = specimen.tokens(B=3)
     fresh = specimen.model().state_dict()
     # opened too: an idea may be turned off by numbers far from zero, such as shares of 0 and 1
-    draws = [specimen.randomised().state_dict(), specimen.opened(1).state_dict()]
+    draws = [specimen.randomised().state_dict(), next(specimen.opened()).state_dict()]
     for idea in entry.ideas:
         own = Specimen.tiny(load_experiment(idea)).model().state_dict().keys()
         if missing := own - before - fresh.keys():

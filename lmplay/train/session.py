@@ -294,7 +294,7 @@ def _train(session: Session, reporter: Reporter) -> None:
                 reporter.write(ended)
         raise
     run, last = session.run, session.clock.num_steps
-    if run.step < last:
+    if run.plan.seconds and run.step < last:
         limit = f"{run.plan.seconds:,.10g} seconds are spent"
         reporter.display.note(f"the plan's {limit} at step {run.step:,} of {last:,}")
     reporter.write(reporter.facts.finished(run.step))

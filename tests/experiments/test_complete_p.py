@@ -22,7 +22,7 @@ def change(name, width=64, num_blocks=2):
     base = BASE if "base_width" in experiment.fields else {}
     sizes = {"width": width, "num_heads": width // 32, "num_blocks": num_blocks}
     config = experiment.config(**SMALL, **sizes, **base)
-    plan = read_plan("quick", {"scaling.width": "mup", "optimizer.lr": 2e-3})
+    plan = read_plan("quick", {"scaling.by_width": "mup", "optimizer.lr": 2e-3})
     if base:
         plan = changed_plan(plan, scaled(plan, width / 64, 1))
     model = experiment.model(config, seed=0)

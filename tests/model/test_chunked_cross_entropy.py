@@ -113,7 +113,7 @@ def test_every_kind_of_target_equals_its_loss_written_out(head, K, z_weight, mon
         x_NC.grad = None
         head.zero_grad()
         if is_chunked:
-            objective, loss, _ = score(x_NC, head, targets, shares_NK, z_weight)
+            objective, loss, *_ = score(x_NC, head, targets, shares_NK, z_weight)
         else:
             ones = torch.ones(90, 1).double() if shares_NK is None else shares_NK
             objective, loss = written_out(head(x_NC), targets_NK, ones, z_weight)

@@ -14,7 +14,7 @@ RULES = [(width, tokens) for width in ("all", "mup") for tokens in ("none", "pow
 
 
 def quick(width="all", tokens="none", **changes) -> Plan:
-    rules = {"scaling.width": width, "scaling.tokens": tokens}
+    rules = {"scaling.by_width": width, "scaling.by_tokens": tokens}
     return read_plan("quick", rules | {key.replace("_to_", "."): v for key, v in changes.items()})
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from lmplay.run.folder import RunFolder
@@ -23,6 +25,7 @@ def make_run(tmp_path, make_facts):
         done = num_steps if done is None else done
         losses = losses or [5 - step / num_steps for step in range(1, done + 1)]
         folder = RunFolder(tmp_path / "runs" / plan / label / f"seed-{seed}")
+        shutil.rmtree(folder.path, ignore_errors=True)  # it may be made again
         folder.write(
             make_facts(
                 label=label,

@@ -168,7 +168,7 @@ def test_no_method_of_a_model_moves_what_is_frozen():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run = SimpleNamespace(
         model=model, accelerator=SimpleNamespace(scaler=None), world_size=1,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), progress=0.0,
     )  # fmt: skip
     wanted = Optimizer(name="AdamW", lr=0.1, weight_decay=0.5)
     optimizer = make_optimizer(wanted, model, {n: "matrix" for n, _ in model.named_parameters()})

@@ -730,7 +730,7 @@ def test_what_changed_midway_stays_on_record(place, monkeypatch):
 RANDOM = """
     def log_likelihood(self, tokens_BT, targets_BT):
         logits_BTV = self(tokens_BT) + torch.rand(1)
-        return F.cross_entropy(logits_BTV.mT, targets_BT, reduction="none") * torch.rand(1)
+        return F.cross_entropy(logits_BTV.mT, targets_BT, reduction="none") * (1 + torch.rand(1))
 
     def generate(self, tokens_BT, num_tokens, choose):
         torch.rand(1)
