@@ -574,7 +574,8 @@ def test_bundled_pairs_stack_or_show_both_hunks_or_are_refused_by_the_check(pair
         assert conflict.problem and conflict.merged
     except UserError as error:
         is_ancestor = any(parent in pair for name in pair for parent in ancestors(name))
-        assert error.code == 2 and ("TINY[" in error.problem or is_ancestor)
+        is_of_config = error.problem.startswith("+".join(pair) + ": ")
+        assert error.code == 2 and ("TINY[" in error.problem or is_of_config or is_ancestor)
     else:
         # the check refuses what stacks line by line but takes away what the other idea reads
         assert all(proof.detail for proof in found)

@@ -50,6 +50,7 @@ def same_in_both(model, native):
     )
 
 
+NATIVE = ("gpt2", "llama", "grouped_query")
 LEFT_TO_RIGHT = [entry for entry in FILES if "def log_likelihood(" not in entry.source]
 
 
@@ -62,7 +63,7 @@ def test_every_experiment_answers_and_writes_in_transformers_as_in_lmplay(
     made = export(folder, None, "hf", True, tmp_path / "out")
     folds_to_llama = entry.folds_to == "llama"
 
-    assert made["trust_remote_code"] is (entry.name not in ("gpt2", "llama") and not folds_to_llama)
+    assert made["trust_remote_code"] is (entry.name not in NATIVE and not folds_to_llama)
     assert made["folded"] is (made["parameters"]["exported"] < made["parameters"]["trained"])
     same_in_both(trained(folder), opened(tmp_path / "out", made["trust_remote_code"]))
 

@@ -91,6 +91,7 @@ def test_greedy_text_with_the_cache_is_that_of_the_full_forward(path, lengths):
 
     written = texts(model, prompts, 40, choose, max_len)
 
+    spread = []
     for row, prompt in enumerate(prompts):
         expected, expected_TV = by_full_forward(model, prompt, 40, max_len)
         assert written[row] == expected
@@ -100,7 +101,8 @@ def test_greedy_text_with_the_cache_is_that_of_the_full_forward(path, lengths):
         )
         logits_TV = torch.stack(logits[row])
         torch.testing.assert_close(logits_TV, expected_TV, atol=tolerance, rtol=tolerance)
-        assert expected_TV.std(dim=0).max() > 0.1  # else the comparison says nothing
+        spread.append(expected_TV.std(dim=0).max())
+    assert max(spread) > 0.1  # else the comparison says nothing; one alone may repeat one token
 
 
 def test_the_baseline_reads_each_position_once():
