@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 
+from lmplay.data import hub
 from lmplay.data import sources as text
 from lmplay.optim.schedules import factor
 from lmplay.plan import Plan, read_plan
@@ -251,7 +252,7 @@ def test_of_instructions_every_plan_learns_the_answer_only(name, monkeypatch):
     datasets = read_plan(name).datasets
     for key in datasets.keys() & INSTRUCTIONS:
         row, prompt = INSTRUCTIONS[key]
-        monkeypatch.setattr(text, "open_hub", lambda dataset, split, skip, row=row: iter([row]))
+        monkeypatch.setattr(hub, "open_hub", lambda dataset, split, skip, row=row: iter([row]))
         (document,) = text.documents(datasets[key], "train", 0.0)
 
         assert document.parts(datasets[key].learn_prompt) == [(prompt, False), ("4", True)]

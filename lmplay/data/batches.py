@@ -16,9 +16,9 @@ from torch import Tensor
 from lmplay.data import shard_cache as cache
 from lmplay.data.order import Mixture, Rows
 from lmplay.data.preparation import Note, Progress, note_download, prepare
+from lmplay.data.rendering import columns_of
 from lmplay.data.shards import Shards
 from lmplay.data.sources import (
-    columns_of,
     content_of,
     documents,
     held_out_fraction,

@@ -11,21 +11,20 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from lmplay.data import shard_cache as cache
+from lmplay.data.document import Document, FairSample
+from lmplay.data.overlap import share_trained_on
+from lmplay.data.rendering import columns_of
 from lmplay.data.shard_writer import VERSION, Encoded, Shard, Writer, read_index
 from lmplay.data.shards import Shards, open_foreign
 from lmplay.data.sources import (
     HELD_OUT_SPAN,
-    Document,
-    FairSample,
     Split,
-    columns_of,
     documents,
     expected_bytes,
     files_in_words,
     has_own_validation,
     held_out_fraction,
     is_fraction_known,
-    share_trained_on,
     source_fingerprint,
 )
 from lmplay.data.tokenizers import Tokenizer

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmplay.data.document import Document
 from lmplay.data.shard_cache import read_json, write_json, write_whole
 from lmplay.data.shard_format import shard_bytes, shard_header, token_dtype, write_shard
-from lmplay.data.sources import Document
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.errors import NO_DATA, UserError
 from lmplay.fault_points import reach

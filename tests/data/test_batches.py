@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmplay.data import batches
+from lmplay.data import hub as hub_module
 from lmplay.data import preparation as preparing
 from lmplay.data import shard_cache as cache
 from lmplay.data import sources as text
@@ -53,8 +54,8 @@ def hub(monkeypatch):
             if number >= skip:
                 yield row
 
-    monkeypatch.setattr(text, "open_hub", open_hub)
-    monkeypatch.setattr(text, "_HUB_ROWS", 8)
+    monkeypatch.setattr(hub_module, "open_hub", open_hub)
+    monkeypatch.setattr(hub_module, "_ROWS", 8)
     monkeypatch.setattr(preparing, "_BATCH_RECORDS", 8)
     return found
 
@@ -229,7 +230,7 @@ def test_what_was_streamed_once_needs_neither_network_nor_thread(folder, hub, mo
     def offline(*_):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(text, "open_hub", offline)
+    monkeypatch.setattr(hub_module, "open_hub", offline)
     data = opened(plan)
 
     assert rows_of(data) == before
@@ -254,7 +255,7 @@ def test_what_stops_a_stream_stops_the_batch_that_needs_it(folder, hub, monkeypa
     hub.tables["x/a"] = records("a", 200)
     plan = make_plan({"a": {"hub": "x/a"}}, tokens=10_000)
     monkeypatch.setattr(text, "HELD_OUT_SPAN", 500)
-    open_hub = text.open_hub
+    open_hub = hub_module.open_hub
 
     def breaking(dataset, split, skip):
         for number, row in enumerate(open_hub(dataset, split, skip)):
@@ -262,7 +263,7 @@ def test_what_stops_a_stream_stops_the_batch_that_needs_it(folder, hub, monkeypa
                 raise PermissionError("gated")
             yield row
 
-    monkeypatch.setattr(text, "open_hub", breaking)
+    monkeypatch.setattr(hub_module, "open_hub", breaking)
     data = opened(plan)
 
     assert data.rows(0, 4).num_targets == 64

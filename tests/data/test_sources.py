@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmplay import network
+from lmplay.data import hub
 from lmplay.data import sources as text
+from lmplay.data.document import Document
+from lmplay.data.python_library import library
 from lmplay.data.sources import (
-    Document,
     documents,
     expected_bytes,
     has_own_validation,
@@ -48,7 +50,7 @@ def on_hub(monkeypatch, tables):
         opened.append((split, skip))
         return iter(tables[split][skip:])
 
-    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setattr(hub, "open_hub", open_hub)
     return opened
 
 
@@ -271,7 +273,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 
 def test_the_standard_library_is_here_without_its_tests():
     dataset = Dataset(builtin="python-stdlib")
-    found = dict(text._library())
+    found = dict(library())
 
     assert {"argparse.py", "json/decoder.py"} <= found.keys()
     assert list(found) == sorted(found)
@@ -326,7 +328,7 @@ def test_a_hub_that_breaks_off_is_opened_again_where_it_did(monkeypatch):
         if skip < 900:
             raise ConnectionError("reset")
 
-    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setattr(hub, "open_hub", open_hub)
 
     found = texts(Dataset(hub="someone/records", validation_split="test"))
 
@@ -346,7 +348,7 @@ def test_a_hub_that_is_gone_says_what_to_set(monkeypatch):
 
     monkeypatch.setattr(network, "sleep", sleep)
     monkeypatch.setattr(network, "clock", lambda: now[0])
-    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setattr(hub, "open_hub", open_hub)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     with pytest.raises(UserError, match="someone/records") as caught:
@@ -362,7 +364,7 @@ def test_who_asked_to_stay_offline_is_not_told_to_check_the_network(monkeypatch)
     def open_hub(dataset, split, skip):
         raise ConnectionError("Couldn't reach someone/records (OfflineModeIsEnabled)")
 
-    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setattr(hub, "open_hub", open_hub)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     with pytest.raises(UserError, match="someone/records") as caught:
@@ -377,7 +379,7 @@ def test_a_hub_dataset_without_such_a_split_is_explained(monkeypatch):
     def open_hub(dataset, split, skip):
         raise ValueError("Unknown split 'trian'. Should be one of ['train']")
 
-    monkeypatch.setattr(text, "open_hub", open_hub)
+    monkeypatch.setattr(hub, "open_hub", open_hub)
 
     with pytest.raises(UserError, match=r"one of \['train'\]"):
         texts(Dataset(hub="someone/records", split="trian"))
@@ -397,24 +399,7 @@ def test_the_datasets_library_is_called_as_it_wants_to_be(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", local)
-        rows = list(text.open_hub(Dataset(hub="a/b", config="c", revision="r"), "train", 7))
+        rows = list(hub.open_hub(Dataset(hub="a/b", config="c", revision="r"), "train", 7))
 
     assert rows == numbered(7, 10)
     assert asked == {"name": "a/b", "config": "c", "revision": "r"}
-
-
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), num_bytes=st.integers(1, 300))
-def test_a_fair_sample_does_not_depend_on_the_order_of_the_source(sizes, num_bytes):
-    found = [Document(f"{i:03}" + "x" * size, None, row=i) for i, size in enumerate(sizes)]
-    sample, other = text.FairSample(num_bytes), text.FairSample(num_bytes)
-    for document, another in zip(found, reversed(found), strict=True):
-        sample.add(document)
-        other.add(another)
-    sample, other = list(sample), list(other)
-    places = sorted(document.place for document in found)
-
-    assert sample == other
-    assert [document.place for document in sample] == places[: len(sample)]
-    if len(sample) < len(found):
-        assert sum(document.num_bytes for document in sample) >= num_bytes
-    assert sum(document.num_bytes for document in sample[:-1]) < num_bytes
