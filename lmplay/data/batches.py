@@ -14,6 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lmplay.data import shard_cache as cache
+from lmplay.data.bpe import BPE_BYTES
 from lmplay.data.order import Mixture, Rows
 from lmplay.data.preparation import Note, Progress, note_download, prepare
 from lmplay.data.rendering import columns_of
@@ -25,7 +26,7 @@ from lmplay.data.sources import (
     is_fraction_known,
     source_fingerprint,
 )
-from lmplay.data.tokenizers import BPE_BYTES, Tokenizer, open_tokenizer
+from lmplay.data.tokenizers import Tokenizer, open_tokenizer
 from lmplay.errors import UserError
 from lmplay.model.objective import IGNORE
 from lmplay.plan import FEW_HELD_OUT, Plan, Stage

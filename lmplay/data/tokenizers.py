@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import re
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from lmplay.data.bpe import pieces_of, train_bpe
 from lmplay.data.gaps import CUT, CUT_GAPS, NEXT, SHORT_GAPS, cut, has_short_gaps, is_plain
 from lmplay.disk import write_json, write_text
 from lmplay.errors import UserError, nearest
@@ -21,14 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 END = "<|endoftext|>"
-T = TypeVar("T")
-BPE_BYTES = 50_000_000  # of text, at most, that a bpe:N is trained on
 _MOST_BPE = 1 << 20
-_WORD = 256  # characters, at most, of a word that BPE is trained on
-_PIECE = 1 << 16  # characters, about, that are encoded in one go where a text can be cut
 _ROUND = 1 << 22  # characters
-_GAP = re.compile(r"(?<=\S) (?=\S)")
-_TELL_SECONDS = 10.0
 _SECONDS = 15.0  # for a tokenizer's download, all attempts together
 _TIKTOKEN = {  # how many tokens it has, and which of them ends a document
     "gpt2": (50257, 50256),
@@ -123,7 +114,7 @@ def open_tokenizer(
                 f"{name} is trained on a plan's text, and there is none here",
                 hint="open it with the tokenizer.json of a run",
             )
-        return _trained(name, size, texts(), note)
+        return _HuggingFace(name, train_bpe(name, size, map(valid, texts()), END, note), END)
     if file is not None:
         return _from_file(name, file)
     if name in _TIKTOKEN:
@@ -265,7 +256,7 @@ class _HuggingFace(Tokenizer):
     def encode_batch(self, texts):
         import numpy as np
 
-        cut = _pieces if self._can_be_cut else lambda text: [text]
+        cut = pieces_of if self._can_be_cut else lambda text: [text]
         parts = [cut(valid(text)) for text in texts]
         ids = self._ids([piece for pieces in parts for piece in pieces])
         return [np.concatenate([next(ids) for _ in pieces]) for pieces in parts]
@@ -319,88 +310,6 @@ def _bpe_size(name: str) -> int:
     if int(size) > _MOST_BPE:
         raise UserError(f"{name!r} is more than bpe:{_MOST_BPE}", hint="try bpe:4096")
     return int(size)
-
-
-def _trained(
-    name: str, size: int, texts: Iterable[str], note: Callable[[str], object]
-) -> Tokenizer:
-    from tokenizers import Tokenizer as Trained
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    num_read = 0
-
-    def pieces() -> Iterator[str]:
-        nonlocal num_read
-        for text in _first(texts, BPE_BYTES):
-            num_read += len(text)
-            yield from _with_short_words(text)
-
-    def tell(seconds: float) -> None:
-        note(f"training {name}: {num_read / 1e6:,.1f} M characters, {seconds:.0f} s so far")
-
-    _open_to_signals(lambda: trained.train_from_iterator(pieces(), trainer), tell)
-    return _HuggingFace(name, trained.to_str(), END)
-
-
-def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
-    """Whole texts until `num_bytes` are reached."""
-    for text in texts:
-        yield valid(text)
-        num_bytes -= len(valid(text).encode())
-        if num_bytes <= 0:
-            return
-
-
-def _with_short_words(text: str) -> Iterator[str]:
-    """The text for a trainer of BPE, whose time grows with the square of a word's length."""
-    at = 0
-    for word in re.finditer(rf"\S{{{_WORD + 1},}}", text):
-        yield from _pieces(text[at : word.start()])
-        yield from (word[0][i : i + _WORD] for i in range(0, len(word[0]), _WORD))
-        at = word.end()
-    yield from _pieces(text[at:])
-
-
-def _pieces(text: str) -> list[str]:
-    """Parts of a text whose tokens, joined, are those of the whole in byte-level BPE.
-
-    A blank between two characters that are none begins a word, whatever stands before it.
-    """
-    pieces = []
-    at = 0
-    while len(text) - at > _PIECE and (gap := _GAP.search(text, at + _PIECE)):
-        pieces.append(text[at : gap.start()])
-        at = gap.start()
-    return [*pieces, text[at:]]
-
-
-def _open_to_signals(function: Callable[[], T], tell: Callable[[float], object]) -> T:
-    """What the function gives, while a signal ends this thread, to which native code is deaf.
-
-    Meanwhile `tell` gets the seconds so far, now and then.
-    """
-    made: Future[T] = Future()
-    began = time.monotonic()
-
-    def run() -> None:
-        try:
-            made.set_result(function())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while not wait([made], _TELL_SECONDS).done:
-        tell(time.monotonic() - began)
-    return made.result()
 
 
 def _from_file(name: str, path: Path) -> Tokenizer:

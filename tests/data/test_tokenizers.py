@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmplay.data import bpe
 from lmplay.data import tokenizers as tokens
 from lmplay.data.tokenizers import END, open_tokenizer, vocabulary_of
 from lmplay.errors import NO_DATA, UserError
@@ -141,7 +142,7 @@ def test_the_same_text_trains_the_same_tokenizer():
 
 
 def test_bpe_is_trained_on_the_beginning_only(monkeypatch):
-    monkeypatch.setattr(tokens, "BPE_BYTES", sum(len(text.encode()) for text in WORDS))
+    monkeypatch.setattr(bpe, "BPE_BYTES", sum(len(text.encode()) for text in WORDS))
 
     longer = open_tokenizer("bpe:300", texts=lambda: [*WORDS, "zebra " * 500])
 
@@ -302,17 +303,17 @@ words = st.text(st.sampled_from("ab \n\u00a0é1'.\t"), max_size=300)
 def test_a_long_text_has_the_tokens_of_its_pieces(text):
     with pytest.MonkeyPatch.context() as patch:
         whole = trained_bpe().encode(text)
-        patch.setattr(tokens, "_PIECE", 7)
+        patch.setattr(bpe, "_PIECE", 7)
         patch.setattr(tokens, "_ROUND", 20)
 
         assert trained_bpe().encode(text) == whole
-        assert "".join(tokens._pieces(text)) == text
+        assert "".join(bpe.pieces_of(text)) == text
 
 
 def test_text_without_spaces_trains_a_tokenizer_in_time_and_keeps_all_of_it():
     random = Random(1)
     text = "".join(random.choices("abcdefghijklmnop", k=200_000))
-    cut = list(tokens._with_short_words(f"a {text} b"))
+    cut = list(bpe._with_short_words(f"a {text} b"))
 
     assert "".join(cut) == f"a {text} b" and max(map(len, cut)) <= 256
     assert open_tokenizer("bpe:300", texts=lambda: [text]).vocab_size == 300
@@ -326,7 +327,7 @@ def test_a_signal_ends_the_training_of_a_tokenizer(monkeypatch):
         while not is_over.is_set():
             yield "words of a text without an end "
 
-    monkeypatch.setattr(tokens, "BPE_BYTES", 1 << 62)
+    monkeypatch.setattr(bpe, "BPE_BYTES", 1 << 62)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with pytest.raises(SystemExit):
@@ -349,7 +350,7 @@ def test_training_a_tokenizer_says_how_far_it_is(monkeypatch):
         told.append(text)
         is_told.set()
 
-    monkeypatch.setattr(tokens, "_TELL_SECONDS", 0.01)
+    monkeypatch.setattr(bpe, "_TELL_SECONDS", 0.01)
     open_tokenizer("bpe:300", texts=texts, note=note)
 
     assert told[0].startswith("training bpe:300: 0.0 M characters, 0 s")
