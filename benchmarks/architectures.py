@@ -28,7 +28,8 @@ from lmplay.model.counts import cache_bytes
 from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.objective import Objective
 from lmplay.model.scale import scale
-from lmplay.plan import Plan, read_plan
+from lmplay.plan import Plan
+from lmplay.plan_file import read_plan
 
 BASE = "llama"
 NAMES = (

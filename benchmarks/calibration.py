@@ -30,7 +30,8 @@ from typer import Option
 
 from lmplay.console import note, print_json, run_app, show, table
 from lmplay.data.sources import documents
-from lmplay.plan import Dataset, read_plan
+from lmplay.plan import Dataset
+from lmplay.plan_file import read_plan
 from lmplay.run.design import Design, Rate, design_of
 from lmplay.run.facts import DataFacts, Facts
 from lmplay.run.folder import find_runs

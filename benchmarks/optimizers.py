@@ -29,7 +29,8 @@ from lmplay.model.roles import roles_of
 from lmplay.model.scale import scale
 from lmplay.optim.joint import JointOptimizer, make_optimizer
 from lmplay.optim.known import KNOWN, replaced
-from lmplay.plan import Optimizer, Plan, read_plan
+from lmplay.plan import Optimizer, Plan
+from lmplay.plan_file import read_plan
 
 BASE = "AdamW"
 

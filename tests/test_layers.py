@@ -27,6 +27,7 @@ LIGHT = [
         "seeds",
         "console",
         "plan",
+        "plan_file",
         "cli",
     ),
     *("catalog.entry", "catalog.entries", "catalog.stack"),

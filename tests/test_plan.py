@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lmplay import plan as plan_module
 from lmplay.errors import BAD_INPUT, UserError
-from lmplay.plan import MOST_BYTES, Plan, has_key, plan_paths, plan_schema, read_plan
+from lmplay.plan import Plan, has_key
+from lmplay.plan_file import MOST_BYTES, plan_paths, plan_schema, read_plan
 from lmplay.roots import bundled_root
 
 LEAST = {
@@ -502,16 +503,15 @@ def test_every_field_of_a_plan_says_what_it_is():
     for model in vars(plan_module).values():
         if isinstance(model, type) and issubclass(model, plan_module._Strict):
             for key, field in model.model_fields.items():
-                is_object = plan_module._object_at(model, key) is not None
+                is_object = plan_module.object_at(model, key) is not None
                 is_obvious = is_object or key in ("description", "stages")
                 assert field.description or is_obvious, f"{model.__name__}.{key}"
 
 
 def test_reading_a_plan_loads_nothing_heavy():
     heavy = {"torch", "numpy", "accelerate", "datasets", "pandas", "matplotlib"}
-    code = (
-        "import sys; from lmplay.plan import read_plan; read_plan('default'); print(*sys.modules)"
-    )
+    read = "from lmplay.plan_file import read_plan; read_plan('default')"
+    code = f"import sys; {read}; print(*sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(bundled_root())}
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

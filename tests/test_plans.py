@@ -8,7 +8,8 @@ import pytest
 from lmplay.data import hub
 from lmplay.data import sources as text
 from lmplay.optim.schedules import factor
-from lmplay.plan import Plan, read_plan
+from lmplay.plan import Plan
+from lmplay.plan_file import read_plan
 from lmplay.roots import bundled_root
 from lmplay.train.clock import Clock
 

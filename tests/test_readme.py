@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from lmplay.catalog import entries as catalog
 from lmplay.generate import cli as generate
-from lmplay.plan import plan_paths
+from lmplay.plan_file import plan_paths
 from lmplay.stats import cli as plot
 from lmplay.train import cli as train
 

@@ -54,7 +54,7 @@ def _experiment_names() -> list[str]:
 
 
 def _plan_names() -> list[str]:
-    from lmplay.plan import plan_paths
+    from lmplay.plan_file import plan_paths
 
     return ["list", "schema", *plan_paths()]
 
@@ -331,7 +331,7 @@ def main(
     if optimizer == "list":
         return list_optimizers(as_json)
     from lmplay.data.local_files import existing
-    from lmplay.plan import plan_schema, read_plan  # here, not at the top: pydantic
+    from lmplay.plan_file import plan_schema, read_plan  # here, not at the top: pydantic
     from lmplay.run.changes import read_changes, refuse_unfit
 
     if plan == "schema":

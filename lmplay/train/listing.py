@@ -279,7 +279,7 @@ def list_optimizers(as_json: bool) -> None:
 
 
 def list_plans(as_json: bool) -> None:
-    from lmplay.plan import plan_paths, read_plan  # here: pydantic
+    from lmplay.plan_file import plan_paths, read_plan  # here: pydantic
 
     plans = {}
     for name in plan_paths():

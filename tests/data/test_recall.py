@@ -6,7 +6,8 @@ from lmplay.data import sources as text
 from lmplay.data.batches import open_data
 from lmplay.data.recall import NUM_ASKED, NUM_PAIRS, TEXT_BYTES, recall_turns
 from lmplay.data.sources import documents, expected_bytes, source_fingerprint
-from lmplay.plan import Dataset, read_plan
+from lmplay.plan import Dataset
+from lmplay.plan_file import read_plan
 
 RECALL = Dataset(builtin="recall")
 

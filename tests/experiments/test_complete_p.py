@@ -9,7 +9,8 @@ from lmplay.model.experiment import load_experiment
 from lmplay.model.roles import roles_of
 from lmplay.optim.joint import make_optimizer
 from lmplay.optim.scaling import scaled
-from lmplay.plan import changed_plan, read_plan
+from lmplay.plan import changed_plan
+from lmplay.plan_file import read_plan
 
 STEPS = 4
 BASE = {"base_width": 64, "base_blocks": 2}

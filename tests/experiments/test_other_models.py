@@ -14,7 +14,8 @@ from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import Objective
 from lmplay.model.roles import roles_of
 from lmplay.optim.rules import groups_of
-from lmplay.plan import Optimizer, read_plan
+from lmplay.plan import Optimizer
+from lmplay.plan_file import read_plan
 
 
 def model_of(name: str, **values):

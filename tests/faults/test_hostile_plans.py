@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.changes import refuse_unfit
 from lmplay.train.clock import Clock
 

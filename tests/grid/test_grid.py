@@ -15,7 +15,7 @@ from lmplay.grid.budget import sized
 from lmplay.grid.grid import run_grid
 from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.subprocesses import SignalForwarder, run_in_subprocess
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.request import Request
 from lmplay.train.clock import Clock
 from lmplay.train.session import run_experiment

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lmplay.grid.grid_display import GridDisplay
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.train.clock import Clock
 
 TRAIN = {

@@ -16,7 +16,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.grid import launch as launching
 from lmplay.grid.launch import launch, refuse_missing_gpus
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run import accelerator
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder

@@ -10,7 +10,7 @@ from lmplay.errors import UserError
 from lmplay.grid.grid_display import GridDisplay
 from lmplay.grid.requests import arm_of, at_size, declare, expand
 from lmplay.optim.known import replaced
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.design import design_of
 from lmplay.run.request import Request
 

@@ -7,7 +7,7 @@ from lmplay.catalog.entry import read_source
 from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.model.scale import scale
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 
 
 def test_file_then_plan_then_variant_then_set_decide_the_config():

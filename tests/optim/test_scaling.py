@@ -8,7 +8,8 @@ from lmplay.errors import UserError
 from lmplay.optim.known import replaced
 from lmplay.optim.rules import rule_of
 from lmplay.optim.scaling import rates_times, scaled
-from lmplay.plan import Plan, changed_plan, read_plan
+from lmplay.plan import Plan, changed_plan
+from lmplay.plan_file import read_plan
 
 RULES = [(width, tokens) for width in ("all", "mup") for tokens in ("none", "power", "sde")]
 

@@ -4,7 +4,7 @@ import pytest
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.changes import read_changes, refuse_unfit
 
 

@@ -18,7 +18,8 @@ from lmplay.errors import UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import Objective
 from lmplay.optim.refusals import refuse_fsdp
-from lmplay.plan import Optimizer, read_plan
+from lmplay.plan import Optimizer
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.fsdp import apply_fsdp, blocks, gather_state, no_sync, scatter_model_state

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lmplay.catalog.entries import resolve
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.request import Request

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import lmplay.train.display as display_module
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.train.clock import Clock
 from lmplay.train.display import Display
 

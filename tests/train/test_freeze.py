@@ -13,7 +13,8 @@ from lmplay.catalog.entries import resolve
 from lmplay.errors import BAD_INPUT, UserError
 from lmplay.model.experiment import load_experiment
 from lmplay.optim.joint import make_optimizer
-from lmplay.plan import Optimizer, read_plan
+from lmplay.plan import Optimizer
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows

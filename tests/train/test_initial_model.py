@@ -8,7 +8,7 @@ import torch
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.request import Request

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lmplay.catalog.entries import resolve
 from lmplay.model.experiment import load_experiment
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import read_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows

@@ -6,7 +6,7 @@ import pytest
 
 from lmplay.catalog.entries import resolve
 from lmplay.errors import BAD_INPUT, UserError
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.request import Request

@@ -8,7 +8,7 @@ import torch
 from lmplay import machine
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.proofs import at_size
 from lmplay.proofs import device as device_check
 from lmplay.proofs.proof import Proof

@@ -12,7 +12,8 @@ from lmplay.data.batches import open_data
 from lmplay.errors import UserError
 from lmplay.optim.averages import WeightAverages
 from lmplay.optim.joint import make_optimizer
-from lmplay.plan import Averages, Optimizer, Plan, read_plan
+from lmplay.plan import Averages, Optimizer, Plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import newest_checkpoint, without_ties
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows

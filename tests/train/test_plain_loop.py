@@ -13,7 +13,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.data.batches import open_data
 from lmplay.model.experiment import load_experiment
 from lmplay.model.scale import scale
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request
 from lmplay.seeds import stream_seed

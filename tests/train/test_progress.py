@@ -11,7 +11,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.model.abilities import set_progress
 from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import Objective
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
 from lmplay.run.request import Request

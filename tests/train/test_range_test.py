@@ -10,7 +10,8 @@ from torch import nn
 from lmplay.catalog.entries import resolve
 from lmplay.errors import UserError
 from lmplay.optim.joint import make_optimizer
-from lmplay.plan import Optimizer, read_plan
+from lmplay.plan import Optimizer
+from lmplay.plan_file import read_plan
 from lmplay.run.request import Request
 from lmplay.stats.range_plot import draw_range
 from lmplay.train import range_test as tested

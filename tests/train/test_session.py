@@ -24,7 +24,7 @@ from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
 from lmplay.memory import peak_memory
 from lmplay.model.experiment import load_experiment
 from lmplay.model.objective import IGNORE
-from lmplay.plan import read_plan
+from lmplay.plan_file import read_plan
 from lmplay.run.checkpoint import newest_checkpoint
 from lmplay.run.folder import RunFolder
 from lmplay.run.records import read_rows
