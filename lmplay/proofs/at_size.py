@@ -4,9 +4,7 @@ Two passes show every leak from later tokens, each row with other tokens from a 
 one more shows every leak between rows.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -23,8 +21,8 @@ from lmplay.model.abilities import (
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.folding import folded
-from lmplay.model.objective import Objective
 from lmplay.proofs.dependence import refuse_not_finite
+from lmplay.proofs.passes import SHARE_OF_ENDS, Passes
 from lmplay.proofs.proof import CLOSE, EXACT, NO_MEMORY, Exempt, Proof, Refuted, how_far, prove
 from lmplay.proofs.specimen import OPENINGS, Specimen, open_gates, randomise, unchanged
 
@@ -32,17 +30,12 @@ from lmplay.proofs.specimen import OPENINGS, Specimen, open_gates, randomise, un
 
 ROWS = 8
 MOST_TOKENS = 8192  # in a pass, as in a micro-batch where memory cannot be probed
-MOST_LOGITS = 1 << 27  # of a head that is no plain matrix, to look at what it gives
 STEPS = 6  # behind a cached prompt
-ROUNDING = {False: (EXACT, CLOSE), True: (0.01, 0.05)}  # in fp32, and below: of a position, a row
-SHARE_OF_ENDS = 1 / 64  # of tokens, where a model knows the end marker
 OPENED_ROWS = 3
 SHORT = 32  # tokens of a row whose gradients are compared
 LEAST = 0.01  # nats, or of a sum, that are no mistake ...
 SIGMAS = 5  # ... nor is so many times the standard error
 NOISE = 4  # times what a row moves by itself
-
-Autocast = Callable[[], AbstractContextManager]
 
 
 def num_rows(max_len: int) -> int:
@@ -88,7 +81,7 @@ def check_at_size(
     return _with_gates_open(proofs, exact.again(tokens_BT=tokens_BT[:OPENED_ROWS]))
 
 
-def prove_what_fits(claims: dict, passes: "Passes", precision: str) -> list[Proof]:
+def prove_what_fits(claims: dict, passes: Passes, precision: str) -> list[Proof]:
     """Every claim, where memory does not suffice of half as many rows, then of shorter ones."""
     while True:
         size = "{} x {} tokens".format(*passes.tokens_BT.shape)
@@ -107,7 +100,7 @@ def _half(tokens_BT: Tensor) -> Tensor | None:
     return tokens_BT[:, : T // 2] if T >= 2 * STEPS else None
 
 
-def _with_gates_open(proofs: list[Proof], passes: "Passes") -> list[Proof]:
+def _with_gates_open(proofs: list[Proof], passes: Passes) -> list[Proof]:
     """The same, but the causal proof fails where it does so with every vector drawn anew."""
     if scores_itself(passes.model) or _first_causal(proofs) is None:
         return proofs
@@ -123,7 +116,7 @@ def _with_gates_open(proofs: list[Proof], passes: "Passes") -> list[Proof]:
     return proofs
 
 
-def _sees_nothing_or_no_later_token(passes: "Passes") -> str:
+def _sees_nothing_or_no_later_token(passes: Passes) -> str:
     """In two passes where nothing moves, as nearly always."""
     asked = (passes.tokens_BT, passes.changed_BT)
     answer, changed = (passes.read(tokens_BT, passes.training)[0] for tokens_BT in asked)
@@ -136,7 +129,7 @@ def _first_causal(proofs: list[Proof]) -> Proof | None:
     return next((p for p in proofs if p.name == "causal" and p.passed), None)
 
 
-def find_leak(passes: "Passes") -> Proof | None:
+def find_leak(passes: Passes) -> Proof | None:
     """The proof that fails on a model that is being trained; None where there is no leak."""
     looks = [passes, passes.again(training=False)]
     for looked in looks if passes.training else looks[1:]:
@@ -144,131 +137,6 @@ def find_leak(passes: "Passes") -> Proof | None:
             if proof.passed is False:
                 return proof
     return None
-
-
-class Passes:
-    """A model's answers to the same tokens, to others behind a cut, and beside other rows.
-
-    The model is left as it was: its mode, its buffers. Dropout is on, with the same random numbers
-    in each pass; where a pass draws others, because of its tokens, eval mode is looked at.
-
-    Args:
-        model: on its device, in training mode.
-        autocast: in which it runs.
-        is_low: whether that is a precision below fp32.
-        seed: of cuts and other tokens.
-        training: in which mode it is asked.
-        end: the token that ends a document, some of which the other tokens have.
-    """
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        model: nn.Module,
-        vocab_size: int,
-        tokens_BT: Tensor,
-        autocast: Autocast = nullcontext,
-        is_low: bool = False,
-        seed: int = 0,
-        training: bool = True,
-        end: int | None = None,
-    ):
-        self.given = {key: value for key, value in locals().items() if key != "self"}
-        self.experiment, self.model, self.vocab_size = experiment, model, vocab_size
-        self.autocast, self.seed = autocast, seed
-        self.training = training and not scores_itself(model)  # which reports in eval mode only
-        self.most_far, self.most_far_row = ROUNDING[is_low]
-        self.device = next(model.parameters()).device
-        self.tokens_BT = tokens_BT.to(self.device)
-        draw = torch.Generator().manual_seed(seed)
-        B, T = tokens_BT.shape
-        spread_B = (torch.arange(B) + torch.rand(B, generator=draw)) / B
-        self.cut_B = 1 + (spread_B * (T - 1)).long()[torch.randperm(B, generator=draw)]
-        # where chunks of any power of two begin, one behind it, and before the last token
-        borders = torch.tensor([T // 2, T - 1, T // 2 + 1, T // 4][: B // 2])
-        self.cut_B[: len(borders)] = borders.clamp(1, max(1, T - 1))
-        others_BT = (tokens_BT + torch.randint(1, vocab_size, (B, T), generator=draw)) % vocab_size
-        if end is not None:
-            ends_BT = torch.rand((B, T), generator=draw) < SHARE_OF_ENDS
-            others_BT = torch.where(ends_BT & (tokens_BT != end), end, others_BT)
-        later_BT = torch.arange(T) >= self.cut_B[:, None]
-        self.changed_BT = torch.where(later_BT, others_BT, tokens_BT).to(self.device)
-        kept_B1 = torch.arange(B)[:, None] < (B + 1) // 2
-        self.mixed_BT = torch.where(kept_B1, tokens_BT, others_BT).to(self.device)
-        self.later_BT = later_BT.to(self.device)
-
-    def again(self, **changed: object) -> "Passes":
-        """Others of the same model, with some arguments changed."""
-        return Passes(**self.given | changed)
-
-    @functools.cached_property
-    def answers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """To the tokens, with changes behind the cuts, and beside other rows."""
-        asked = (self.tokens_BT, self.changed_BT, self.mixed_BT)
-        for training in (True, False) if self.training else (False,):
-            found = [self.read(tokens_BT, training) for tokens_BT in asked]
-            if all(torch.equal(found[0][1], state) for _, state in found):
-                break
-        return tuple(x_BTC for x_BTC, _ in found)
-
-    def read(self, tokens_BT: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """What its head reads, or gives where that is no matrix; and the generator's state."""
-        with unchanged(self.model), self.autocast(), torch.set_grad_enabled(training):
-            self.model.train(training)
-            torch.manual_seed(self.seed)
-            if scores_itself(self.model):
-                x_BTC = self.model.log_likelihood(tokens_BT, tokens_BT.roll(-1, 1))[..., None]
-            elif has_hidden(self.model):
-                x_BTC = self.model.hidden(tokens_BT)
-                is_plain = type(self.model.head) is nn.Linear
-                if not is_plain and tokens_BT.numel() * self.vocab_size <= MOST_LOGITS:
-                    x_BTC = self.model.head(x_BTC)
-            else:
-                x_BTC = self.model(tokens_BT)
-            return x_BTC.detach().float(), torch.get_rng_state()
-
-    def nats(self, tokens_BT: Tensor) -> tuple[Tensor, bool]:
-        """What a model with its own likelihood reports of each target, and whether it drew."""
-        with unchanged(self.model), self.autocast(), torch.no_grad():
-            self.model.eval()
-            torch.manual_seed(self.seed)
-            before = torch.get_rng_state()
-            inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-            if draws_likelihood(self.model):
-                nats_BT = self.model.likelihood_draws(inputs_BT, targets_BT).float().mean(0)
-            else:
-                nats_BT = self.model.log_likelihood(inputs_BT, targets_BT).float()
-            return nats_BT, not torch.equal(before, torch.get_rng_state())
-
-    @functools.cached_property
-    def draws(self) -> bool:
-        """Whether its own likelihood draws numbers."""
-        return draws_likelihood(self.model) or self.nats(self.tokens_BT[:2])[1]
-
-    def gradients(self, length: int) -> dict[str, float]:
-        """The largest number in the gradient of each weight; 0 where there is none."""
-        tokens_BT = self.tokens_BT[:2, :length]
-        with unchanged(self.model), self.autocast():
-            torch.manual_seed(self.seed)
-            sums = Objective(self.model).train()(tokens_BT, tokens_BT.roll(-1, 1))
-            sums.objective.backward()
-        sizes = {}
-        for name, weight in self.model.named_parameters():
-            sizes[name] = 0.0 if weight.grad is None else weight.grad.abs().max().item()
-            weight.grad = None
-        return sizes
-
-    def far(self, x_BTC: Tensor) -> Tensor:
-        """How far each position is from the answer, against its size, shape (B, T)."""
-        answer_BTC = self.answers[0]
-        size_BT = answer_BTC.norm(dim=-1)
-        return (x_BTC - answer_BTC).norm(dim=-1) / size_BT.clamp_min(size_BT.mean())
-
-    @functools.cached_property
-    def row_moves(self) -> Tensor:
-        """How far the rows that stay the same move when others do not, shape (T,)."""
-        kept = (len(self.tokens_BT) + 1) // 2
-        return self.far(self.answers[2])[:kept].amax(0)
 
 
 def is_finite(passes: Passes) -> str:

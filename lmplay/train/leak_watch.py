@@ -12,7 +12,8 @@ from lmplay.data.batches import Data
 from lmplay.disk import make_folder, write_json
 from lmplay.errors import UserError
 from lmplay.plan import Plan
-from lmplay.proofs.at_size import Passes, find_leak, num_rows
+from lmplay.proofs.at_size import find_leak, num_rows
+from lmplay.proofs.passes import Passes
 from lmplay.proofs.proof import Refuted
 from lmplay.proofs.ruler import refuse_other_functions
 from lmplay.roots import cache_root

@@ -7,7 +7,8 @@ import torch
 
 from lmplay.catalog.entry import read_source
 from lmplay.model.experiment import load_experiment
-from lmplay.proofs.at_size import Passes, check_at_size, find_leak, num_rows
+from lmplay.proofs.at_size import check_at_size, find_leak, num_rows
+from lmplay.proofs.passes import Passes
 
 SOURCE = (Path(__file__).parents[2] / "experiments" / "gpt2ish.py").read_text()
 SIZE = {"vocab_size": 300, "max_len": 80, "num_blocks": 2, "width": 32, "num_heads": 2}
@@ -169,6 +170,15 @@ def test_a_mistake_that_lives_at_real_sizes_only_is_found(name):
     proof, edits = PLANTED[name]
 
     assert set(failed(*made(*edits))) == {proof}
+
+
+def test_text_without_an_end_marker_is_given_some():
+    ends = "    ff_dropout: float = 0.1", "    end: int = 0\n    ff_dropout: float = 0.1"
+    leak = "x_BTC + (tokens_BT == 0).float().cumsum(1).clamp(max=1)[..., None] * x_BTC.flip(1)"
+    experiment, config = made(ends, stream(f"x_BTC = {leak}"))
+    tokens_BT = torch.randint(1, config.vocab_size, (8, config.max_len))
+
+    assert "causal" in failed(experiment, config, tokens_BT=tokens_BT)
 
 
 HONEST = {
