@@ -10,7 +10,8 @@ from lmplay.disk import write_text
 from lmplay.errors import UserError
 from lmplay.run.folder import RunFolder
 from lmplay.stats.board import COLUMNS, how_to_repeat
-from lmplay.stats.compare import Curve, Pair, curve, difference, unsized
+from lmplay.stats.compare import Pair, curve, unsized
+from lmplay.stats.curve import Curve, difference
 from lmplay.stats.table import TEXTS, by_plan, cells_of, legend
 
 _POINTS = 200  # of a curve, at most

@@ -16,7 +16,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from lmplay.stats.compare import NO_CURVE, Curve, Pair, curve, difference, smooth
+from lmplay.stats.compare import Pair, curve
+from lmplay.stats.curve import NO_CURVE, Curve, difference, smooth
 from lmplay.stats.style import (
     BASELINE_COLOUR,
     LineStyle,

@@ -9,7 +9,8 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 from scipy import stats
 
-from lmplay.stats.compare import Curve, pair_runs, read_run
+from lmplay.stats.compare import pair_runs, read_run
+from lmplay.stats.curve import Curve
 from lmplay.stats.judge import judge
 from lmplay.stats.plots import (
     _METRICS,
