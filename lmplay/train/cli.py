@@ -90,7 +90,7 @@ def _factors(option: str, text: str | None) -> list[float]:
 
 @app.command()
 @in_panels(
-    Instead_of_training="is_described check find_lr role write as_json version",
+    Instead_of_training="is_described check find_lr role write",
     The_run="data validation_data optimizer set_ tokens seed initial_model resume out_dir",
     The_machine="device amp precision gpus shard mini_batch_size compile",
     Many_runs_and_their_verdicts="seeds rates sizes margin baseline budget greedy",

@@ -13,10 +13,10 @@ from lmplay.errors import UserError
 from lmplay.model.abilities import unfolds
 from lmplay.model.experiment import load_experiment
 from lmplay.model.native import read_native
-from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.facts import Beginning
 from lmplay.run.folder import RunFolder, resolve_run
 from lmplay.run.request import InitialModel
+from lmplay.run.rng import unchanged_rng
 from lmplay.run.run import Run, load_weights
 from lmplay.run.trained import open_trained
 from lmplay.seeds import stream_seed

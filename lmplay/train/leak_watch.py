@@ -17,7 +17,7 @@ from lmplay.proofs.passes import Passes
 from lmplay.proofs.proof import Refuted
 from lmplay.proofs.ruler import refuse_other_functions
 from lmplay.roots import cache_root
-from lmplay.run.checkpoint import unchanged_rng
+from lmplay.run.rng import unchanged_rng
 from lmplay.run.run import Run
 
 # B rows, T positions

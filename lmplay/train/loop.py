@@ -11,8 +11,8 @@ from lmplay.data.batches import Batch, Data
 from lmplay.fault_points import reach
 from lmplay.optim.averages import WeightAverages
 from lmplay.optim.schedules import factor
-from lmplay.run.checkpoint import restore_rng, rng_state
 from lmplay.run.records import Record, average_column
+from lmplay.run.rng import restore_rng, rng_state
 from lmplay.run.run import Run
 from lmplay.train.buffers import Buffers
 from lmplay.train.clock import Clock

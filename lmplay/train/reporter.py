@@ -8,10 +8,10 @@ from lmplay.fault_points import reach
 from lmplay.machine import matmul_rate
 from lmplay.memory import reset_peak_memory
 from lmplay.model.decoding import greedy_text
-from lmplay.run.checkpoint import unchanged_rng
 from lmplay.run.compiler import compiled_so_far
 from lmplay.run.facts import Facts
 from lmplay.run.folder import RunFolder
+from lmplay.run.rng import unchanged_rng
 from lmplay.run.run import Run
 from lmplay.train.display import Display
 from lmplay.train.prepared import Prepared

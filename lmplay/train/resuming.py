@@ -8,10 +8,11 @@ import torch
 from lmplay.data.batches import text_of
 from lmplay.errors import UserError
 from lmplay.optim.averages import WeightAverages
-from lmplay.run.checkpoint import Checkpoint, restore_rng
+from lmplay.run.checkpoint import Checkpoint
 from lmplay.run.facts import Facts
 from lmplay.run.fsdp import scatter_optimizer_state
 from lmplay.run.request import Request
+from lmplay.run.rng import restore_rng
 from lmplay.run.run import load_weights
 from lmplay.seeds import stream_seed
 from lmplay.train.saving import scattered_rng

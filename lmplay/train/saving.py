@@ -9,8 +9,9 @@ from torch import Tensor
 from lmplay.errors import BAD_CHECKPOINT, UserError
 from lmplay.optim.averages import WeightAverages
 from lmplay.optim.known import KNOWN
-from lmplay.run.checkpoint import Checkpoint, rng_state, save_checkpoint, without_ties
+from lmplay.run.checkpoint import Checkpoint, save_checkpoint, without_ties
 from lmplay.run.fsdp import gather_state
+from lmplay.run.rng import rng_state
 from lmplay.run.run import Run
 from lmplay.train.update import Update
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmplay.data.batches import Data
 from lmplay.fault_points import reach
-from lmplay.run.checkpoint import unchanged_rng
+from lmplay.run.rng import unchanged_rng
 from lmplay.run.run import Run
 from lmplay.train.scoring import score
 

@@ -20,15 +20,9 @@ from torch import nn
 
 from lmplay.errors import BAD_CHECKPOINT, UserError
 from lmplay.run import checkpoint as module
-from lmplay.run.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
-)
+from lmplay.run.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from lmplay.run.folder import RunFolder
+from lmplay.run.rng import restore_rng, rng_state
 
 FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "averages.safetensors"]
 FILES += ["state.json"]
