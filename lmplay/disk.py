@@ -1,5 +1,6 @@
 """A file or a folder appears whole or not at all, and what has appeared survives a power cut."""
 
+import errno
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ from typing import BinaryIO
 from lmplay.fault_points import reach
 
 TEMPORARY = ".tmp-"  # begins the name of what is being written
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -82,6 +84,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON by `atomic_file`; numbers must be finite."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def overwrite_json(path: Path, value: object) -> None:
+    """Write JSON over a file that is there, without any more room on the disk than it has.
+
+    Whoever reads meanwhile, or after a power cut, may see half of it: where no second file can be
+    written, this is better than what was there before.
+
+    Raises:
+        OSError: the file is missing or smaller than this, or the disk fails.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    with open(path, "r+b") as file:
+        room = os.fstat(file.fileno()).st_size
+        data = text.encode("utf-8", errors="backslashreplace").ljust(room)
+        if len(data) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> None:

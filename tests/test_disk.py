@@ -1,5 +1,6 @@
 """What is written appears whole or not at all."""
 
+import json
 import os
 import stat
 
@@ -9,6 +10,7 @@ from lmplay.disk import (
     atomic_file,
     atomic_folder,
     make_folder,
+    overwrite_json,
     write_bytes,
     write_json,
     write_text,
@@ -145,3 +147,16 @@ def test_every_new_folder_is_on_the_disk_in_the_one_above(tmp_path, monkeypatch)
     make_folder(tmp_path / "a" / "b")
 
     assert {path for _, path in recorded.calls} == {str(tmp_path), str(tmp_path / "a")}
+
+
+def test_where_there_is_no_room_for_a_second_file_the_first_takes_what_it_can_hold(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"status": "running", "reason": None})
+    room = path.stat().st_size
+
+    overwrite_json(path, {"status": "failed", "reason": "full"})
+    with pytest.raises(OSError, match="No space left"):
+        overwrite_json(path, {"status": "failed", "reason": "x" * room})
+
+    assert json.loads(path.read_bytes()) == {"status": "failed", "reason": "full"}
+    assert path.stat().st_size == room

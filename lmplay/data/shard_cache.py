@@ -50,7 +50,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], num_bytes: int 
         with disk.atomic_file(path) as file:
             write(file)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in disk.NO_ROOM:
             raise _unwritable(path, error) from None
         free = shutil.disk_usage(path.parent).free
         raise UserError(

@@ -9,7 +9,7 @@ from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 
-from lmplay.disk import make_folder, write_json
+from lmplay.disk import NO_ROOM, make_folder, overwrite_json, write_json
 from lmplay.errors import UserError, nearest
 from lmplay.run.facts import Facts
 from lmplay.run.labels import escaped, value_name
@@ -64,6 +64,8 @@ class RunFolder:
             UserError: there is no run.json, or it is damaged or of another program.
         """
         try:
+            if self.run_json.exists() and not self.run_json.is_file():  # a pipe, say, never ends
+                raise UserError(f"{self.run_json} is no file", hint="take it out of there")
             return Facts.from_json(self.run_json.read_bytes())
         except FileNotFoundError:
             hint = "name the folder that holds run.json"
@@ -75,9 +77,18 @@ class RunFolder:
             raise UserError(f"{self.run_json} cannot be read: {error}") from None
 
     def write(self, facts: Facts) -> None:
-        """Put `facts` into run.json; whoever reads at any moment sees the old one or the new."""
+        """Put `facts` into run.json; whoever reads at any moment sees the old one or the new.
+
+        On a disk that is full they take the place of the old ones at once: a run that it has ended
+        is not called running.
+        """
         make_folder(self.path)
-        write_json(self.run_json, asdict(facts))
+        try:
+            write_json(self.run_json, asdict(facts))
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self.run_json.is_file():
+                raise
+            overwrite_json(self.run_json, asdict(facts))
 
     def refuse_deleted(self) -> None:
         """Raise a UserError where a run that is under way is no longer there."""
@@ -185,11 +196,15 @@ def _file_name(name: str) -> str:
 
 
 def _runs_below(path: Path) -> list[RunFolder]:
-    found = []
-    for folder, below, files in os.walk(path):
-        if "run.json" in files:
+    """Those in linked folders too, each folder once."""
+    found, seen = [], set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if "run.json" in files and real not in seen:
             found.append(RunFolder(Path(folder)))
+        if "run.json" in files or real in seen:
             below.clear()
+        seen.add(real)
         below[:] = [name for name in below if not name.startswith(".")]
     return sorted(found, key=lambda run: _natural(run.path))
 

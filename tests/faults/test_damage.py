@@ -100,6 +100,34 @@ def test_rows_that_cannot_be_written_end_the_run_in_words(bench, figure):
     bench.assert_same("cut")
 
 
+FULL = """
+from lmplay import disk
+
+def taken():
+    raise OSError(28, "No space left on device")
+
+real_save = loop.save
+def save(run, *more):
+    if run.step:
+        disk.reach = lambda place: taken()
+        sys.modules["lmplay.run.checkpoint"].reach = lambda place: taken()
+    return real_save(run, *more)
+loop.save = save
+"""
+
+
+def test_a_disk_that_another_process_fills_leaves_no_run_that_is_called_running(bench):
+    bench.plan()
+    bench.train("whole")
+    trial = bench.train("cut", setup=FULL, code=5)  # from then on nothing new can be written
+
+    assert "No space left" in trial.said() and "Traceback" not in trial.said()
+    facts = bench.folder("cut").read()
+    assert facts.status == "failed" and "cannot save step 3" in facts.exit_reason
+    bench.train("cut")
+    bench.assert_same("cut")
+
+
 VALUES = [
     *(None, True, -1, 0, 1e308, 2**70, "", "../../../etc/passwd", "$(touch canary)", [], {}),
     *("__import__('os').system('touch canary')", "\x00\x1b[2J", {"$tensor": "x"}, [[[]]], "nan"),

@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(
     run = new_run(tmp_path / "run", status="running")
 
     def fail(*args):
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, victim, fail)
@@ -112,6 +112,26 @@ def test_a_failed_write_leaves_the_old_run_json_and_no_rubbish(
 
     assert run.read().status == "running"
     assert os.listdir(run.path) == ["run.json"]
+
+
+def test_on_a_full_disk_a_run_that_has_ended_is_not_called_running(new_run, tmp_path, monkeypatch):
+    run = new_run(tmp_path / "run", status="running")
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_room)
+    run.write(run.read().failed("cannot save step 3: No space left on device"))
+
+    assert run.read().status == "failed" and "step 3" in run.read().exit_reason
+    assert os.listdir(run.path) == ["run.json"]
+
+
+def test_a_run_json_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+
+    with pytest.raises(UserError, match=r"run\.json is no file"):
+        RunFolder(tmp_path).read()
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"nonsense"])
@@ -137,6 +157,17 @@ def test_runs_are_found_once_each_in_natural_order(new_run, tmp_path):
 
     names = [str(run.path.relative_to(tmp_path / "runs")) for run in runs]
     assert names == ["quick/gpt2ish/seed-0", "quick/ue/seed-2", "quick/ue/seed-10"]
+
+
+def test_runs_in_a_linked_folder_are_found_and_a_loop_ends(new_run, tmp_path):
+    run = new_run(tmp_path / "elsewhere" / "a" / "seed-0")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quick").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "runs")
+
+    (found,) = find_runs([tmp_path / "runs"])
+
+    assert found.path.samefile(run.path)
 
 
 def test_a_path_without_a_run_is_an_error_beside_good_ones(new_run, tmp_path):
