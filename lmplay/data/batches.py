@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache as cache_calls
@@ -16,7 +16,13 @@ from torch import Tensor
 from lmplay.data import shard_cache as cache
 from lmplay.data.bpe import BPE_BYTES
 from lmplay.data.order import Mixture, Rows
-from lmplay.data.preparation import Note, Progress, note_download, prepare
+from lmplay.data.preparation import (
+    Note,
+    Progress,
+    note_download,
+    note_shared_text,
+    prepare,
+)
 from lmplay.data.rendering import columns_of
 from lmplay.data.shards import Shards
 from lmplay.data.sources import (
@@ -34,6 +40,7 @@ from lmplay.plan import FEW_HELD_OUT, Plan, Stage
 # B rows, T positions
 
 _EXAMPLE_TOKENS = 64  # of a prompt, and of what follows it
+_FEW_LEARNED = 0.1  # of the tokens of a budget: hardly what was asked for
 
 
 @dataclass
@@ -118,6 +125,7 @@ class Data:
                 self._held_out[name], self._training[name] = prepare(
                     dataset, name, tokenizer, validation, on_progress, note
                 )
+            note_shared_text(plan.datasets, self._held_out, validation, note)
             self._held_out = {name: self._held_out[name] for name in plan.datasets}
             self._training = {name: self._training[name] for name in plan.datasets}
             for name, shards in self._training.items():
@@ -132,6 +140,7 @@ class Data:
                         f"{name}: {learned:.1%} of its tokens are learned, those of the answers; "
                         "a budget of tokens counts the prompts too"
                     )
+            _refuse_few_learned(plan, map(_share_learned, self._training.values()))
             self._stages = [_Stage(stage, self._known) for stage in plan.stages]
             self.num_rows: int | None = None
             if plan.tokens is None:
@@ -278,17 +287,22 @@ class Data:
 
 
 def open_data(
-    plan: Plan, seed: int, note: Note, on_progress: Progress = lambda *numbers: None
+    plan: Plan,
+    seed: int,
+    note: Note,
+    on_progress: Progress = lambda *numbers: None,
+    file: Path | None = None,
 ) -> tuple[Tokenizer, Data]:
     """The plan's tokenizer, trained where it is a new bpe:N, and its data, prepared.
 
+    Args:
+        file: the tokenizer.json of a run, which wins over what the plan names.
     Raises:
         UserError: the tokenizer or a source is missing or damaged; code NO_DATA where it cannot
             be reached.
     """
     note = cache_calls(note)
-    file = None
-    if plan.tokenizer.startswith("bpe:"):
+    if file is None and plan.tokenizer.startswith("bpe:"):
         file = _bpe_file(plan, note)
     tokenizer = open_tokenizer(plan.tokenizer, file=file)
     return tokenizer, Data(plan, tokenizer, seed, on_progress, note)
@@ -374,6 +388,19 @@ def _bpe_file(plan: Plan, note: Note) -> Path:
             note(f"training the tokenizer {plan.tokenizer} on the plan's text")
             open_tokenizer(plan.tokenizer, texts=texts, note=note).save(path)
     return path
+
+
+def _refuse_few_learned(plan: Plan, shares: Iterable[float]) -> None:
+    """Raise a UserError where hardly any token of a budget would be trained on."""
+    most = max(shares)
+    if plan.tokens is not None and most < _FEW_LEARNED:
+        first = next(iter(plan.datasets))
+        raise UserError(
+            f"of the {plan.tokens:,} tokens asked for about {most * plan.tokens:,.0f} would be "
+            "trained on, those of the answers",
+            hint="--set tokens=null trains for the plan's epochs instead; "
+            f"--set datasets.{first}.learn_prompt=true learns the prompts too",
+        )
 
 
 def _share_learned(shards: Shards) -> float:

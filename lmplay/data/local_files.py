@@ -285,7 +285,11 @@ def _instead_of_text(path: Path) -> str | None:
 def _encoding(path: Path) -> str:
     """UTF-8, or what the mark at the start of the file says."""
     with _open_binary(path) as file:
-        start = file.read(4)
+        return encoding_of(file.read(4))
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text that begins so: what its mark says, else UTF-8."""
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
 
 

@@ -1,5 +1,7 @@
 """How much of the held-out text is trained on too."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lmplay.data.document import Document, FairSample
@@ -13,13 +15,18 @@ _FEW_BITS = 4  # one place of 16 begins a stretch
 _ODD = 0x9E3779B97F4A7C15  # a multiplier that mixes all bits upwards
 
 
-def share_trained_on(dataset: Dataset, fraction: float, num_bytes: int) -> float:
+def share_trained_on(
+    dataset: Dataset, fraction: float, num_bytes: int, others: Sequence[tuple[Dataset, float]] = ()
+) -> float:
     """The share of held-out text that is also in the training text; remembered in the cache.
 
     Args:
         dataset: local files.
         num_bytes: of held-out text that is looked at.
+        others: local files whose training text is looked at instead of the dataset's own, each
+            with its own fraction.
     """
+    trained_on = list(others) or [(dataset, fraction)]
 
     def compute() -> float:
         sample = FairSample(num_bytes)
@@ -30,15 +37,16 @@ def share_trained_on(dataset: Dataset, fraction: float, num_bytes: int) -> float
         if not len(held_out):
             return 0.0
         found = np.zeros(len(held_out), bool)
-        for document in documents(dataset, "train", fraction):
-            trained_on = _stretches(document)
-            at = np.searchsorted(held_out, trained_on).clip(max=len(held_out) - 1)
-            found[at[held_out[at] == trained_on]] = True
+        for document in (d for each, of in trained_on for d in documents(each, "train", of)):
+            learned = _stretches(document)
+            at = np.searchsorted(held_out, learned).clip(max=len(held_out) - 1)
+            found[at[held_out[at] == learned]] = True
         return float(found.mean())
 
     own = has_own_validation(dataset)
     both = [source_fingerprint(dataset, split) for split in ("train", "validation")[: 1 + own]]
-    key = fingerprint("stretches", both, columns_of(dataset), num_bytes, own or fraction)
+    theirs = [(source_fingerprint(each), columns_of(each), of) for each, of in others]
+    key = fingerprint("stretches", both, columns_of(dataset), num_bytes, own or fraction, theirs)
     return float(remembered(key, compute))
 
 

@@ -38,7 +38,6 @@ _BATCH_RECORDS = 1024
 _MOST_BYTES = 16  # of text for a held-out token: several times the usual
 _MUCH_TRAINED_ON = 0.05  # of the text held out; some stretches are everywhere
 _MUCH_TWICE = 0.5  # where it is a part of the same text, in which code and tables repeat themselves
-_READ_BACK = 1 << 14  # characters of a held-out text that a tokenizer has to give back
 _POLL_SECONDS = 1.0  # while another process prepares
 
 Progress = Callable[[str, int, int, int | None], object]
@@ -115,7 +114,9 @@ def prepare(
                 source.add(document)
         lossless = True
         for batch in _batches(source, 1):
-            lossless = lossless and all(_gives_back(tokenizer, document) for document in batch)
+            lossless = lossless and all(
+                _gives_back(tokenizer, document, most * _MOST_BYTES) for document in batch
+            )
             writer.add(writer.encode(batch))
             if writer.full:
                 break
@@ -140,8 +141,33 @@ def prepare(
     return held_out.shards, training.shards
 
 
-def _gives_back(tokenizer: Tokenizer, document: Document) -> bool:
-    texts = [text[:_READ_BACK] for text, _ in document.parts(learn_prompt=True)]
+def note_shared_text(
+    datasets: dict[str, Dataset], held_out: dict[str, Shards], validation: Validation, note: Note
+) -> None:
+    """Say where text that is held out of one dataset is trained on in another, and mark it.
+
+    Args:
+        datasets: of a plan; local files are looked at.
+        held_out: what `prepare` gave of each.
+        validation: as `prepare` was given it.
+    """
+    local = {name: each for name, each in datasets.items() if each.files is not None}
+    fractions = {n: held_out_fraction(each, validation.fraction) for n, each in local.items()}
+    for name, dataset in local.items():
+        others = [(local[other], fractions[other]) for other in local if other != name]
+        num_bytes = validation.tokens * _MOST_BYTES
+        share = share_trained_on(dataset, fractions[name], num_bytes, others) if others else 0.0
+        if share >= _MUCH_TRAINED_ON:
+            held_out[name].trained_on = max(share, held_out[name].trained_on)
+            note(
+                f"{name}: {share:.0%} of the text held out is also in the training text of other "
+                "datasets: the validation loss is too good to be true"
+            )
+
+
+def _gives_back(tokenizer: Tokenizer, document: Document, most: int) -> bool:
+    """Whether what is written of a held-out document, not more than `most` bytes, comes back."""
+    texts = [text[:most] for text, _ in document.parts(learn_prompt=True)]
     return all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
 
 

@@ -123,7 +123,8 @@ def shard_paths(dataset: Dataset) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in dataset.shards or []:
-        fit = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        path = Path(pattern).expanduser()  # a file's own name may hold brackets
+        fit = [path] if path.is_file() else glob.glob(str(path), recursive=True)
         if not fit:
             hint = "a path is relative to this folder"
             raise UserError(f"no shard is called {pattern}", hint)

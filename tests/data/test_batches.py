@@ -19,7 +19,7 @@ from lmplay.data.batches import Batch, Data, open_data
 from lmplay.data.tokenizers import open_tokenizer
 from lmplay.errors import NO_DATA, UserError
 from lmplay.model.objective import IGNORE
-from lmplay.plan import Plan
+from lmplay.plan import Plan, changed_plan
 
 BYTE = open_tokenizer("byte")
 SHARD_TOKENS = 150
@@ -474,16 +474,45 @@ def test_examples_are_of_the_stage_that_was_trained_last(folder):
         assert BYTE.decode(prompt).startswith(name)
 
 
+def test_what_one_dataset_holds_out_and_another_trains_on_is_told(folder):
+    one, other = files(folder, "a", 200), files(folder, "b", 200)
+    notes = []
+
+    data = Data(
+        make_plan({"a": {**one, "validation_files": other["files"]}, "b": other}),
+        BYTE, 0, note=notes.append,
+    )  # fmt: skip
+
+    assert 0.8 < data.trained_on < 1
+    assert any(n.startswith("a: ") and "training text of other datasets" in n for n in notes)
+    assert Data(make_plan({"a": one, "b": other}), BYTE, 0).trained_on == 0
+
+
 @pytest.mark.parametrize(
-    ("truth", "is_told"), [("x", True), ("an answer as long as what it asks", False)]
+    ("truth", "is_told"), [("a few", True), ("an answer as long as what it asks", False)]
 )
 def test_answers_that_are_a_small_part_of_their_rows_are_told(folder, truth, is_told):
-    rows = [{"prompt": f"what is {i} plus {i}?", "truth": truth} for i in range(40)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = []
-    Data(make_plan({"a": {"files": [str(folder / "a.jsonl")]}}), BYTE, 0, note=notes.append)
+    Data(asking(folder, truth), BYTE, 0, note=notes.append)
 
     assert any("of its tokens are learned, those of the answers" in n for n in notes) == is_told
+
+
+def test_a_budget_that_would_hardly_be_trained_on_is_refused_and_its_hints_hold(folder):
+    plan = asking(folder, "x", tokens=3000)
+    with pytest.raises(UserError, match=r"3,000 tokens asked for about \d{3} would") as caught:
+        Data(plan, BYTE, 0)
+
+    assert "tokens=null" in caught.value.hint and "a.learn_prompt=true" in caught.value.hint
+    for change in ({"tokens": None}, {"datasets.a.learn_prompt": True}):
+        assert Data(changed_plan(plan, change), BYTE, 0).rows(0, 4).num_targets
+
+
+def asking(folder, truth, **values):
+    """A plan of 40 questions with the same answer."""
+    rows = [{"prompt": f"what is {i} plus {i}?", "truth": truth} for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_plan({"a": {"files": [str(folder / "a.jsonl")]}}, **values)
 
 
 def test_bpe_is_trained_on_the_plans_training_text_once(folder, monkeypatch):

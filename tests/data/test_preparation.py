@@ -421,10 +421,10 @@ def test_preparing_needs_no_more_memory_for_more_text(folder, monkeypatch):
     assert peaks[1] < 1.5 * peaks[0] + 500_000
 
 
-def notes_of(dataset, tokenizer=None):
+def notes_of(dataset, tokenizer=None, held_out=HELD_OUT):
     notes = []
     sides = prepare(
-        dataset, "name", tokenizer or BYTE, HELD_OUT, lambda *numbers: None, notes.append
+        dataset, "name", tokenizer or BYTE, held_out, lambda *numbers: None, notes.append
     )
     return sides, notes
 
@@ -507,6 +507,10 @@ def test_a_tokenizer_that_loses_text_is_found_by_the_text_that_is_held_out(folde
 
     (held_out, _), notes = notes_of(dataset, Lossy())
     (whole, _), quiet = notes_of(dataset)
+    late = [{"text": f"{i}" + "long" * 5_000 + " end"} for i in range(9)]
+    much = HELD_OUT.model_copy(update={"tokens": 10**6})
+    (of_late, _), _ = notes_of(jsonl(folder / "b.jsonl", late), Lossy(), much)
+    assert not of_late.is_lossless()
 
     assert not held_out.is_lossless() and any("loses text" in note for note in notes)
     assert whole.is_lossless() and not any("loses" in note for note in quiet)

@@ -5,6 +5,7 @@ import pytest
 
 from lmplay.data.shard_format import map_shard, write_shard
 from lmplay.data.shards import open_foreign
+from lmplay.data.sources import shard_paths
 from lmplay.data.tokenizers import open_tokenizer
 from lmplay.errors import UserError
 from lmplay.plan import Dataset, Validation
@@ -109,6 +110,14 @@ def test_shards_of_another_tokenizer_are_refused(folder):
 
     with pytest.raises(UserError, match="holds token 50256, and byte has only 257"):
         stream(opened(Dataset(shards=[str(folder / "a.bin")]))[1])
+
+
+def test_a_name_with_brackets_is_a_name_before_it_is_a_pattern(folder):
+    (folder / "[1]").mkdir()
+    foreign(folder / "[1]" / "train_1.bin", [256, 1, 1])
+    dataset = Dataset(shards=[str(folder / "[1]" / "train_1.bin")])
+
+    assert shard_paths(dataset) == [folder / "[1]" / "train_1.bin"]
 
 
 def test_a_pattern_without_shards_is_named(folder):
