@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +34,11 @@ class Entry:
         return self.path.stem
 
     @property
+    def spelling(self) -> str:
+        """What --exp takes for it in a shell."""
+        return shlex.quote(self.name if self.ideas or self.variant else str(self.path))
+
+    @property
     def summary(self) -> str:
         """The docstring's first line."""
         return self.docstring.strip().partition("\n")[0]
@@ -61,11 +67,13 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
     Raises:
         UserError: it is not Python, has no docstring, or VARIANTS or TINY is not a literal.
     """
+    if path.exists() and not path.is_file():  # a folder; or a pipe, which one would wait for
+        raise UserError(f"{path} is no file")
     try:
         source = path.read_text(encoding="utf-8-sig")  # some editors write a mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
-    except OSError as error:  # a folder, a link that leads nowhere
+    except OSError as error:  # such as of a link that leads nowhere
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return read_source(source, path, head_only)
 

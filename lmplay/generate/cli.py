@@ -20,6 +20,7 @@ from lmplay.console import (
     print_json,
     run_app,
 )
+from lmplay.data.local_files import encoding_of
 from lmplay.errors import UserError
 from lmplay.run.folder import RUNS, resolve_run
 
@@ -169,7 +170,7 @@ def main(
         top_p=top_p,
         repetition_penalty=repetition_penalty,
         num_samples=num_samples,
-        stop=stop or [],
+        stop=[_as_trained(text) for text in stop or []],
         device=device,
         precision=precision or "",
         compile=compile,
@@ -255,17 +256,24 @@ def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str | No
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
     if given:
-        return given[0]
+        return _as_trained(given[0])
     return None if sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "stdin")
 
 
 def _decoded(data: bytes, name: str) -> str:
     """The text without a byte order mark, its lines ended as those that were trained on."""
+    encoding = encoding_of(data)  # PowerShell writes UTF-16
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text: {error.reason}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+        kind = encoding.upper().removesuffix("-SIG")
+        raise UserError(f"{name} is not {kind} text: {error.reason}, byte {error.start}") from None
+    return _as_trained(text).removesuffix("\n")
+
+
+def _as_trained(text: str) -> str:
+    """The text as a file of it would have been read: no mark, each line ended by a newline."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _resolve(run: str | None, runs: Path):
@@ -336,7 +344,7 @@ def _talk(trained: "Trained", settings: Settings, choose, read) -> None:
     num_rows = 0
     while True:
         try:
-            prompt = input("> ")
+            prompt = _as_trained(input("> "))
         except EOFError:
             print()
             return

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -24,10 +25,11 @@ from lmplay.console import (
     print_json,
     run_app,
 )
-from lmplay.disk import write_text
+from lmplay.disk import make_folder, write_text
 from lmplay.errors import UserError
 from lmplay.fault_points import reach
 from lmplay.run.design import design_of
+from lmplay.run.folder import RUNS
 from lmplay.run.records import averages_told
 from lmplay.train.find_lr_cli import print_rates
 from lmplay.train.grid_cli import search_greedily, train_all
@@ -314,7 +316,7 @@ def main(
     ] = "auto",
     out_dir: Annotated[
         Path, Option(help="Folder that runs are written to.", metavar="PATH")
-    ] = Path("runs"),
+    ] = Path(RUNS),
     as_json: Annotated[
         bool, Option("--json", metavar="", help="Print the result as one JSON document.")
     ] = False,
@@ -465,14 +467,20 @@ def _write(name: str, path: Path) -> None:
 
     if path.exists():
         raise UserError(f"{path} is there already", hint="choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".py":
+        raise UserError(f"--write {path}: an experiment is a .py file", hint=f"--write {path}.py")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        hint = "choose another place"
+        raise UserError(f"cannot write {path}: {error.strerror}", hint) from None
     try:
         write_text(path, catalog.resolve(name).source)
     except Conflict as conflict:
         write_text(path, conflict.merged)
         hint = f"settle the places between <<<<<<< and >>>>>>> in {path}"
         raise UserError(conflict.problem, hint=hint) from None
-    note(f"wrote {path}; lmp-trainer --exp {path} --check proves it")
+    note(f"wrote {path}; lmp-trainer --exp {quote(str(path))} --check proves it")
 
 
 def _baseline(entries: list[Entry], name: str | None) -> Entry:
@@ -549,7 +557,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     per_byte = row["bits_per_byte"]
     told = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
     out.print(f"validation loss {row['loss']:.4f} nats per token{told}{averages_told(row)}")
-    note(f"read it: lmp-generator {result['run']}    plot it: lmp-plotstats")
+    below = "" if request.out_dir == Path(RUNS) else f" {quote(str(request.out_dir))}"
+    note(f"read it: lmp-generator {quote(result['run'])}    plot it: lmp-plotstats{below}")
 
 
 def _precision(amp: bool, precision: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -53,9 +54,8 @@ def train_all(
     else:
         print_verdicts(rows)
         print_ladder(ladder)
-        note(
-            f"look at it: {page_of(template)}    plot it: lmp-plotstats {page_of(template).parent}"
-        )
+        page = page_of(template)
+        note(f"look at it: {page}    plot it: lmp-plotstats {quote(str(page.parent))}")
     _exit_by(failures)
 
 

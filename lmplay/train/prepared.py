@@ -78,7 +78,9 @@ def prepare(
         experiment = load_source(source, Path(f"{earlier.file}.py"), request.entry.variant)
         plan = Plan.model_validate_json(json.dumps(earlier.plan))
         plan = plan.model_copy(update={"datasets": request.plan.datasets})  # where it is now
-    tokenizer, data = open_data(plan, request.seed, display.note, display.preparing)
+    own = request.folder.tokenizer_json if earlier is not None else None
+    file = own if own is not None and own.is_file() else None
+    tokenizer, data = open_data(plan, request.seed, display.note, display.preparing, file)
     stack.callback(data.close)
     if earlier is None:
         made = scale(experiment, plan, tokenizer.vocab_size, tokenizer.end, request.config)
@@ -111,7 +113,7 @@ def refuse_unproven(experiment: Experiment, values: dict[str, object]) -> None:
     if failed := most_telling(checked(experiment, values)):
         raise UserError(
             f"{experiment.name} fails the check: {failed.name}: {failed.detail}",
-            hint=f"lmp-trainer --exp {experiment.entry.path} --check shows every proof",
+            hint=f"lmp-trainer --exp {experiment.entry.spelling} --check shows every proof",
         )
 
 
@@ -141,7 +143,7 @@ def refuse_leak_at_size(
     if failed := most_telling(remembered(of, found)):
         raise UserError(
             f"{experiment.name} fails the check at {failed.where}: {failed.name}: {failed.detail}",
-            hint=f"lmp-trainer --exp {experiment.entry.path} --plan {plan.name} --check",
+            hint=f"the same command with --exp {experiment.entry.spelling} --check shows it all",
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,9 @@ def note_edits(request: Request, earlier: Facts, note: Callable[[str], None]) ->
     elsewhere = {"datasets": plan["datasets"], "margin": None}  # moved, and of verdicts only
     if earlier.plan | elsewhere != plan | elsewhere:
         edited.append(f"plan {request.plan.name}")
+    named, own = Path(request.plan.tokenizer), folder.tokenizer_json
+    if named.is_file() and own.is_file() and _text_of(named) != _text_of(own):
+        edited.append(f"tokenizer {named}")
     if edited:
         note(
             f"edited since this run began: {', '.join(edited)}. The run keeps its own copy; "
@@ -96,6 +100,10 @@ def take_up(checkpoint: Checkpoint, update: Update, averages: WeightAverages) ->
     run.seconds = checkpoint.state["seconds"]
     run.set_progress(checkpoint.state["progress"])
     averages.load_state_dict(checkpoint.averages, run.progress)
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _sources(datasets: dict[str, dict]) -> str:

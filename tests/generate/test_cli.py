@@ -392,15 +392,25 @@ def test_json_asks_no_one(generator):
 
 
 def test_a_prompt_that_is_no_text_is_refused(generator, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    for content, kind in ((b"caf\xe9", "UTF-8"), ("a".encode("utf-16")[:-1], "UTF-16")):
+        (tmp_path / "prompt.txt").write_bytes(content)
 
-    with pytest.raises(UserError, match="not UTF-8"):
-        generator("--prompt-file", tmp_path / "prompt.txt")
+        with pytest.raises(UserError, match=f"not {kind} text"):
+            generator("--prompt-file", tmp_path / "prompt.txt")
 
 
-def test_a_prompt_from_windows_is_read_as_training_reads_text(generator, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])  # of Notepad, of PowerShell
+def test_a_prompt_from_windows_is_read_as_training_reads_text(generator, tmp_path, encoding):
+    (tmp_path / "prompt.txt").write_bytes("one\r\ntwo\r\n".encode(encoding))
 
     shown = generator("--prompt-file", tmp_path / "prompt.txt", "--max-tokens", 2, "--json")
 
     assert json.loads(shown.out)["samples"][0]["prompt"] == "one\ntwo"
+
+
+def test_a_prompt_that_is_typed_in_a_script_from_windows_is_one_too(generator):
+    stop = ["--stop", "\r\n"]
+    shown = generator("--prompt", "\ufeffone\r\ntwo", "--max-tokens", 2, "--json", *stop)
+
+    said = json.loads(shown.out)
+    assert said["samples"][0]["prompt"] == "one\ntwo" and said["settings"]["stop"] == ["\n"]

@@ -69,6 +69,8 @@ def lmp_trainer(*args, **options):
         (["--plan", "quick", "--optimizer", "adamw,muon", "--describe"], ["one optimizer, not 2"]),
         (["--set", "widht=3"], ["--set widht", "did you mean 'width'?"]),
         (["--set", "width"], ["no key=value"]),
+        (["--exp", "ue+value_norm", "--write", "mine"], [".py file", "--write mine.py"]),
+        (["--exp", "ue+value_norm", "--write", "words.txt/mine.py"], ["cannot write words.txt"]),
         (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),
         (["--plan", "quick", "--set", "width=wide"], ['--set width should be int, not "wide"']),
         (["--plan", "quick", "--set", "width=1.5"], ["--set width should be int, not 1.5"]),

@@ -20,6 +20,8 @@ from lmplay import machine
 from lmplay.catalog.entries import resolve
 from lmplay.data import batches
 from lmplay.data.batches import Batch, Data, open_data
+from lmplay.data.bpe import train_bpe
+from lmplay.data.tokenizers import END
 from lmplay.errors import BAD_CHECKPOINT, BAD_INPUT, LOCKED, NUMERIC, UserError
 from lmplay.memory import peak_memory
 from lmplay.model.experiment import load_experiment
@@ -482,6 +484,25 @@ def test_a_run_goes_on_with_its_own_copy_of_an_edited_experiment(place, monkeypa
 
     assert any("mine.py" in note and "--resume none" in note for note in display.notes)
     assert "F.gelu" in folder_of(result).experiment_py.read_text()
+
+
+def test_a_run_goes_on_with_its_own_copy_of_an_edited_tokenizer(place, monkeypatch):
+    mine, words = place / "mine.json", [str(n**5) for n in range(99)]
+    for size in (280, 290):
+        (place / f"{size}.json").write_text(train_bpe("", size, words, END, print))
+    shutil.copy(place / "280.json", mine)
+    changes = {"tokenizer": str(mine)}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        run(changes=changes)
+    shutil.copy(place / "290.json", mine)
+    display = Silent()
+    result = run(changes=changes, display=display)
+    mine.unlink()
+
+    assert any("tokenizer" in note and "--resume none" in note for note in display.notes)
+    assert folder_of(result).read().data.vocab_size == 280
+    assert run(changes=changes)["status"] == "finished"
 
 
 def test_a_finished_run_does_not_answer_for_other_data(place):
