@@ -6,7 +6,7 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -23,6 +23,9 @@ from lmplay.stats.table import (
     print_ladder,
     print_verdicts,
 )
+
+if TYPE_CHECKING:
+    from lmplay.stats.compare import RecordedRun
 
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -162,13 +165,13 @@ def main(
     folders = _folders(run or [], runs)
     if board is not None:
         split_board(board)  # a file without a place for it is told before the work
-    from lmplay.stats.compare import final_rows, pair_runs, read_run  # here: matplotlib
+    from lmplay.stats.compare import final_rows, pair_runs  # here: matplotlib
     from lmplay.stats.judge import judge
     from lmplay.stats.ladder import ladder_rows
     from lmplay.stats.plots import View, draw
 
     gc.freeze()  # as in run_app: a tenth of the time
-    found = [read_run(folder) for folder in folders]
+    found = _readable(folders, {Path(text) for text in run or []})
     pairs = pair_runs(found, _baseline(baseline, found, runs), like_for_like)
     rows, ladder = judge(pairs, margin), ladder_rows(pairs)
     view = View(str(x), str(split), half_life, share, log, str(format))
@@ -228,6 +231,31 @@ def _folders(texts: list[str], runs: Path) -> list[RunFolder]:
         return find_runs([runs])
     below = {text: runs / text for text in texts if not Path(text).exists()}
     return find_runs([below[t] if t in below and below[t].exists() else Path(t) for t in texts])
+
+
+def _readable(folders: list[RunFolder], named: set[Path]) -> list["RecordedRun"]:
+    """The runs in these folders; one that is damaged is told and left out, unless it was named.
+
+    Raises:
+        UserError: what was named is damaged, or all of them are.
+    """
+    from lmplay.stats.compare import read_run
+
+    found, damaged = [], None
+    for folder in folders:
+        try:
+            run = read_run(folder)
+            _ = run.train, run.validation  # read now, so that what is damaged is told here
+        except UserError as error:
+            if folder.path in named:
+                raise
+            note(f"left out: {error.problem}")
+            damaged = error
+        else:
+            found.append(run)
+    if not found:
+        raise damaged
+    return found
 
 
 def _baseline(text: str | None, found: list, runs: Path):

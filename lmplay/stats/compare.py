@@ -278,6 +278,9 @@ def nature_marks(runs: list[RecordedRun]) -> list[str]:
             marks.append(f"{data.trained_on:.0%} of the held-out text is also trained on")
         if data.validation_tokens < min(FEW_HELD_OUT, asked):
             marks.append(f"only {data.validation_tokens:,} tokens are held out: says little")
+        last = _last(run.validation)
+        if _number(last, "loss") is not None and _number(last, "bits_per_byte") is None:
+            marks.append("no bits per byte: its tokenizer loses text")
     bounds = [run for run in runs if run.facts.bound]
     if bounds:
         marks.append("own log_likelihood: exact or a bound, see its docstring")

@@ -262,3 +262,18 @@ def test_a_hundred_thousand_rows_are_drawn(make_run, plotstats):
     done = plotstats("--json", "--x", "seconds")
 
     assert json.loads(done.stdout)["runs"][0]["tokens"] == 10_000_000
+
+
+@pytest.mark.parametrize("name", ["run.json", "train.csv", "validation.csv"])
+def test_a_damaged_run_is_told_and_left_out_unless_it_was_named(
+    make_run, plotstats, tmp_path, name
+):
+    make_run()
+    bad = make_run("ue").path
+    (bad / name).write_text("nonsense\n")
+
+    among, named = plotstats("runs"), plotstats(str(bad))
+
+    assert among.returncode == 0 and "gpt2ish" in among.stdout and "ue" not in among.stdout
+    assert f"left out: {bad.relative_to(tmp_path)}/{name} is damaged" in among.stderr
+    assert named.returncode == 2 and "is damaged" in named.stderr

@@ -132,6 +132,17 @@ def test_held_out_text_that_says_little_is_marked(make_run):
     assert "only 144 tokens are held out: says little" in marks
 
 
+def test_a_run_whose_tokenizer_loses_text_is_marked(make_run):
+    folder = make_run()
+    header, *rows = folder.validation_csv.read_text().splitlines()
+    at = header.split(",").index("bits_per_byte")
+    lost = [",".join(c * (i != at) for i, c in enumerate(row.split(","))) for row in rows]
+    folder.validation_csv.write_text("\n".join([header, *lost]) + "\n")
+
+    marks = final_rows(pair_runs(read(folder), None))[0]["marks"]
+    assert "no bits per byte: its tokenizer loses text" in marks
+
+
 @pytest.mark.parametrize(
     "other, reason",
     [
