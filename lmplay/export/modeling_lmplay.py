@@ -25,8 +25,9 @@ class LmplayConfig(PreTrainedConfig):
     `progress` of the run when it was saved.
     """
 
-    # one of the library's own types, for which it has neither a model nor a tokenizer: where it
-    # does not know a type, AutoTokenizer asks to run this file, which a tokenizer.json never needs
+    # one of the library's own types, for which it has neither model nor tokenizer. AutoTokenizer
+    # begins with AutoConfig, which asks to run this file where it does not know the type, whatever
+    # tokenizer_config.json says (transformers 5.23); a plain tokenizer.json never needs that
     model_type = "musicgen_decoder"
 
 

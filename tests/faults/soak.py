@@ -58,8 +58,8 @@ FAULTS: list[tuple[str, list[str] | str]] = [
     ("rows of train.csv", ["metrics_file_integrity"]),
     ("the lock of a run", ["tests/run/test_lock.py::test_"]),
     ("preparing twice at once, or killed", [f"{KINDS}::test_killed_at", f"{KINDS}::test_a_second"]),
-    ("a hub that fails or hangs", ["tests/test_network.py::test_"]),
-    ("a tokenizer's host that never answers", ["tests/test_network.py::test_a_call_that_hangs"]),
+    ("a hub that fails or hangs", ["hub_flaky", "tests/test_network.py::test_"]),
+    ("a tokenizer's host that never answers", ["tokenizer_blackhole"]),
     ("no network at all", ["fully_offline"]),
     (
         "hostile checkpoints and run folders",
@@ -77,6 +77,7 @@ FAULTS: list[tuple[str, list[str] | str]] = [
     ("bad paths", ["bad_paths"]),
     ("a device that computes wrongly", ["tests/proofs/test_device.py::test_"]),
     ("too little memory", [f"{SESSION}::test_a_device_without_enough_memory"]),
+    ("exit codes", ["exit_code_table"]),
     ("a clock that jumps", ["clock_jump"]),
 ]
 

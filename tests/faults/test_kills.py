@@ -42,6 +42,9 @@ def test_a_kill_at_any_named_place_costs_nothing(bench, trials, figure, tmp_path
     assert named_places() - set(reached) == set()
     places = trials(FEW, sorted(reached))
     kills = [(place, n) for place in places for n in spread(reached[place], trials(1, 2))]
+    per_save = reached["save.write"] // reached["save.begin"]  # a piece of a file each
+    second = range(per_save + 1, 2 * per_save + 1)
+    kills += trials([], [("save.write", n) for n in second])
     repairs = 0
 
     for number, (place, time_reached) in enumerate(kills):
