@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -34,18 +34,19 @@ class Document:
         return "".join(text for text, _ in self.parts(learn_prompt=True))
 
     @cached_property
-    def _utf8(self) -> bytes:
+    def utf8(self) -> bytes:
+        """The whole text."""
         return self.text.encode()
 
     @property
     def num_bytes(self) -> int:
         """Of the whole text as UTF-8."""
-        return len(self._utf8)
+        return len(self.utf8)
 
     @cached_property
     def place(self) -> float:
         """From its own text alone, a number in [0, 1): records below a fraction are held out."""
-        digest = hashlib.blake2b(self._utf8, digest_size=8).digest()
+        digest = hashlib.blake2b(self.utf8, digest_size=8).digest()
         return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
@@ -56,10 +57,12 @@ class FairSample:
     is no more than it takes to reach `num_bytes` of text, so memory is bounded.
     """
 
-    def __init__(self, num_bytes: int):
+    def __init__(self, num_bytes: int, source: Iterable[Document] = ()):
         self._num_bytes, self._size = num_bytes, 0
         self._kept: list[tuple[float, int, Document]] = []  # a heap, the highest place on top
         self._numbers = count()
+        for document in source:
+            self.add(document)
 
     def add(self, document: Document) -> None:
         heapq.heappush(self._kept, (-document.place, -next(self._numbers), document))
@@ -71,3 +74,18 @@ class FairSample:
         """The documents by `place`, of equal ones the first added first."""
         in_order = sorted(self._kept, key=lambda kept: kept[:2], reverse=True)
         return (document for _, _, document in in_order)
+
+
+def batches(
+    source: Iterable[Document], most_characters: int, most_documents: int = 1024
+) -> Iterator[list[Document]]:
+    """The documents in lists, each ended by whichever of the two it reaches first."""
+    batch, size = [], 0
+    for document in source:
+        batch.append(document)
+        size += len(document.text)
+        if size >= most_characters or len(batch) >= most_documents:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -11,7 +11,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from lmplay.data import shard_cache as cache
-from lmplay.data.document import Document, FairSample
+from lmplay.data.document import Document, FairSample, batches
 from lmplay.data.overlap import share_trained_on
 from lmplay.data.rendering import columns_of
 from lmplay.data.shard_writer import VERSION, Encoded, Shard, Writer, read_index
@@ -107,13 +107,10 @@ def prepare(
 
     def write_held_out(done: list[Shard], stop: threading.Event) -> None:
         writer = held_out.writer(done=[])  # a sample is written in one go
-        source = sample
-        if source is None:
-            source = FairSample(most * _MOST_BYTES)
-            for document in documents(dataset, "validation", fraction):
-                source.add(document)
+        texts = documents(dataset, "validation", fraction)
+        source = sample or FairSample(most * _MOST_BYTES, texts)
         lossless = True
-        for batch in _batches(source, 1):
+        for batch in batches(source, _BATCH_CHARACTERS, _BATCH_RECORDS):
             lossless = lossless and all(
                 _gives_back(tokenizer, document, most * _MOST_BYTES) for document in batch
             )
@@ -131,7 +128,7 @@ def prepare(
     if not held_out.shards.is_lossless():
         note(f"{name}: {tokenizer.name} loses text, it does not give it back: no bits per byte")
     if dataset.files is not None:
-        share = share_trained_on(dataset, fraction, most * _MOST_BYTES)
+        share = share_trained_on(dataset, fraction, most * _MOST_BYTES, sample=sample)
         if share >= (_MUCH_TWICE if in_one_pass else _MUCH_TRAINED_ON):
             held_out.shards.trained_on = share
             note(
@@ -264,21 +261,12 @@ def _encoded(
     source: Iterable[Document],
 ) -> Iterator[Encoded]:
     """The documents as tokens, made on all cores while this thread takes more of them."""
-    if tokenizer.is_parallel:
-        return _in_threads(1, encode, _batches(source, min(16, num_cores())))
-    return _in_threads(num_cores(), encode, _batches(source, 1))
-
-
-def _batches(source: Iterable[Document], num_threads: int) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in source:
-        batch.append(document)
-        size += len(document.text)
-        if size >= num_threads * _BATCH_CHARACTERS or len(batch) >= num_threads * _BATCH_RECORDS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    if tokenizer.is_parallel:  # it shares a batch out among the cores by itself
+        shares, threads = min(16, num_cores()), 1
+    else:
+        shares, threads = 1, num_cores()
+    texts = batches(source, shares * _BATCH_CHARACTERS, shares * _BATCH_RECORDS)
+    return _in_threads(threads, encode, texts)
 
 
 def _in_threads(num_threads: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

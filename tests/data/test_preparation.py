@@ -172,7 +172,7 @@ def test_one_pass_over_the_source_makes_both_sides(folder, monkeypatch):
     passes = []
     rows = text.file_rows
     monkeypatch.setattr(text, "file_rows", lambda *a: passes.append(a) or rows(*a))
-    monkeypatch.setattr(preparing, "share_trained_on", lambda *a: 0.0)  # looks by itself
+    monkeypatch.setattr(preparing, "share_trained_on", lambda *a, **k: 0.0)  # looks by itself
 
     held_out, training = prepare(dataset, "name", BYTE, HELD_OUT, print, shard_tokens=100)
 
