@@ -108,6 +108,7 @@ def test_every_proof_holds(entry: Entry):
     assert not failed
 
 
+@functools.cache
 def counts() -> dict[str, int]:
     """Those of this file and of tests/experiments; CONTROLS are not in the original."""
     found = dict(COUNTS)
