@@ -9,7 +9,8 @@ from lmplay.plan import Optimizer, Plan
 HIDDEN = ("matrix", "head")  # multiplied with vectors that are as long as the model is wide
 BATCH_POWER = 0.383  # of the tokens
 _BY_GRADIENT = ("SGD", "ASGD", "BiClip")  # steps as long as the gradient: other rules hold
-_BY_LENGTH = ("Adafactor", "LAMB", "Scion")  # steps in units of the weight: none is needed
+_BY_LENGTH = ("Adafactor", "LAMB")  # steps in units of the weight, which starts as its width asks
+_ORTHOGONAL = ("Muon", "MuonPolar", "MuonPlus", "NorMuon", "AdaMuon", "TEON", "KMaxwell", "MuonH")
 
 
 def rates_times(optimizer: Optimizer, factor: float, role: str | None = None) -> dict[str, float]:
@@ -26,7 +27,8 @@ def scaled(plan: Plan, wider: float, longer: float) -> dict[str, object]:
 
     By `mup`, rates of matrices and head are as one over the width and their decay is as the width,
     so that every layer's change of its output keeps its size (Yang et al. 2022, arXiv:2203.03466,
-    table 3); the spread at the start is the model's own affair. By `power`, the batch grows with
+    table 3); of steps that are orthogonal or go by the weight's own length, as one over its root or
+    not at all; the spread at the start is the model's own affair. By `power`, the batch grows with
     the tokens to the power of 0.383, as a power of two, rates with its root, and decay such that
     weights forget over the same share of the run (Bergsma et al. 2025, arXiv:2505.13738). By `sde`,
     the batch stays, rates and decay are as one over the root of the tokens, and averages last as
@@ -64,14 +66,31 @@ def _by_width(rule: Rule, rate: float, decay: float, wider: float) -> dict[str, 
             f"scaling.by_width=mup does not hold for {name}: its steps are as long as gradients",
             hint="--set scaling.by_width=all, or another optimizer",
         )
-    is_on_ball = rule.options.get("hyperball") or rule.known.fixed.get("hyperball")
-    if name in _BY_LENGTH or is_on_ball:
-        wider = 1.0
+    wider **= _width_power(rule)
     key = f"optimizer.roles.{rule.role}"
     return {
         f"{key}.lr": _short(rule.lr * rate / wider),
         f"{key}.weight_decay": _short(rule.weight_decay * decay * wider),
     }
+
+
+def _width_power(rule: Rule) -> float:
+    """Of the width by which a matrix's rate is divided so that its layer's output changes alike.
+
+    A step whose numbers are of one size, and most of which tell the same, changes it by width times
+    rate. A step of orthogonal rows or columns changes it by its own spectral norm, which is as the
+    root of the width where its numbers are of one size. A step in units of the weight's length has
+    numbers as the weight has: as one over the root of the width, in a head over the width.
+    """
+    name, scale = rule.known.name, rule.options.get("scale", "rms")
+    is_on_ball = rule.options.get("hyperball") or rule.known.fixed.get("hyperball")
+    if name == "Scion" or (is_on_ball and name in _ORTHOGONAL):
+        return 0.0
+    if is_on_ball or name in _BY_LENGTH:
+        return 0.0 if rule.role == "head" else 0.5
+    if name in _ORTHOGONAL:
+        return 0.5 if scale == "rms" else 0.0
+    return 0.5 if name == "RMNP" and scale != "rms" else 1.0  # its rows are of one length
 
 
 def _times(batch: int | list, factor: float) -> list[tuple[float, int]]:

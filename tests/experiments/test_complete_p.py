@@ -8,6 +8,7 @@ from lmplay.catalog.entries import resolve
 from lmplay.model.experiment import load_experiment
 from lmplay.model.roles import roles_of
 from lmplay.optim.joint import make_optimizer
+from lmplay.optim.known import replaced
 from lmplay.optim.scaling import scaled
 from lmplay.plan import changed_plan
 from lmplay.plan_file import read_plan
@@ -17,13 +18,15 @@ BASE = {"base_width": 64, "base_blocks": 2}
 SMALL = {"vocab_size": 97, "max_len": 16, "embed_dropout": 0.0, "ff_dropout": 0.0}
 
 
-def change(name, width=64, num_blocks=2):
+def change(name, width=64, num_blocks=2, optimizer="AdamW", **options):
     """Root mean square of what STEPS steps change of the last hidden state."""
     experiment = load_experiment(resolve(name))
     base = BASE if "base_width" in experiment.fields else {}
     sizes = {"width": width, "num_heads": width // 32, "num_blocks": num_blocks}
     config = experiment.config(**SMALL, **sizes, **base)
     plan = read_plan("quick", {"scaling.by_width": "mup", "optimizer.lr": 2e-3})
+    own = replaced(plan.optimizer, optimizer)
+    plan = changed_plan(plan, {"optimizer": {**own, "options": own["options"] | options}})
     if base:
         plan = changed_plan(plan, scaled(plan, width / 64, 1))
     model = experiment.model(config, seed=0)
@@ -48,6 +51,19 @@ def test_a_step_changes_as_much_at_every_width():
 
     assert max(found) < 1.3 * min(found), found
     assert bare[1] > 1.8 * bare[0], bare
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        *[(name, {}) for name in ("Muon", "NorMuon", "RMNP", "Lion", "LAMB", "Adafactor", "AdamH")],
+        *[(name, {"scale": "original"}) for name in ("Muon", "RMNP")],
+    ],
+)
+def test_the_rule_for_the_width_holds_for_other_optimizers(optimizer, options):
+    found = [change("complete_p", width, 2, optimizer, **options) for width in (64, 256)]
+
+    assert max(found) < 1.2 * min(found), found
 
 
 def test_a_step_changes_as_much_at_every_depth():

@@ -96,12 +96,23 @@ def test_rates_times_a_factor_are_those_that_the_plan_gives():
     assert of_vectors == pytest.approx(2 * muon.lr / 3, rel=1e-6)  # AdamW has a third of it
 
 
-def test_optimizers_whose_steps_are_of_a_length_need_no_width():
-    for name, wanted in (("muon", 0.25), ("lamb", 1), ("muonh", 1)):
-        plan = quick("mup", optimizer=replaced(quick().optimizer, name))
-        before, after = at(plan, 1, 1)[1], at(plan, 4, 1)[1]
+@pytest.mark.parametrize(
+    ("name", "options", "power"),
+    [
+        *[(name, {}, 0.5) for name in ("Muon", "NorMuon", "AdaMuon", "TEON", "LAMB", "AdamH")],
+        *[("Muon", {"scale": scale}, 0.0) for scale in ("original", "spectral")],
+        *[("RMNP", {}, 1.0), ("RMNP", {"scale": "original"}, 0.5), ("SOAP", {}, 1.0)],
+        *[("MuonH", {}, 0.0), ("Scion", {}, 0.0), ("Lion", {}, 1.0)],
+    ],
+)
+def test_how_a_matrix_s_rate_and_decay_follow_the_width_is_its_steps_affair(name, options, power):
+    own = replaced(quick().optimizer, name)
+    own["options"] |= options
+    plan = quick("mup", optimizer=own)
+    (lr, decay), (wide_lr, wide_decay) = (at(plan, wider, 1)[1]["matrix"] for wider in (1, 4))
 
-        assert after["matrix"][0] == pytest.approx(wanted * before["matrix"][0], rel=1e-6)
+    assert wide_lr == pytest.approx(lr / 4**power, rel=1e-6)
+    assert wide_decay == pytest.approx(decay * 4**power, rel=1e-6)
 
 
 def test_the_rule_is_refused_where_steps_are_as_long_as_the_gradient():
