@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lmplay.model.roles import roles_of
 from lmplay.optim.known import KNOWN
-from lmplay.optim.momentum import momentum_at
+from lmplay.optim.momentum import momentum_at, set_momentum
 from lmplay.optim.registry import build, is_maskable
 from lmplay.optim.rules import Group, groups_of
 from lmplay.optim.schedules import decay_left
@@ -57,7 +57,7 @@ class JointOptimizer:
             if "weight_decay" in group:
                 group["weight_decay"] = group["full_decay"] * left
             if "momentum_ramp" in group:
-                group["momentum"] = momentum_at(group["momentum_ramp"], progress)
+                set_momentum(group, momentum_at(group["momentum_ramp"], progress))
 
     @property
     def local_parameters(self) -> set[Tensor]:

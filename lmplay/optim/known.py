@@ -8,7 +8,7 @@ from lmplay.plan import Optimizer
 
 _FROM_LIBRARY = (
     "pytorch_optimizer", "lmplay.optim.soap", "lmplay.optim.schedule_free", "lmplay.optim.sophia",
-    "lmplay.optim.kron",
+    "lmplay.optim.kron", "lmplay.optim.prodigy", "lmplay.optim.scion",
 )  # fmt: skip
 EXTRA = 'pip install "lmplay[optimizers]"'
 MATRIX = frozenset({"matrix"})
@@ -170,7 +170,7 @@ _ALL = [
              weight_decay=0.1, attribute="Lamb", takes=WITH_ROWS, is_elementwise=False,
              rest_lr=1 / 3, fixed={"weight_decouple": False, "adam_debias": True}),
     _library("Prodigy", "Adam that finds its own rate", "2306.06101", "16", 1.0, weight_decay=0.1,
-             is_elementwise=False, lr_is_absolute=True,
+             is_elementwise=False, lr_is_absolute=True, source="lmplay.optim.prodigy",
              options={"bias_correction": True, "safeguard_warmup": True}),
     _library("ScheduleFreeAdamW", "AdamW judged by its average; wants a constant rate",
              "2405.15682", "8", 2e-3, weight_decay=0.1, source="lmplay.optim.schedule_free",
@@ -189,7 +189,7 @@ _ALL = [
     KnownOptimizer("DeMo", "signs of what processes tell each other of their momentum",
                    "2411.19870", "4", 1e-3, 0.1, source="lmplay.optim.demo", local_gradients=True),
     _library("Scion", "steps of one norm, weights inside a ball", "2502.07529", "4", 2**-12,
-             attribute="SCION", is_elementwise=False, lr_is_absolute=True,
+             source="lmplay.optim.scion", is_elementwise=False, lr_is_absolute=True,
              holds_weights=True,
              fixed={"constraint": True, "norm_kwargs": {}},
              by_role={

@@ -105,7 +105,8 @@ class Modified:
         params, old, moves = (list(compress(each, free)) for each in (params, old, moves))
         if decay and params:
             rate = group["lr"]
-            factor = rate / (group["full_lr"] * group["lr_scale"])
+            full = group["full_lr"] * group["lr_scale"]
+            factor = rate / full if full else 0.0
             by = {"independent": factor, "corrected": rate * factor}.get(self.decay, rate) * decay
             falling = old
             if self.decay == "cautious":

@@ -1,6 +1,8 @@
 """Momentum that changes over a run: it rises to its full value at first, and may fall at the end.
 
-Source: modded-nanogpt's records since 2025, for Muon: from 0.85 to 0.95 over the first 300 steps.
+Of what has `betas`, momentum is the first of them.
+Source: modded-nanogpt's records since 2025, for Muon: from 0.85 to 0.95 over the first 300 steps;
+    torch's OneCycleLR, for the first of Adam's betas.
 """
 
 from dataclasses import dataclass, fields
@@ -44,3 +46,16 @@ def momentum_at(numbers: list[float], progress: float) -> float:
         0.0,
     )
     return full - (full - start) * missing
+
+
+def full_momentum(group: dict) -> float:
+    """What a group of parameters was made with."""
+    return group["momentum"] if "momentum" in group else group["betas"][0]
+
+
+def set_momentum(group: dict, momentum: float) -> None:
+    """Let a group of parameters take its next steps with this momentum."""
+    if "momentum" in group:
+        group["momentum"] = momentum
+    else:
+        group["betas"] = (momentum, *group["betas"][1:])

@@ -9,7 +9,7 @@ from torch import nn
 from lmplay.errors import UserError, nearest
 from lmplay.optim.known import KnownOptimizer
 from lmplay.optim.modifiers import MODIFIERS, Modified
-from lmplay.optim.momentum import RAMP, Ramp
+from lmplay.optim.momentum import RAMP, Ramp, full_momentum
 from lmplay.optim.spread import Spread
 
 # of torch 2.13's fused kernels, those that DTensor knows; for the others the host waits
@@ -23,7 +23,7 @@ def build(
 
     Fused kernels are used where torch has them for the parameters' device. What `Modified` takes is
     an option of every optimizer, but for those that hold their weights in place by themselves; what
-    a `Ramp` takes, of every one with `momentum`.
+    a `Ramp` takes, of every one with `momentum`, or with `betas` unless it holds its weights.
 
     Args:
         key: of the plan, for the message.
@@ -41,7 +41,7 @@ def build(
         accepted |= set(MODIFIERS) - set(known.fixed)
     if known.local_gradients:
         accepted -= {"cautious"}  # a process's own gradient agrees with no other's
-    if "momentum" in arguments:
+    if "momentum" in arguments or ("betas" in arguments and not known.holds_weights):
         accepted |= set(RAMP)
     for option in options:
         if option not in accepted:
@@ -67,7 +67,7 @@ def build(
         )
         made = kind(groups, lr=groups[0]["lr"], **options)
         for group in made.param_groups if ramp else []:
-            group["momentum_ramp"] = Ramp(full=group["momentum"], **ramp).numbers
+            group["momentum_ramp"] = Ramp(full=full_momentum(group), **ramp).numbers
         return Modified(made, **changed) if changed else made
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{key}: {known.name} refuses: {error}") from None

@@ -109,6 +109,21 @@ def test_a_step_that_is_not_wanted_changes_nothing(name):
     assert_close(model.state_dict(), twin, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"Rprop"}))  # it finds a step for each number
+def test_a_models_own_share_of_a_rate_is_heeded(name):
+    model, _ = of(name)
+    model.parameter_groups = lambda: [{"params": [model.layer.weight], "lr_scale": 0.0}]
+    wanted = replaced(Optimizer(name="AdamW", lr=1e-3, weight_decay=0.1), name)
+    optimizer = make_optimizer(Optimizer(**wanted | {"lr": 10 * wanted["lr"]}), model, ROLES, 60)
+    before = copy.deepcopy(model.state_dict())
+    take_steps(model, optimizer, range(8))
+
+    moved = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == set(before) - {"layer.weight"}
+
+
 def test_what_a_model_is_judged_by_leaves_training_as_it_was(tmp_path):
     model, optimizer = of("ScheduleFreeAdamW", lr=0.03)
     other, looked_at = of("ScheduleFreeAdamW", lr=0.03)

@@ -272,6 +272,22 @@ def test_prodigy_s_rate_only_grows_and_does_not_know_the_size_of_the_loss():
     assert_close(found[100.0], found[1.0], rtol=1e-6, atol=1e-6)
 
 
+def test_prodigy_s_groups_step_at_shares_of_one_rate():
+    moves = []
+    for shares in ((1.0, 1.0), (1.0, 0.5)):
+        weights = [nn.Parameter(torch.zeros(size, dtype=F64)) for size in (20, 6)]
+        groups = [{"params": [w], "lr": lr, "weight_decay": 0.0} for w, lr in
+                  zip(weights, shares, strict=True)]  # fmt: skip
+        optimizer = build(find("Prodigy", "optimizer"), {}, groups, "optimizer")
+        for w in weights:
+            w.grad = torch.ones_like(w)
+        optimizer.step()
+        moves.append([w.detach() for w in weights])
+
+    assert_close(moves[1][0], moves[0][0], rtol=0, atol=0)
+    assert_close(moves[1][1], 0.5 * moves[0][1])
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", ["Adafactor", "Lion", "Signum"])
 def test_the_size_of_the_loss_does_not_matter(name, scale):
