@@ -7,17 +7,18 @@ Idea: narrow blocks in a window read all bytes. At the end of each word the vect
     further ahead, a word at least.
     A word ends at white space behind what is none, at punctuation behind what is none, and at the
     first and every third digit of a number. That is a rule over bytes, where the authors have
-    patterns of Unicode, and it looks back only. One stage pools here; the paper's larger models
-    have a second one over every other word, and more. It is meant for the tokenizer `byte`; the end
-    of a text counts as white space. As many words as a row has are taken, none is left out; a GPU's
-    host waits for their number, and FLOPs are counted for four bytes a word. While generating, the
-    wide blocks take a step where any row ends a word, and the others look past the place that they
-    have there.
+    patterns of Unicode, and it looks back only. It is meant for the tokenizer `byte`; the end of a
+    text counts as white space. One stage pools, as in the paper's smallest models; in aunet_pairs a
+    second one does, at every other end of a word, with blocks of its own before and behind the wide
+    ones; num_stages says how many. A level is half as wide as the next. As many words as a row has
+    are taken, none is left out; a GPU's host waits for their number, and FLOPs are counted for four
+    bytes a word. While generating, a level takes a step where any row has a place for it, and the
+    others look past the place that they have there.
     Of two well-known copies one pools at places of other rows and one spreads a word's vector over
     the word's own bytes, and both leak.
 Source: Videau et al. 2025, arXiv:2506.14761, section 2; facebookresearch/lingua, apps/aunet.
 Family: patches.
-Changed from llama: Config, Attention, Block, word_ends, Model.
+Changed from llama: Config, Attention, Block, word_ends, every_other, Level, Model.
 """
 
 import math
@@ -28,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # B rows, T positions, S positions attended to, C model width, H heads, D head width,
-# F hidden width, V vocabulary, L width of the byte level, J words, P offsets
+# F hidden width, V vocabulary, L width of a level, J its places, K those of the next, P offsets
 
-VARIANTS = {}
+VARIANTS = {"aunet_pairs": {"num_stages": 2}}
 TINY = {
     "vocab_size": 61,
     "max_len": 16,
@@ -53,31 +54,30 @@ class Config:
     mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
-    num_local_blocks: int = 3  # over bytes, before the words and as many after them
+    num_local_blocks: int = 3  # of a level, before the next one and as many after it
     window: int = 256  # bytes that a byte sees, itself included
     num_offsets: int = 16  # behind the end of a word, that are told apart
+    num_stages: int = 1  # of pooling: words, then every other of them, and so on; 0 for none
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width={self.width}: {self.num_heads} heads need pairs of channels")
-        if self.width % 4 or self.num_local_blocks < 1:
+        if self.width % 2 ** (self.num_stages + 1):
+            raise ValueError(f"width={self.width} cannot be halved {self.num_stages} times")
+        if self.num_local_blocks < 1 or self.num_stages < 0:
             raise ValueError(
-                f"width={self.width} is no multiple of 4, or num_local_blocks="
-                f"{self.num_local_blocks} is below 1"
+                f"num_local_blocks={self.num_local_blocks} starts at 1, num_stages="
+                f"{self.num_stages} at 0"
             )
         if self.num_offsets < 1:
             raise ValueError(f"num_offsets={self.num_offsets} starts at 1")
 
-    @property
-    def local(self) -> "Config":
-        """Of the blocks over bytes: half as wide, with half of the heads."""
-        halved = {"width": self.width // 2, "num_heads": max(1, self.num_heads // 2)}
-        return replace(self, **halved, num_blocks=2 * self.num_local_blocks)
-
-    @property
-    def wide(self) -> "Config":
-        """Of the blocks over words: they see all that went before."""
-        return replace(self, window=0)
+    def of(self, level: int) -> "Config":
+        """Of the blocks of a level, 0 for bytes: each has half the width and heads of the next."""
+        times = 2 ** (self.num_stages - level)
+        halved = {"width": self.width // times, "num_heads": max(1, self.num_heads // times)}
+        own = {"num_blocks": 2 * self.num_local_blocks} if times > 1 else {}
+        return replace(self, **halved, **own, window=0 if level else self.window, num_stages=0)
 
     @property
     def head_width(self) -> int:
@@ -246,6 +246,124 @@ def word_ends(bytes_BT: Tensor) -> Tensor:
     return ends_BT
 
 
+def every_other(places: Tensor) -> Tensor:
+    """Whether each place is pooled by the next stage: the first, and of the rest every other."""
+    return (places == 0) | (places % 2 == 1)
+
+
+class Level(nn.Module):
+    """Blocks over places, bytes or words, and between them what the next level makes of some.
+
+    Rows have places of their own number; what is no place fills a row up, and nothing looks at it.
+    """
+
+    def __init__(self, config: Config, level: int = 0):
+        super().__init__()
+        self.level, self.config = level, config.of(level)
+        self.is_last = level == config.num_stages
+        L, half = self.config.width, config.num_local_blocks
+        num_before = config.num_blocks if self.is_last else half
+        self.before = nn.ModuleList(Block(self.config, index) for index in range(num_before))
+        if self.is_last:
+            return
+        C = config.of(level + 1).width
+        self.num_offsets = 2 if level else config.num_offsets  # of every other place there are two
+        self.down_norm = RMSNorm(L, config.norm_eps)
+        self.down = linear(L, C)
+        self.inner = Level(config, level + 1)
+        self.up_norm = RMSNorm(C, config.norm_eps)
+        self.up = linear(C, L)
+        self.up_each = linear(C, self.num_offsets * L)
+        self.after = nn.ModuleList(Block(self.config, half + index) for index in range(half))
+
+    def forward(self, x_BJL: Tensor, is_place_BJ: Tensor, ends_BJ: Tensor, cache=None) -> Tensor:
+        """All places of a text; `ends_BJ` are those of the next level."""
+        places_J = torch.arange(x_BJL.shape[1], device=x_BJL.device)
+        turn = rotary(places_J, self.config.head_width, self.config.rope_base)
+        memory = {} if cache is None else cache.state(self)
+        if self.level:
+            memory["is_place"] = is_place_BJ
+        for block in self.before:
+            x_BJL = block(x_BJL, turn, cache)
+        if self.is_last:
+            return x_BJL
+        u_BJL = self.spread(x_BJL, is_place_BJ, ends_BJ, memory, cache)
+        x_BJL = x_BJL + u_BJL
+        for block in self.after:
+            x_BJL = block(x_BJL, turn, cache)
+        return x_BJL
+
+    def spread(
+        self, x_BJL: Tensor, is_place_BJ: Tensor, ends_BJ: Tensor, memory: dict, cache=None
+    ) -> Tensor:
+        """What the next level makes of the ends so far, for each place by its offset."""
+        (B, J, L), P = x_BJL.shape, self.num_offsets
+        K = self.num_ends(ends_BJ)
+        order_BJ = (~ends_BJ).to(torch.int8).argsort(dim=1, stable=True)
+        at_BK = order_BJ[:, :K]  # of the ends, and then of what nothing looks at
+        y_BKL = x_BJL.gather(1, at_BK[..., None].expand(-1, -1, L))
+        places_K = torch.arange(K, device=x_BJL.device)
+        is_place_BK = places_K < ends_BJ.sum(1, keepdim=True)
+        ends_BK = is_place_BK & every_other(places_K)
+        y_BKC = self.inner(self.pooled(y_BKL), is_place_BK, ends_BK, cache)
+        said_BKPL = self.said(y_BKC)
+        rank_BJ = ends_BJ.cumsum(1) - 1
+        places_J = torch.arange(J, device=x_BJL.device)
+        offset_BJ = places_J - at_BK.gather(1, rank_BJ)
+        last_B1 = is_place_BJ.sum(1, keepdim=True) - 1
+        memory["rank"], memory["offset"] = rank_BJ.gather(1, last_B1), offset_BJ.gather(1, last_B1)
+        rows_B1 = torch.arange(B, device=x_BJL.device)[:, None]
+        memory["said"] = said_BKPL[rows_B1, memory["rank"]]
+        index_BJ1 = (rank_BJ * P + offset_BJ % P)[..., None]
+        return said_BKPL.flatten(1, 2).gather(1, index_BJ1.expand(-1, -1, L))
+
+    def step(
+        self, x_B1L: Tensor, place_B1: Tensor, is_place_B1: Tensor, ends_B1: Tensor, cache
+    ) -> Tensor:
+        """The same for one more place, or what is none of a row."""
+        memory = cache.state(self)
+        cos_BD, sin_BD = rotary(place_B1[:, 0], self.config.head_width, self.config.rope_base)
+        turn = cos_BD[:, None, None], sin_BD[:, None, None]
+        if self.level:
+            memory["is_place"] = torch.cat([memory["is_place"], is_place_B1], dim=1)
+        for block in self.before:
+            x_B1L = block(x_B1L, turn, cache, memory.get("is_place"))
+        if self.is_last:
+            return x_B1L
+        if ends_B1.any():
+            memory["rank"] = memory["rank"] + ends_B1
+            next_B1 = ends_B1 & every_other(memory["rank"])
+            y_B1C = self.pooled(x_B1L)
+            y_B1C = self.inner.step(y_B1C, memory["rank"], ends_B1, next_B1, cache)
+            said_B1PL = self.said(y_B1C)
+            memory["said"] = torch.where(ends_B1[..., None, None], said_B1PL, memory["said"])
+        memory["offset"] = torch.where(ends_B1, 0, memory["offset"] + is_place_B1)
+        rows_B1 = torch.arange(len(x_B1L), device=x_B1L.device)[:, None]
+        u_B1L = memory["said"][rows_B1, 0, memory["offset"] % self.num_offsets]
+        x_B1L = x_B1L + u_B1L
+        for block in self.after:
+            x_B1L = block(x_B1L, turn, cache, memory.get("is_place"))
+        return x_B1L
+
+    def pooled(self, y_BKL: Tensor) -> Tensor:
+        """The vectors at the ends as wide as those of the next level."""
+        y_BKL = self.down_norm(y_BKL)
+        return self.down(y_BKL)
+
+    def said(self, y_BKC: Tensor) -> Tensor:
+        """What each place of the next level says to those behind it, for each offset."""
+        y_BKC = self.up_norm(y_BKC)
+        each_BKPL = self.up_each(y_BKC).unflatten(-1, (self.num_offsets, -1))
+        return each_BKPL + self.up(y_BKC)[:, :, None]
+
+    def num_ends(self, ends_BJ: Tensor) -> int:
+        """The most in a row; without numbers, one in four bytes. A GPU is waited for."""
+        J = ends_BJ.shape[1]
+        if self.level:
+            return J // 2 + 1  # the first, and every other
+        return math.ceil(J / 4) if ends_BJ.is_meta else int(ends_BJ.sum(1).max())
+
+
 class Model(nn.Module):
     """Tokens to the logits of the token after each."""
 
@@ -253,18 +371,11 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.progress = 0.0
-        local, wide, half = config.local, config.wide, config.num_local_blocks
-        self.token_table = nn.Embedding(config.vocab_size, local.width)
-        self.before = nn.ModuleList(Block(local, index) for index in range(half))
-        self.down_norm = RMSNorm(local.width, config.norm_eps)
-        self.down = linear(local.width, config.width)
-        self.blocks = nn.ModuleList(Block(wide, index) for index in range(config.num_blocks))
-        self.up_norm = RMSNorm(config.width, config.norm_eps)
-        self.up = linear(config.width, local.width)
-        self.up_each = linear(config.width, config.num_offsets * local.width)
-        self.after = nn.ModuleList(Block(local, half + index) for index in range(half))
-        self.final_norm = RMSNorm(local.width, config.norm_eps)
-        self.head = linear(local.width, config.vocab_size)
+        width = config.of(0).width
+        self.token_table = nn.Embedding(config.vocab_size, width)
+        self.levels = Level(config)
+        self.final_norm = RMSNorm(width, config.norm_eps)
+        self.head = linear(width, config.vocab_size)
         nn.init.normal_(self.token_table.weight, std=0.02)
 
     def at(self, progress: float) -> None:
@@ -272,82 +383,21 @@ class Model(nn.Module):
         self.progress = progress
 
     def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
-        T, local = tokens_BT.shape[1], self.config.local
+        T = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
         memory = {} if cache is None else cache.state(self)
-        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
-        turn = rotary(positions_T, local.head_width, local.rope_base)
-        x_BTL = self.token_table(tokens_BT)
-        for block in self.before:
-            x_BTL = block(x_BTL, turn, cache)
         bytes_BS = torch.cat([memory["bytes"], tokens_BT], dim=1) if start else tokens_BT
         memory["bytes"] = bytes_BS
         ends_BT = word_ends(bytes_BS)[:, -T:]
-        words = self.word if start else self.words
-        u_BTL = words(x_BTL, ends_BT, memory, cache)
-        x_BTL = x_BTL + u_BTL
-        for block in self.after:
-            x_BTL = block(x_BTL, turn, cache)
+        is_place_BT = torch.ones_like(ends_BT)
+        x_BTL = self.token_table(tokens_BT)
+        if start:
+            place_B1 = torch.full_like(tokens_BT, start)
+            x_BTL = self.levels.step(x_BTL, place_B1, is_place_BT, ends_BT, cache)
+        else:
+            x_BTL = self.levels(x_BTL, is_place_BT, ends_BT, cache)
         x_BTL = self.final_norm(x_BTL)
         return x_BTL
-
-    def words(self, x_BTL: Tensor, ends_BT: Tensor, memory: dict, cache=None) -> Tensor:
-        """What the wide blocks make of the words so far, for each byte by its offset."""
-        (B, T, L), P = x_BTL.shape, self.config.num_offsets
-        J = self.num_words(ends_BT)
-        order_BT = (~ends_BT).to(torch.int8).argsort(dim=1, stable=True)
-        at_BJ = order_BT[:, :J]  # of the ends, and then of what nothing looks at
-        y_BJL = x_BTL.gather(1, at_BJ[..., None].expand(-1, -1, L))
-        places_J = torch.arange(J, device=x_BTL.device)
-        turn = rotary(places_J, self.config.head_width, self.config.rope_base)
-        y_BJC = self.pooled(y_BJL)
-        for block in self.blocks:
-            y_BJC = block(y_BJC, turn, cache)
-        said_BJPL = self.said(y_BJC)
-        rank_BT = ends_BT.cumsum(1) - 1
-        places_T = torch.arange(T, device=x_BTL.device)
-        offset_BT = places_T - at_BJ.gather(1, rank_BT)
-        memory["is_word"], memory["offset"] = places_J <= rank_BT[:, -1:], offset_BT[:, -1:]
-        rows_B1 = torch.arange(B, device=x_BTL.device)[:, None]
-        memory["said"] = said_BJPL[rows_B1, rank_BT[:, -1:]]
-        index_BT1 = (rank_BT * P + offset_BT % P)[..., None]
-        return said_BJPL.flatten(1, 2).gather(1, index_BT1.expand(-1, -1, L))
-
-    def word(self, x_B1L: Tensor, ends_B1: Tensor, memory: dict, cache) -> Tensor:
-        """The same for one more byte: wide blocks run where a row ends a word, or nothing does.
-
-        A row that ends none gets a place there that it will not look at.
-        """
-        if ends_B1.any():
-            rank_B = memory["is_word"].sum(1)
-            cos_BD, sin_BD = rotary(rank_B, self.config.head_width, self.config.rope_base)
-            turn = cos_BD[:, None, None], sin_BD[:, None, None]
-            memory["is_word"] = torch.cat([memory["is_word"], ends_B1], dim=1)
-            y_B1C = self.pooled(x_B1L)
-            for block in self.blocks:
-                y_B1C = block(y_B1C, turn, cache, memory["is_word"])
-            said_B1PL = self.said(y_B1C)
-            memory["said"] = torch.where(ends_B1[..., None, None], said_B1PL, memory["said"])
-        memory["offset"] = torch.where(ends_B1, 0, memory["offset"] + 1)
-        rows_B1 = torch.arange(len(ends_B1), device=x_B1L.device)[:, None]
-        return memory["said"][rows_B1, 0, memory["offset"] % self.config.num_offsets]
-
-    def pooled(self, y_BJL: Tensor) -> Tensor:
-        """The vectors at the ends of words as wide as the blocks over words."""
-        y_BJL = self.down_norm(y_BJL)
-        return self.down(y_BJL)
-
-    def said(self, y_BJC: Tensor) -> Tensor:
-        """What each word says to the bytes behind it, for each offset."""
-        y_BJC = self.up_norm(y_BJC)
-        each_BJPL = self.up_each(y_BJC).unflatten(-1, (self.config.num_offsets, -1))
-        return each_BJPL + self.up(y_BJC)[:, :, None]
-
-    def num_words(self, ends_BT: Tensor) -> int:
-        """The most in a row; without numbers, one in four bytes. A GPU is waited for."""
-        if ends_BT.is_meta:
-            return math.ceil(ends_BT.shape[1] / 4)
-        return int(ends_BT.sum(1).max())
 
     def forward(self, tokens_BT: Tensor, cache=None) -> Tensor:
         x_BTC = self.hidden(tokens_BT, cache)

@@ -338,6 +338,9 @@ class Model(nn.Module):
         mixes = [block.time for block in self.blocks]
         groups.append({"params": [mix.bonus for mix in mixes], "weight_decay": 0.0})
         groups.append({"params": [mix.decay_bias for mix in mixes], "lr_scale": 2.0})
+        pairs = [part for part in self.modules() if isinstance(part, LowRank)]
+        low = [w for part in pairs for w in part.parameters()]
+        groups.append({"params": low, "weight_decay": 0.0})  # of matrices, the large ones alone
         return groups
 
     def after_step(self) -> None:

@@ -247,6 +247,22 @@ def test_rwkv7s_decays_stay_within_their_bounds_and_its_memory_does_not_grow():
     assert num_kept("rwkv7", 5) == num_kept("rwkv7", 16)
 
 
+def test_rwkv7_decays_its_large_matrices_alone_and_doubles_the_rate_of_its_decays():
+    made = load_experiment(resolve("rwkv7"))
+    config = made.config(**made.tiny)
+    model = made.model(config, device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = groups_of(read_plan("quick").optimizer, model, roles_of(made, config))
+    decayed = {names[id(p)] for group in groups if group.weight_decay for p in group.params}
+    faster = {names[id(p)] for group in groups if group.lr_scale == 2 for p in group.params}
+    pairs = [p for p in model.modules() if type(p).__name__ == "LowRank"]
+
+    assert len(pairs) == 7  # of decays, erasing and gates, and of values behind the first block
+    assert not decayed & {names[id(p)] for pair in pairs for p in pair.parameters()}
+    assert {"head.weight", "blocks.0.time.key.weight", "blocks.1.mlp.up.weight"} <= decayed
+    assert {name.rpartition(".")[2] for name in faster} == {"decay_bias"}
+
+
 @pytest.mark.parametrize("name", ["rene", "zamba2"])
 def test_a_scans_chunks_equal_its_steps_in_output_and_gradient(name):
     module = load_experiment(resolve(name)).module
@@ -411,7 +427,9 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["spacebyte", "hnet", "aunet", "hourglass", "megabyte"])
+@pytest.mark.parametrize(
+    "name", ["spacebyte", "hnet", "aunet", "aunet_pairs", "hourglass", "megabyte"]
+)
 @pytest.mark.parametrize("first", [1, 6])
 @torch.no_grad()
 def test_bytes_of_rows_whose_words_end_apart_are_written_as_a_whole_text_is_read(name, first):
@@ -611,6 +629,24 @@ def test_aunets_words_speak_to_their_end_and_what_follows_not_to_themselves():
 
     assert ((letter - same).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [2]
     assert ((space - same).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [*range(3, 11)]
+
+
+@torch.no_grad()
+def test_aunet_pairs_pools_at_every_other_word_and_speaks_to_the_two_behind(monkeypatch):
+    model = louder(model_of("aunet_pairs", vocab_size=257, window=1))
+    words, pairs = model.levels.inner, model.levels.inner.inner
+    tokens_BT = torch.tensor([list(b"ab cd ef gh ij kl")])
+    said = []
+    for by in (0.0, 1.0):
+        for block in [*words.before, *words.after]:  # else words hand on what they hear
+            monkeypatch.setattr(block, "forward", lambda x_BKC, *rest: x_BKC)
+        places_K = torch.arange(4)  # the word ends 0, 1, 3 and 5, at the bytes 0, 2, 8 and 14
+        more_K1 = by * (places_K == 2)[:, None]
+        monkeypatch.setattr(pairs, "forward", lambda x_BKC, *rest, more=more_K1: x_BKC + more)
+        said.append(model(tokens_BT))
+    heard_T = (said[1] - said[0]).abs().amax(-1)[0]
+
+    assert (heard_T > 1e-6).nonzero().flatten().tolist() == [*range(8, 14)]
 
 
 def llada(T: int = 4, V: int = 5, **values) -> nn.Module:
