@@ -33,6 +33,7 @@ FAULTS: list[tuple[str, list[str] | str]] = [
     ("SIGKILL at random times", ["random_kill_soak"]),
     ("a cut after any part of any step", ["bitwise_resume_every_step"]),
     ("a cut of what was cut before", ["resume_of_resume"]),
+    ("a cut of every optimizer", ["bitwise_resume_every_optimizer"]),
     ("a file of a checkpoint cut short", ["truncate_any_file"]),
     ("a flipped bit", ["bit_flip"]),
     ("a power cut at any call of a save", [f"{CHECKPOINT}::test_a_power_cut"]),

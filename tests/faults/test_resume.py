@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from lmplay.optim.known import KNOWN
+
 NUM_STEPS, NUM_PARTS = 12, 3  # parts of a step: 2, 2 and 1 of 5 rows
 SETTINGS = {
     "dropout": [],
@@ -67,6 +69,20 @@ def test_the_time_of_day_decides_nothing(bench, trials, figure):
         bench.assert_same(out)
 
     figure("clock_jump", f"{num} of {num}: clock set back to 2001, times of files shuffled")
+
+
+@pytest.mark.soak
+def test_every_optimizer_goes_on_bit_for_bit(bench, figure):
+    bench.plan(steps=NUM_STEPS)
+
+    for name in KNOWN:
+        given = ["--optimizer", name]
+        bench.train(f"whole-{name}", *given)
+        bench.train(f"cut-{name}", *given, fault="term@step.part:20", code=143)
+        bench.train(f"cut-{name}", *given)
+        bench.assert_same(f"cut-{name}", f"whole-{name}")
+
+    figure("bitwise_resume_every_optimizer", f"{len(KNOWN)} of {len(KNOWN)} identical")
 
 
 EDITS = {
