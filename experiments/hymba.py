@@ -185,22 +185,21 @@ def scan_chunks(
 
     x_BJQE, step_BJQE = in_chunks(x_BTE), in_chunks(step_BTE)
     write_BJQN, read_BJQN = in_chunks(write_BTN), in_chunks(read_BTN)
-    J, inside, before, states = x_BJQE.shape[1], [], [], []
-    own_BJEN = torch.zeros_like(state_BEN)[:, None].expand(-1, J, -1, -1)
+    J, inside, states = x_BJQE.shape[1], [], []
+    kept_BJQEN = (-step_BJQE[..., None] * rate_EN).exp()
+    written_BJQEN = x_BJQE[..., None] * write_BJQN[:, :, :, None]
+    own_BJEN = torch.zeros_like(written_BJQEN[:, :, 0])
     for q in range(chunk):
-        kept_BJEN = (-step_BJQE[:, :, q, :, None] * rate_EN).exp()
-        own_BJEN = kept_BJEN * own_BJEN + x_BJQE[:, :, q, :, None] * write_BJQN[:, :, q, None]
+        own_BJEN = torch.addcmul(written_BJQEN[:, :, q], kept_BJQEN[:, :, q], own_BJEN)
         inside.append((own_BJEN @ read_BJQN[:, :, q, :, None])[..., 0])
-    sums_BJQE = step_BJQE.cumsum(2)
-    kept_BJEN = (-sums_BJQE[:, :, -1, :, None] * rate_EN).exp()
+    kept_BJQEN = (-step_BJQE.cumsum(2)[..., None] * rate_EN).exp()  # from the chunk's beginning on
     for j in range(J):
         states.append(state_BEN)
-        state_BEN = kept_BJEN[:, j] * state_BEN + own_BJEN[:, j]
+        state_BEN = torch.addcmul(own_BJEN[:, j], kept_BJQEN[:, j, -1], state_BEN)
     carried_BJEN = torch.stack(states, dim=1)
-    for q in range(chunk):
-        kept_BJEN = (-sums_BJQE[:, :, q, :, None] * rate_EN).exp() * carried_BJEN
-        before.append((kept_BJEN @ read_BJQN[:, :, q, :, None])[..., 0])
-    y_BJQE = torch.stack(inside, dim=2) + torch.stack(before, dim=2)
+    before_BJQEN = kept_BJQEN * carried_BJEN[:, :, None]
+    before_BJQE = (before_BJQEN @ read_BJQN[..., None])[..., 0]
+    y_BJQE = torch.stack(inside, dim=2) + before_BJQE
     return y_BJQE.flatten(1, 2)[:, :T], state_BEN
 
 
