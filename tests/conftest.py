@@ -33,6 +33,7 @@ def bundled() -> dict[str, str]:
     paths = [path for pattern in RUN for path in sorted((ROOT / "lmplay").glob(pattern))]
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
     paths += [path for path in tests if b"mark.every_experiment" in path.read_bytes()]
+    paths.append(ROOT / "tests" / "models.py")
     harness = hashlib.sha256(version("torch").partition("+")[0].encode())
     for path in paths:
         harness.update(path.read_bytes())

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import experiment, num_parameters, on_meta, random_tokens, tiny, trained
 from torch import Tensor, nn
 
-from lmplay.catalog.entries import parent_of, resolve
+from lmplay.catalog.entries import parent_of
 from lmplay.catalog.entry import Entry, read_file
-from lmplay.model.experiment import Experiment, load_experiment
+from lmplay.model.experiment import load_experiment
 from lmplay.model.folding import folded
 from lmplay.model.objective import Objective
 from lmplay.proofs.tiny import check
@@ -60,44 +61,6 @@ OWN_SIZES = {
     "gpt2": {"num_blocks"},  # a name that people know for its size
     "gated_deltanet": {"chunk"},  # one decay a head, so longer chunks stay in range
 }
-
-
-@functools.cache
-def experiment(name: str) -> Experiment:
-    found = [entry for entry in NAMES if entry.name == name] or [resolve(name)]  # else a stack
-    return load_experiment(found[0])
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    dropouts = {name: 0.0 for name in ("embed_dropout", "ff_dropout") if name in made.fields}
-    config = made.config(**{**made.tiny, **dropouts, **values})
-    return made.model(config, seed=seed)
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @every_name

@@ -1,15 +1,13 @@
 """sac2 with learned adds: sizes before and after folding, and what is sac2's and what is lra's."""
 
-import functools
 import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models import experiment, num_parameters, on_meta, random_tokens, tiny
+from torch import nn
 
-from lmplay.catalog.entries import resolve
 from lmplay.catalog.entry import definitions
-from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.folding import folded
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
@@ -29,32 +27,6 @@ KEPT = {
     "all1_3": 148_880_977,
     "all1_4": 148_880_977,
 }
-
-
-@functools.cache
-def experiment(name: str) -> Experiment:
-    return load_experiment(resolve(name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str, **values) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257, **values), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -1,17 +1,11 @@
 """Attention position: sizes, the scores themselves, and what they do not depend on."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from models import experiment, moved, random_tokens, tiny, trained
 from torch import Tensor, nn
-
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
-from lmplay.model.objective import Objective
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -20,52 +14,6 @@ COUNTS = {
     "apos1_1": 125_278_801,
     "apos1_2": 122_133_073,
 }
-
-
-def experiment(name: str) -> Experiment:
-    entries = [e for file in ("gpt2ish", "apos") for e in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
 
 
 def query(T: int) -> Tensor:

@@ -1,17 +1,13 @@
 """Focus: sizes, the divisors and where they start, and the one kind that folds."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models import experiment, moved, num_parameters, on_meta, random_tokens, tiny
+from torch import nn
 
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.folding import folded
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -19,42 +15,6 @@ COUNTS = {
     "foc1_0": 120_615_577,
     "foc1_1": 120_560_215,
 }
-
-
-def experiment(name: str) -> Experiment:
-    entries = [e for file in ("gpt2ish", "focus") for e in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
 
 
 def shared_with_the_baseline(model: nn.Module) -> nn.Module:

@@ -2,23 +2,13 @@
 
 import pytest
 import torch
+from models import experiment, random_tokens
 from torch import Tensor
-
-from lmplay.catalog.entries import resolve
-from lmplay.model.experiment import Experiment, load_experiment
-
-
-def experiment(name: str = "llama") -> Experiment:
-    return load_experiment(resolve(name))
 
 
 def model_of(name: str = "llama", **values):
     made = experiment(name)
     return made.model(made.config(**{**made.tiny, **values}), seed=3).eval()
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def test_the_winners_model_has_the_parameters_that_its_author_counted():
@@ -66,7 +56,7 @@ def test_logits_are_those_of_transformers_llama_with_the_same_weights(tied):
 
 
 def test_a_turn_is_the_product_with_a_complex_number():
-    rotary, rotate = (getattr(experiment().module, name) for name in ("rotary", "rotate"))
+    rotary, rotate = (getattr(experiment("llama").module, name) for name in ("rotary", "rotate"))
     x_TD = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
     positions_T = torch.arange(5, 12)
     pairs = torch.complex(x_TD[:, :4], x_TD[:, 4:])
@@ -79,7 +69,7 @@ def test_a_turn_is_the_product_with_a_complex_number():
 
 
 def test_scores_depend_on_distances_alone():
-    rotary, rotate = (getattr(experiment().module, name) for name in ("rotary", "rotate"))
+    rotary, rotate = (getattr(experiment("llama").module, name) for name in ("rotary", "rotate"))
     q_TD, k_TD = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
 
     def scores(start: int) -> Tensor:
@@ -91,7 +81,7 @@ def test_scores_depend_on_distances_alone():
 
 
 def test_norms_are_taken_in_fp32():
-    norm = experiment().module.RMSNorm(64, 1e-5)
+    norm = experiment("llama").module.RMSNorm(64, 1e-5)
     x_BTC = (300 * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
     exact_BTC = x_BTC.double() * (x_BTC.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 

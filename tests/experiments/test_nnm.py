@@ -1,19 +1,14 @@
 """Neural memory: sizes, folds, what is shared, what cells add and when they add nothing."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import experiment, moved, on_meta, random_tokens, tiny
 from torch import Tensor, nn
 
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.objective import Objective
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
-FILES = ("gpt2ish", "nnm1", "nnm1_direct", "nnm2", "nnm2_direct", "nnm3", "nnm4")
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -55,44 +50,8 @@ CONTROLS = {
 }
 
 
-def experiment(name: str) -> Experiment:
-    entries = [e for file in FILES for e in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
 def random_stream(B: int = 3, T: int = 7, C: int = 16) -> Tensor:
     return torch.randn(B, T, C, generator=torch.Generator().manual_seed(2))
-
-
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@pytest.mark.parametrize("name", COUNTS | CONTROLS)
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == (COUNTS | CONTROLS)[name]
 
 
 def test_keys_and_values_come_from_the_rows_through_the_network():

@@ -1,16 +1,11 @@
 """Rank promotion attention: held against one token at a time; sizes; its second loss."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from models import experiment, num_parameters, on_meta, random_tokens, tiny
 from torch import Tensor, nn
-
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
 # trained parameters with the GPT-2 vocabulary; the original's are not known
 COUNTS = {
@@ -31,34 +26,6 @@ COUNTS = {
     "rpa1_11": 349_829_191,
     "rpa1_13": 422_620_885,
 }
-
-
-def experiment(name: str) -> Experiment:
-    entries = [
-        e for file in ("gpt2ish", "ue", "rpa", "rpa_ue") for e in read_file(FOLDER / f"{file}.py")
-    ]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def size_of_attention(config, windows: list[int]) -> int:

@@ -1,18 +1,14 @@
 """Combined models: sizes, folds after training, and what each keeps of the ideas it is made of."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from models import experiment, num_parameters, on_meta, random_tokens, tiny, trained
 from torch import Tensor, nn
 
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.folding import folded
 from lmplay.model.objective import Objective
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -29,50 +25,12 @@ COUNTS = {
     "sac2_4": 1_319_264_618,
 }
 ALL_ADJUSTERS = {"sac1_0": 396_336_822, "sac1_0_1": 709_846_710}  # the original's, as it stands
-FILES = ["sac1", "sac1_1", "sac2"]
-PARTS = ["ue", "uw1", "uw2", "uw6"]  # files whose names the tests compare with
-
-
-def experiment(name: str) -> Experiment:
-    entries = [entry for file in FILES + PARTS for entry in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str, **values) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257, **values), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     tokens_BT = random_tokens(B=4, T=16)
     Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
     return {name: weight.grad for name, weight in model.named_parameters()}
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", ALL_ADJUSTERS)

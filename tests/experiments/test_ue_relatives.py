@@ -1,17 +1,11 @@
 """Relatives of ue: sizes, exact folding after training, and what each file says of itself."""
 
-import functools
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
+from models import experiment, random_tokens, tiny
+from torch import nn
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -27,27 +21,6 @@ COUNTS = {
     "ue_mapped": 396_051_793,
     "ue8x1": 396_051_793,
 }
-FILES = [
-    *("gpt2ish", "ue", "value_norm", "ue_value_norm", "ue_normed", "ue_linear", "ue_unified"),
-    *("ue_mapped", "sac1_1"),
-]
-
-
-@functools.cache
-def experiment(name: str) -> Experiment:
-    entries = [entry for file in FILES for entry in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
-
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(("name", "normed"), [("ue1_9", [True, True]), ("ue1_10", [False, True])])

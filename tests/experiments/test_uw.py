@@ -1,17 +1,13 @@
 """Unified weights: sizes, exact folding after training, and what each file says of itself."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from models import experiment, moved, num_parameters, on_meta, random_tokens, tiny, trained
 from torch import Tensor, nn
 
-from lmplay.catalog.entry import read_file
-from lmplay.model.experiment import Experiment, load_experiment
 from lmplay.model.objective import Objective
-
-FOLDER = Path(__file__).parent.parent.parent / "experiments"
 
 # trained parameters with the GPT-2 vocabulary, from jmward01/lmplay
 COUNTS = {
@@ -71,14 +67,6 @@ CONTROLS = {
 
 SHARED = ("block_bias", "final_norm")  # what a model and the one it folds to both have as values
 
-every_name = pytest.mark.parametrize("name", COUNTS)
-
-
-def experiment(name: str) -> Experiment:
-    files = ["gpt2ish", "ue", "value_norm", *TARGETS, *TARGETS.values()]
-    entries = [e for file in files for e in read_file(FOLDER / f"{file}.py")]
-    return load_experiment(next(entry for entry in entries if entry.name == name))
-
 
 def target_of(name: str) -> tuple[str, dict[str, object]]:
     """What this name folds to, and the values of its Config that are not the defaults."""
@@ -87,49 +75,8 @@ def target_of(name: str) -> tuple[str, dict[str, object]]:
     return TARGETS[entry.file], values
 
 
-def tiny(name: str, seed: int = 0, **values) -> nn.Module:
-    """The model at the size of TINY, without dropout."""
-    made = experiment(name)
-    config = made.config(**{**made.tiny, "embed_dropout": 0.0, "ff_dropout": 0.0, **values})
-    return made.model(config, seed=seed)
-
-
-def on_meta(name: str, **values) -> nn.Module:
-    """The model at full size, without numbers."""
-    made = experiment(name)
-    return made.model(made.config(vocab_size=50257, **values), device="meta")
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in model.state_dict().items()}
-
-
-def random_tokens(B: int, T: int, V: int = 61) -> Tensor:
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def trained(model: nn.Module, num_steps: int = 5) -> nn.Module:
-    tokens_BT = random_tokens(B=4, T=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def moved(changed: Tensor, answer: Tensor) -> float:
-    """The largest difference, against the largest answer."""
-    return ((changed - answer).abs().max() / answer.abs().max()).item()
-
-
-@every_name
-def test_the_parameter_count_is_the_catalogues(name):
-    assert num_parameters(on_meta(name)) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", ["uw1_0", "uw1_1", "uw1_2"])
