@@ -1,14 +1,17 @@
 """What TINY cannot show is found at the size of a run: here 80 tokens, where TINY has 16."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lmplay.catalog.entry import read_source
 from lmplay.model.experiment import load_experiment
-from lmplay.proofs.at_size import check_at_size, find_leak, num_rows
+from lmplay.proofs.at_size import check_at_size, find_leak, num_rows, trains_at_its_length
 from lmplay.proofs.passes import Passes
+from lmplay.proofs.proof import Refuted
 
 SOURCE = (Path(__file__).parents[2] / "experiments" / "gpt2ish.py").read_text()
 SIZE = {"vocab_size": 300, "max_len": 80, "num_blocks": 2, "width": 32, "num_heads": 2}
@@ -216,6 +219,16 @@ def test_an_honest_idea_passes_at_real_sizes(name, precision):
 
 def test_a_leak_is_found_in_bf16_too():
     assert "causal" in failed(*made((MASK, "is_causal=1 < T <= 64")), precision="bf16")
+
+
+@pytest.mark.parametrize(("short", "is_refused"), [(1e-9, False), (1e-3, True)])
+def test_a_gradient_that_only_rounding_makes_may_be_missing_in_long_rows(short, is_refused):
+    """As of a number that is added to all channels in front of a norm."""
+    sizes = {32: {"weight": 1.0, "shift": short}, 256: {"weight": 1.0, "shift": 0.0}}
+    passes = SimpleNamespace(tokens_BT=torch.zeros(2, 256), gradients=sizes.get)
+
+    with pytest.raises(Refuted) if is_refused else nullcontext():
+        trains_at_its_length(passes)
 
 
 def test_a_proof_says_at_which_size_it_was_made():
