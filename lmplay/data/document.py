@@ -12,13 +12,15 @@ from itertools import count
 class Document:
     """One record: a text (`prompt`, with no truth), or a prompt and the truth that follows it.
 
-    `row` is the record's place in its source. `turns` are further prompts and truths.
+    `row` is the record's place in its source. `turns` are further prompts and truths. `learn_end`
+    is false where the marker behind the text says nothing, so that it is no target.
     """
 
     prompt: str
     truth: str | None = None
     row: int = 0
     turns: tuple[tuple[str, str], ...] = ()
+    learn_end: bool = True
 
     def parts(self, learn_prompt: bool) -> list[tuple[str, bool]]:
         """The texts in order, each with whether it is learned; they are encoded apart."""

@@ -1,35 +1,46 @@
-"""Associative recall: texts of pairs and questions, made on the spot and the same everywhere."""
+"""Associative recall: texts of letters and their values, made on the spot and alike everywhere."""
 
 import hashlib
-from collections.abc import Sequence
-from string import ascii_letters
+from string import ascii_lowercase, ascii_uppercase
 
-NUM_TEXTS = 1 << 15
-NUM_PAIRS = 32
-NUM_ASKED = 31
-TEXT_BYTES = 2 * NUM_PAIRS + 1 + 2 * NUM_ASKED  # a row of 128 tokens holds one and its end
+NUM_TEXTS = 1 << 16
+NUM_PAIRS = 63
+FEWEST = 2  # letters of a text; some have all of the alphabet
+TEXT_BYTES = 2 * NUM_PAIRS + 1  # a row of 128 tokens holds one and its end
 
 
 def recall_turns(number: int) -> list[tuple[str, str]]:
     """Prompts and answers, one behind another, of the text with this number.
 
-    The first prompt names the value of each of NUM_PAIRS letters and asks for one of them, the
-    others ask for one more each: aQbZ:b is answered by Z. Letters, values and what is asked are
-    without repetition, and drawn from the number alone.
-    Source: Arora et al. 2023, arXiv:2312.04927, section 3 (multi-query associative recall).
+    A text has some small letters, each of which stands for a large one. It is a colon and pairs of
+    a letter, drawn anew each time, and what that stands for: where a letter was named before, its
+    value is an answer, as Z is in :aQbZcRb. How many letters, which and in what order is drawn from
+    the number alone. Texts of few letters teach what those of many ask for.
+    Source: Arora et al. 2023, arXiv:2312.04927, section 3 (multi-query associative recall), here
+    with questions among the pairs.
     """
-    rest = int.from_bytes(hashlib.blake2b(b"recall %d" % number).digest(), "big")
+    rest = int.from_bytes(hashlib.shake_128(b"recall %d" % number).digest(96), "big")
 
-    def drawn(choices: Sequence[str], count: int) -> list[str]:
+    def drawn(choices: int) -> int:
         nonlocal rest
-        left, chosen = list(choices), []
-        for _ in range(count):
-            rest, place = divmod(rest, len(left))
-            chosen.append(left.pop(place))
-        return chosen
+        rest, place = divmod(rest, choices)
+        return place
 
-    keys, values = drawn(ascii_letters, NUM_PAIRS), drawn(ascii_letters, NUM_PAIRS)
-    pairs = [key + value for key, value in zip(keys, values, strict=True)]
-    asked = drawn(pairs, NUM_ASKED)
-    fronts = ["".join(pairs) + ":", *[""] * (NUM_ASKED - 1)]
-    return [(front + pair[0], pair[1]) for front, pair in zip(fronts, asked, strict=True)]
+    letters, values = list(ascii_lowercase), list(ascii_uppercase)
+    num_letters = FEWEST + drawn(len(letters) - FEWEST + 1)
+    value_of = {}
+    for _ in range(num_letters):
+        letter = letters.pop(drawn(len(letters)))
+        value_of[letter] = values.pop(drawn(len(values)))
+    own, named, turns, prompt = list(value_of), [], [], ":"
+    for place in range(NUM_PAIRS):
+        is_last = place == NUM_PAIRS - 1
+        letter = named[drawn(len(named))] if is_last else own[drawn(num_letters)]
+        prompt += letter
+        if letter in named:
+            turns.append((prompt, value_of[letter]))
+            prompt = ""
+        else:
+            named.append(letter)
+            prompt += value_of[letter]
+    return turns

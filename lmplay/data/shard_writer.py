@@ -126,14 +126,15 @@ class Writer:
         ids = iter(self._tokenizer.encode_batch([text for parts in texts for text, _ in parts]))
         end = np.array([self._tokenizer.end], self._buffer.dtype)
         pieces, learned, lengths = [], [], []
-        for parts in texts:
+        for document, parts in zip(documents, texts, strict=True):
             made = [next(ids) for _ in parts]
             pieces += [*made, end]
             for part, (_, is_on) in zip(made, parts, strict=True):
                 learned.append(np.full(len(part), is_on, np.uint8))
-            learned.append(np.ones(1, np.uint8))
+            learned.append(np.full(1, document.learn_end, np.uint8))
             lengths.append(sum(map(len, made)) + 1)
-        everywhere = all(is_on for parts in texts for _, is_on in parts)
+        everywhere = all(each.learn_end for each in documents)
+        everywhere = everywhere and all(is_on for parts in texts for _, is_on in parts)
         return Encoded(
             documents,
             tokens=np.concatenate(pieces).astype(self._buffer.dtype, copy=False),

@@ -240,4 +240,4 @@ def _span(dataset: Dataset, source: Iterable[Document]) -> Iterator[Document]:
 
 def _recalled(_, number: int) -> Document:
     (prompt, truth), *turns = recall_turns(number)
-    return Document(prompt, truth, number, tuple(turns))
+    return Document(prompt, truth, number, tuple(turns), learn_end=False)

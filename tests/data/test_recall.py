@@ -4,7 +4,7 @@ import pytest
 
 from lmplay.data import sources as text
 from lmplay.data.batches import open_data
-from lmplay.data.recall import NUM_ASKED, NUM_PAIRS, TEXT_BYTES, recall_turns
+from lmplay.data.recall import FEWEST, NUM_PAIRS, TEXT_BYTES, recall_turns
 from lmplay.data.sources import documents, expected_bytes, source_fingerprint
 from lmplay.plan import Dataset
 from lmplay.plan_file import read_plan
@@ -12,35 +12,49 @@ from lmplay.plan_file import read_plan
 RECALL = Dataset(builtin="recall")
 
 
-@pytest.mark.parametrize("number", [0, 7, 32_767])
-def test_every_question_is_answered_by_the_pair_that_it_names(number):
-    (first, _), *others = turns = recall_turns(number)
-    pairs, colon, asked = first.partition(":")
-    values = {pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)}
-    keys = [asked, *(prompt for prompt, _ in others)]
+def text_of(number: int) -> str:
+    return "".join(prompt + answer for prompt, answer in recall_turns(number))
 
-    assert colon and len(values) == len(set(values.values())) == NUM_PAIRS
-    assert len(set(keys)) == NUM_ASKED
-    assert [values[key] for key in keys] == [answer for _, answer in turns]
+
+@pytest.mark.parametrize("number", [0, 3, 7, 65_535])
+def test_every_letter_named_before_is_a_question_and_has_the_answer_it_had(number):
+    values: dict[str, str] = {}
+    expected = []
+    for letter, value in zip(text_of(number)[1::2], text_of(number)[2::2], strict=True):
+        expected += [value] if letter in values else []
+        assert values.setdefault(letter, value) == value
+
+    assert [answer for _, answer in recall_turns(number)] == expected
+    assert "".join(values).islower() and "".join(values.values()).isupper()
+    assert len(set(values.values())) == len(values)
 
 
 def test_texts_are_the_same_everywhere_and_no_two_alike():
-    texts = ["".join(prompt + answer for prompt, answer in recall_turns(n)) for n in range(500)]
+    texts = [text_of(number) for number in range(500)]
 
     assert len(set(texts)) == 500
     assert {len(t) for t in texts} == {TEXT_BYTES}
-    assert texts[3].startswith(
-        "jyXAZjGEszlFIspGmCHBdKueFaVboZDlTMvkxICqhNwDMJYortQWqXEdPutYkrRw:rt"
-    )
+    assert texts[3].startswith(":pUpUrIpUpUrIrIrIpUrIrIpUpUrI")
+
+
+def test_texts_have_few_letters_and_many_and_a_guess_among_their_values_is_one_in_seven():
+    num_letters, guesses = [], []
+    for number in range(3000):
+        named = text_of(number)[1::2]
+        num_letters.append(len(set(named)))
+        guesses += [1 / len(set(named[:i])) for i in range(NUM_PAIRS) if named[i] in named[:i]]
+
+    assert (min(num_letters), max(num_letters)) == (FEWEST, 26)
+    assert sum(num_letters) / 3000 == pytest.approx(13.3, abs=0.4)  # 26 are seldom all drawn
+    assert sum(guesses) / len(guesses) == pytest.approx(0.143, abs=0.003)
 
 
 def test_letters_and_what_they_stand_for_have_nothing_to_do_with_one_another():
-    firsts = [recall_turns(n)[0] for n in range(2000)]
-    same = sum(prompt[-1] == answer for prompt, answer in firsts)
-    places = [prompt[: 2 * NUM_PAIRS : 2].index(prompt[-1]) for prompt, _ in firsts]
+    pairs = [text_of(number)[1:3] for number in range(2000)]
+    same = sum(pair[0].upper() == pair[1] for pair in pairs)
 
-    assert same < 100  # one in 52 by chance
-    assert abs(sum(places) / 2000 - (NUM_PAIRS - 1) / 2) < 1
+    assert same < 120  # one in 26 by chance
+    assert len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs}) == 26
 
 
 def test_a_text_is_learned_where_it_answers_and_held_out_by_itself(monkeypatch):
@@ -50,13 +64,14 @@ def test_a_text_is_learned_where_it_answers_and_held_out_by_itself(monkeypatch):
 
     assert sorted(d.row for side in sides for d in side) == list(range(400))
     assert 10 < len(sides[1]) < 90
-    assert [is_on for _, is_on in parts] == [False, True] * NUM_ASKED
+    assert [is_on for _, is_on in parts] == [False, True] * (len(parts) // 2)
     assert "".join(part for part, _ in parts) == sides[0][0].text
+    assert not any(document.learn_end for side in sides for document in side)
     assert expected_bytes(RECALL) == 400 * TEXT_BYTES
     assert source_fingerprint(RECALL) != source_fingerprint(Dataset(builtin="python-stdlib"))
 
 
-def test_a_row_of_the_plan_is_a_text_and_its_end(tmp_path, monkeypatch):
+def test_a_row_of_the_plan_is_a_text_of_which_the_answers_alone_are_scored(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "NUM_TEXTS", 200)
     monkeypatch.setenv("LMP_DATASETS", str(tmp_path))
     tokenizer, data = open_data(read_plan("recall"), 0, lambda note: None)
@@ -64,7 +79,9 @@ def test_a_row_of_the_plan_is_a_text_and_its_end(tmp_path, monkeypatch):
     data.close()
 
     for tokens_T, targets_T in zip(batch.tokens_BT, batch.targets_BT, strict=True):
-        scored = targets_T[targets_T >= 0].tolist()
-        pairs = tokenizer.decode(tokens_T[1:65].tolist())
-        assert len(pairs) == 64 and tokens_T[0] == tokenizer.end
-        assert len(scored) == NUM_ASKED + 1 and scored[-1] == tokenizer.end
+        row = tokenizer.decode(tokens_T[1:].tolist())
+        asked = [i for i in range(1, TEXT_BYTES, 2) if row[i] in row[1:i:2]]
+        scored_T = targets_T >= 0
+        assert tokens_T[0] == tokenizer.end and len(row) == TEXT_BYTES
+        assert [i - 1 for i in scored_T.nonzero().flatten().tolist()] == asked
+        assert tokenizer.decode(targets_T[scored_T].tolist()) == "".join(row[i + 1] for i in asked)
