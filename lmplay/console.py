@@ -4,6 +4,7 @@ import atexit
 import errno
 import gc
 import json
+import os
 import re
 import signal
 import sys
@@ -20,7 +21,7 @@ from rich.text import Text
 from typer import Option
 from typer.exceptions import TyperException
 
-from lmplay.errors import BAD_INPUT, UserError
+from lmplay.errors import UserError
 from lmplay.machine import DEVICES, PRECISIONS, known_device, known_precision
 from lmplay.streams import UNWRITABLE, Stderr, flush_streams, open_streams
 
@@ -213,23 +214,30 @@ def run_app(app: typer.Typer) -> None:
         _tell(error)
         sys.exit(error.code)
     except OSError as error:
-        if error.errno in _OF_A_NAME and error.filename:
-            problem = f"{str(error.filename)!r}: {error.strerror}"
-            _tell(UserError(problem, hint="choose another name or place"))
-            sys.exit(BAD_INPUT)
-        if error.errno in _NO_LOCKS:
-            hint = "choose a local disk: --out-dir for runs, LMP_DATASETS for the cache of text"
-            _tell(UserError(f"this file system has no locks: {error.strerror}", hint=hint))
-        elif error.errno in UNWRITABLE:
-            problem = f"cannot write {error.filename or 'the output'}: {error.strerror}"
-            _tell(UserError(problem, hint="make room; nothing that was saved is lost"))
-        else:
+        if (told := in_words(error)) is None:
             raise
-        sys.exit(1)
+        _tell(told)
+        sys.exit(told.code)
     finally:
         flush_streams()
         # what is left to do is no work: a Ctrl-C ends it, without a traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+def in_words(error: OSError) -> UserError | None:
+    """What an error of the operating system is to the user; None where it is our mistake."""
+    name = error.filename and str(error.filename)
+    if error.errno in _OF_A_NAME and name:
+        return UserError(f"{name!r}: {error.strerror}", hint="choose another name or place")
+    if error.errno == errno.ENOENT and name and os.path.islink(name):
+        return UserError(f"{name!r} is a link that leads nowhere", hint="take it out of there")
+    if error.errno in _NO_LOCKS:
+        hint = "choose a local disk: --out-dir for runs, LMP_DATASETS for the cache of text"
+        return UserError(f"this file system has no locks: {error.strerror}", hint, code=1)
+    if error.errno in UNWRITABLE:
+        problem = f"cannot write {name or 'the output'}: {error.strerror}"
+        return UserError(problem, "make room; nothing that was saved is lost", code=1)
+    return None
 
 
 def _flush() -> None:

@@ -24,9 +24,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     is replaced passes on its mode; a link stays one.
 
     Raises:
-        OSError: the disk is full or fails, or the folder is missing or cannot be written.
+        OSError: the disk is full or fails, the folder is missing or cannot be written, or `path`,
+            which the error names, is a folder, a device or a pipe.
     """
-    path = path.resolve()
+    named, path = str(path), path.resolve()
+    if path.exists() and not path.is_file():  # a device, which a link may lead to, is not replaced
+        raise PermissionError(errno.EPERM, "it is there, and no file", named)
     temporary = _beside(path)
     try:
         with open(temporary, "xb") as file:
@@ -39,8 +42,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         reach("file.rename")
         os.replace(temporary, path)
         reach("file.published")
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, named) from None  # what the user knows of
         raise
     sync_folder(path.parent)
 

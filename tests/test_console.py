@@ -126,6 +126,17 @@ def test_a_file_system_without_locks_says_what_to_do(monkeypatch, capsys):
     assert code == 1 and "no locks" in said and "LMP_DATASETS" in said and "--out-dir" in said
 
 
+def test_a_link_that_leads_nowhere_is_named_and_a_missing_file_of_ours_is_our_mistake(
+    monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "link").symlink_to("nowhere")
+    code, said = refused_by(lambda **_: (tmp_path / "link").read_text(), [], monkeypatch, capsys)
+
+    assert code == 2 and "link' is a link that leads nowhere" in said
+    with pytest.raises(FileNotFoundError):
+        refused_by(lambda **_: (tmp_path / "ours").read_text(), [], monkeypatch, capsys)
+
+
 def test_control_characters_of_a_damaged_file_never_reach_the_terminal(monkeypatch, capsys):
     def app(**_):
         raise console.UserError("it begins with \x1b[2J", hint="see a\x07")

@@ -60,6 +60,29 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, error):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+
+    with pytest.raises(PermissionError, match="no file"):
+        write_text(tmp_path / "link", "text")
+
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "full").touch()
+    (tmp_path / "link").symlink_to("nowhere/a.txt")
+    for path in (tmp_path / "folder", tmp_path / "nowhere" / "a.txt", tmp_path / "link"):
+        with pytest.raises(OSError) as caught:
+            write_text(path, "text")
+        assert caught.value.filename == str(path) and "->" not in str(caught.value)
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "a.txt"):
+        raise OSError(28, "No space left on device")  # as writing says it, without a name
+    assert caught.value.filename == str(tmp_path / "a.txt")
+
+
 def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
     recorded = Recorded(monkeypatch)
 

@@ -13,21 +13,39 @@ from lmplay.roots import files, looks_like_path
 def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[str, Entry]:
     """Every experiment and variant that can be found, by name; files come before their variants.
 
+    A name that two files give a variant means neither: the copy of an experiment has its variants
+    too, and must not take their names away. A file's own name comes before a variant's.
+
     Args:
-        refused: gets the error of each file that cannot be listed: its head is not Python, or it
-            claims a name that an earlier file has. The others are listed all the same.
+        refused: gets the error of each file and variant that cannot be listed: its head is not
+            Python, or its name means two things or cannot be typed. The rest is listed.
     """
-    found: dict[str, Entry] = {}
+    claims: dict[str, list[Entry]] = {}
     for path in files("experiments", ".py").values():
         try:
-            new = {entry.name: entry for entry in read_file(path, head_only=True)}
-            for name in new.keys() & found.keys():
-                raise UserError(f"{path} names {name!r}, as {found[name].path} does", "rename one")
+            _refuse_unsayable(path)
+            new = read_file(path, head_only=True)
         except UserError as error:
             refused(error)
         else:
-            found.update(new)
+            for entry in new:
+                claims.setdefault(entry.name, []).append(entry)
+    found: dict[str, Entry] = {}
+    for name, claimed in claims.items():
+        named = [entry for entry in claimed if entry.file == name] or claimed
+        if len(named) == 1:
+            found[name] = named[0]
+        if len(claimed) > 1:
+            both = " and ".join(str(entry.path) for entry in claimed[:2])
+            refused(UserError(f"{both} both name {name!r}", hint="rename one of them"))
     return found
+
+
+def _refuse_unsayable(path: Path) -> None:
+    """Raise a UserError where --exp, a list of names, cannot mean the file by its name."""
+    stem = path.stem
+    if "," in stem or stem.partition(":")[0] == "list" or not stem.isprintable():
+        raise UserError(f"--exp cannot name {str(path)!a}", hint="rename the file")
 
 
 def resolve(text: str) -> Entry:
@@ -56,9 +74,14 @@ def resolve(text: str) -> Entry:
 def _named(text: str, known: dict[str, Entry]) -> Entry:
     if text in known:
         return next(entry for entry in read_file(known[text].path) if entry.name == text)
-    unlisted = files("experiments", ".py")
-    if text in unlisted:
-        return read_file(unlisted[text])[0]  # which says what is wrong with it
+    there = files("experiments", ".py")
+    if text in there:
+        return read_file(there[text])[0]  # which says what is wrong with it
+    unlisted: list[UserError] = []
+    entries(unlisted.append)
+    for error in unlisted:
+        if error.problem.endswith(f"both name {text!r}"):
+            raise error
     hint = nearest(text, known) + "--exp list shows them all"
     raise UserError(f"no experiment called {text!r}", hint=hint)
 

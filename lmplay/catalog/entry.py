@@ -10,6 +10,7 @@ from pathlib import Path
 from lmplay.errors import UserError
 
 _HEAD = re.compile(r".*?(?=^(?:@dataclass\b[^\n]*\n)?class Config\b)", re.DOTALL | re.MULTILINE)
+_MOST_BYTES = 1_000_000  # fifty times the largest so far
 _OFFERS = re.compile(r"^(?:VARIANTS|TINY)\b", re.MULTILINE)
 
 
@@ -70,6 +71,8 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
     if path.exists() and not path.is_file():  # a folder; or a pipe, which one would wait for
         raise UserError(f"{path} is no file")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path} is too large: an experiment has {_MOST_BYTES:,} bytes at most")
         source = path.read_text(encoding="utf-8-sig")  # some editors write a mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
@@ -80,10 +83,20 @@ def read_file(path: Path, head_only: bool = False) -> list[Entry]:
 
 def read_source(source: str, path: Path, head_only: bool = False) -> list[Entry]:
     """As `read_file`, for source that is already at hand; `path` gives the name."""
-    return list(_read(source, path, head_only))
+    found = _read_or_refused(source, path, head_only)
+    if isinstance(found, UserError):
+        raise UserError(found.problem, found.hint)
+    return list(found)
 
 
-@lru_cache(maxsize=512)  # a stack looks at the same few files again and again
+@lru_cache(maxsize=512)  # a stack looks at the same few files again and again, broken ones too
+def _read_or_refused(source: str, path: Path, head_only: bool) -> tuple[Entry, ...] | UserError:
+    try:
+        return _read(source, path, head_only)
+    except UserError as error:
+        return error
+
+
 def _read(source: str, path: Path, head_only: bool) -> tuple[Entry, ...]:
     try:
         tree = _parsed_head(source) if head_only else ast.parse(source)
@@ -108,6 +121,17 @@ def _read(source: str, path: Path, head_only: bool) -> tuple[Entry, ...]:
     }
     named = {path.stem: {}, **variants}
     return tuple(Entry(name=name, variant=values, **common) for name, values in named.items())
+
+
+def is_of(value: object, annotation: str) -> bool:
+    """Whether a JSON value is of this type; true where the annotation is none of JSON's."""
+    known = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+    words = annotation.split(" | ")
+    if not set(words) <= known.keys():
+        return True
+    if isinstance(value, bool):
+        return "bool" in words
+    return any(isinstance(value, known[word]) for word in words)
 
 
 def definitions(source: str) -> dict[str, str]:

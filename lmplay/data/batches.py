@@ -40,6 +40,7 @@ from lmplay.plan import FEW_HELD_OUT, Plan, Stage
 # B rows, T positions
 
 _EXAMPLE_TOKENS = 64  # of a prompt, and of what follows it
+_WELL_FILLED = 0.9  # of the places in all rows
 _FEW_LEARNED = 0.1  # of the tokens of a budget: hardly what was asked for
 
 
@@ -134,6 +135,11 @@ class Data:
                         f"{name} has {shards.num_tokens - 1:,} tokens to train on, fewer than the "
                         f"{plan.max_len:,} of a row",
                         hint="give it more text, or the plan shorter rows: --set sequence_length=N",
+                    )
+                if (filled := _share_filled(shards, plan.max_len)) < _WELL_FILLED:
+                    note(
+                        f"{name}: only {filled:.0%} of the places in its rows hold text, for it "
+                        "ends early in the last; a budget of tokens counts them all"
                     )
                 if (learned := _share_learned(shards)) < 0.5:
                     note(
@@ -401,6 +407,14 @@ def _refuse_few_learned(plan: Plan, shares: Iterable[float]) -> None:
             hint="--set tokens=null trains for the plan's epochs instead; "
             f"--set datasets.{first}.learn_prompt=true learns the prompts too",
         )
+
+
+def _share_filled(shards: Shards, length: int) -> float:
+    """Of the places in an epoch's rows; 1 where the text still grows."""
+    if shards.num_tokens is None:
+        return 1.0
+    num_targets = shards.num_tokens - 1
+    return num_targets / (math.ceil(num_targets / length) * length)
 
 
 def _share_learned(shards: Shards) -> float:

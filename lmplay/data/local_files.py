@@ -15,6 +15,7 @@ from typing import TextIO
 from lmplay.errors import UserError, nearest
 
 PASSAGE = 16 * 1024  # characters
+_LONGEST_ROW = 1 << 20  # characters of a line that is looked at
 # a whole name, or one of a numbered set: "Train Dreams.txt" is a book
 _SPLIT = re.compile(r"(train|test|validation|valid|val)(-[0-9]+-of-[0-9]+)?", re.IGNORECASE)
 _CANONICAL = {"valid": "validation", "val": "validation"}
@@ -102,13 +103,29 @@ def source_files(paths: list[str], held_out: str | None = None) -> list[SourceFi
             if all(file.left_out for file in inside):  # a folder of READMEs is a text too
                 inside = [replace(f, left_out=_no_text(f)) for f in inside if f.path.is_file()]
             if all(file.left_out for file in inside):
-                raise UserError(f"the folder {text} holds no text")
+                why = [f"{file.path.name}: {file.left_out}" for file in inside[:3]]
+                raise UserError(f"the folder {text} holds no text", hint="; ".join(why))
             found += inside
         else:
             found.append(SourceFile(path, _split_name(path.name, held_out)))
+    found = _once(found)
     if not of_split(found, "train") and not any(Path(p).expanduser().is_dir() for p in paths):
-        return [SourceFile(file.path, None) for file in found]
+        return [replace(file, split=None) for file in found]
     return found
+
+
+def _once(files: list[SourceFile]) -> list[SourceFile]:
+    """The files, of which those that are another one under a further name are left out."""
+    first: dict[str, SourceFile] = {}
+    for file in files:
+        if file.left_out is None:
+            first.setdefault(os.path.realpath(file.path), file)
+    return [
+        file
+        if file.left_out or (known := first[os.path.realpath(file.path)]) is file
+        else replace(file, left_out=f"it is {known.path}")
+        for file in files
+    ]
 
 
 def existing(text: str) -> Path:
@@ -200,6 +217,20 @@ def passages(file: TextIO) -> Iterator[str]:
             rest = rest[cut:]
     if rest:
         yield rest
+
+
+def rows_in_text(file: SourceFile) -> str | None:
+    """What a file holds that is read as plain text though it is rows, and how to read these."""
+    if file.kind != "text":
+        return None
+    if {".csv", ".tsv"} & {suffix.lower() for suffix in file.path.suffixes[-2:]}:
+        return "a table: its columns are read of .jsonl and .parquet"
+    try:
+        with _open(file.path) as opened:
+            first = json.loads(opened.readline(_LONGEST_ROW))
+    except (UserError, OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return None  # reading it says what is wrong
+    return "lines of JSON: call it .jsonl" if isinstance(first, dict) else None
 
 
 def _beside(path: Path) -> str:
@@ -356,14 +387,19 @@ def _json_rows(file: TextIO, place: Place) -> Iterator[dict]:
 
 def _json_hint(place: Place, line: str) -> str:
     """The command that makes lines of a list, or of objects that go over several lines."""
-    objects = {"[": "'.[]'", "{": "."}.get(line[:1])
+    objects = {"[": ".[]", "{": "."}.get(line[:1])
     if place.number > 1 or not objects or not line.rstrip().endswith(("[", "{", ",", "]")):
         return "one object a line is needed; mend that line or take it out"
-    path = Path(str(place.source))
+    return jq_command(Path(str(place.source)), objects)
+
+
+def jq_command(path: Path, objects: str) -> str:
+    """How to make one object a line of what jq calls `objects` in a file."""
     old, new = (shlex.quote(str(p)) for p in (path, path.with_name(f"{path.stem}.lines.jsonl")))
-    read = f"gzip -dc {old} | jq -c {objects}"
+    wanted = shlex.quote(objects)
+    read = f"gzip -dc {old} | jq -c {wanted}"
     if path.suffix.lower() != ".gz":
-        read = f"jq -c {objects} {old}"
+        read = f"jq -c {wanted} {old}"
     return f"one object a line is needed: {read} > {new}, and name that"
 
 

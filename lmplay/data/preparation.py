@@ -26,6 +26,7 @@ from lmplay.data.sources import (
     held_out_fraction,
     is_fraction_known,
     source_fingerprint,
+    syntax_in_words,
 )
 from lmplay.data.tokenizers import Tokenizer
 from lmplay.disk import TEMPORARY
@@ -77,8 +78,9 @@ def prepare(
     """
     if dataset.shards is not None:
         return open_foreign(dataset, name, tokenizer, validation)
-    if line := files_in_words(dataset):
-        note(f"{name}: {line}")
+    for line in (files_in_words(dataset), syntax_in_words(dataset)):
+        if line is not None:
+            note(f"{name}: {line}")
     if not is_fraction_known(dataset, validation.fraction):
         note_download(dataset, name, note)
     fraction = held_out_fraction(dataset, validation.fraction)

@@ -1,7 +1,10 @@
 """Rows to documents: which columns hold the text, the prompt and what is learned."""
 
+import json
+from contextlib import suppress
+
 from lmplay.data.document import Document
-from lmplay.data.local_files import Place
+from lmplay.data.local_files import Place, jq_command
 from lmplay.data.tokenizers import valid
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Dataset
@@ -49,6 +52,7 @@ class Renderer:
 
     def __call__(self, row: dict, number: int) -> Document | None:
         if not self._known:
+            self._refuse_a_wrapper(row)
             self.needed(list(row))
         if row.keys().isdisjoint(self._learned):
             raise UserError(
@@ -66,6 +70,16 @@ class Renderer:
         if not (prompt if truth is None else truth).strip():
             return None
         return Document(valid(prompt), truth if truth is None else valid(truth), number)
+
+    def _refuse_a_wrapper(self, row: dict) -> None:
+        """Raise a UserError where the rows are a list inside of what seems to be the first one."""
+        if any(columns_of(self._dataset)) or {"messages", "prompt", "text"} & row.keys():
+            return
+        for key, value in row.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                path = getattr(self._where, "source", None)
+                hint = jq_command(path, f".[{json.dumps(key)}][]") if path else _NAME_COLUMNS
+                raise UserError(f"{self._where}: the rows seem to be inside of {key!r}", hint=hint)
 
     def _detect(self, names: list[str]) -> None:
         if "messages" in names:
@@ -99,11 +113,10 @@ class Renderer:
     def _chat(self, row: dict) -> tuple[str, str]:
         """All before the last assistant turn, and that turn; what follows it is left out."""
         turns = row.get(self._messages) or []
-        if isinstance(turns, dict):  # a table of columns, as older datasets give it
-            turns = [
-                dict(zip(turns, values, strict=True))
-                for values in zip(*turns.values(), strict=True)
-            ]
+        if isinstance(turns, dict) and all(isinstance(v, list) for v in turns.values()):
+            with suppress(ValueError):  # a table of columns, as older datasets give it
+                rows = list(zip(*turns.values(), strict=True))
+                turns = [dict(zip(turns, values, strict=True)) for values in rows]
         if not isinstance(turns, list) or not all(
             isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns
         ):

@@ -180,9 +180,9 @@ class Writer:
             where = ", ".join(self._about.get("files") or [self._about.get("dataset", "")])
             raise UserError(
                 f"no text is left in {where} for {self._about.get('split')}",
-                hint="two records are needed, one to train on and one to hold out: rows, or "
-                "passages of 16,384 characters of plain text; or name the text to hold out with "
-                "--validation-data",
+                hint="two different records are needed, one to train on and one to hold out: rows, "
+                "or passages of 16,384 characters of plain text; or name the text to hold out with "
+                "--validation-data. Rows without text, and chats without an assistant, are none",
                 code=NO_DATA,
             )
         self._about = {**self._about, **facts}

@@ -8,7 +8,14 @@ from typing import Literal
 
 from lmplay.data.document import Document
 from lmplay.data.hub import hub_rows
-from lmplay.data.local_files import Place, SourceFile, file_rows, of_split, source_files
+from lmplay.data.local_files import (
+    Place,
+    SourceFile,
+    file_rows,
+    of_split,
+    rows_in_text,
+    source_files,
+)
 from lmplay.data.python_library import library, library_fingerprint, source_code
 from lmplay.data.recall import NUM_TEXTS, TEXT_BYTES, recall_turns
 from lmplay.data.rendering import Renderer, columns_of
@@ -181,6 +188,11 @@ def _files(dataset: Dataset, split: Split) -> list[SourceFile]:
     if found or (split == "validation" and dataset.validation_split is None):
         return found
     names = ", ".join(dataset.files or [])
+    if split == "train" and dataset.validation_files is not None:
+        raise UserError(
+            f"nothing of {names} is left to train on: all of it is named to be held out",
+            hint="hold out another text; without --validation-data a share of it is held out",
+        )
     if split == "train":
         raise UserError(
             f"{names} holds only files to test or validate with",
@@ -221,6 +233,13 @@ def files_in_words(dataset: Dataset) -> str | None:
     parts += [f"holds out {_some(held_out)}"] if held_out else []
     parts += [f"left out: {_some(found)} ({reason})" for reason, found in reasons.items()]
     return "; ".join(parts)
+
+
+def syntax_in_words(dataset: Dataset) -> str | None:
+    """One line on a file of which more than text is learned: its commas and quotes too."""
+    files = _files(dataset, "train") if dataset.files is not None else []
+    found = next(((file, told) for file in files if (told := rows_in_text(file))), None)
+    return found and f"{found[0].path.name} is read as plain text, but holds {found[1]}"
 
 
 def _some(files: list[SourceFile]) -> str:

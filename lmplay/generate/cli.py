@@ -267,7 +267,11 @@ def _decoded(data: bytes, name: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         kind = encoding.upper().removesuffix("-SIG")
-        raise UserError(f"{name} is not {kind} text: {error.reason}, byte {error.start}") from None
+        problem = f"{name} is not {kind} text: {error.reason}, byte {error.start}"
+        raise UserError(problem, hint="convert it first: iconv -f latin1 -t utf-8") from None
+    if "\0" in text:
+        problem = f"{name} holds no text: it is binary, with a NUL byte"
+        raise UserError(problem, hint="UTF-16 without a mark: iconv -f utf-16le -t utf-8")
     return _as_trained(text).removesuffix("\n")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
+from lmplay.console import in_words
 from lmplay.errors import UserError
 from lmplay.train.display import Display
 from lmplay.train.signals import Stopped
@@ -145,5 +146,8 @@ def _run_and_reply(
     except SystemExit as stop:
         proxy.send("stopped", stop.code)
     except BaseException as error:
-        proxy.note(traceback.format_exc())
-        proxy.send("error", f"{type(error).__name__}: {error}", "", 1)
+        told = in_words(error) if isinstance(error, OSError) else None
+        if told is None:
+            proxy.note(traceback.format_exc())
+            told = UserError(f"{type(error).__name__}: {error}", code=1)
+        proxy.send("error", told.problem, told.hint, told.code)

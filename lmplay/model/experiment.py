@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from lmplay.catalog.entry import Entry, read_source
+from lmplay.catalog.entry import Entry, is_of, read_source
 from lmplay.errors import UserError, nearest
 from lmplay.model.initialization import with_own_streams
 
@@ -73,6 +73,8 @@ class Experiment:
                 hint = nearest(key, self.fields) + "--describe shows the fields"
                 raise UserError(f"{self.entry.file} has no Config value {key!r}", hint=hint)
         for key, value in values.items():
+            if not is_of(value, wanted := self.entry.fields.get(key, "")):
+                raise UserError(f"{self.name}: {key} should be {wanted}, not {value!r:.60}")
             if type(value) is float and not math.isfinite(value):
                 raise UserError(f"{self.name}: {key}={value} is no finite number")
             if type(value) is not int:

@@ -6,7 +6,7 @@ Later ones win: an experiment's file, the plan, the variant, what the command ch
 import json
 from dataclasses import dataclass
 
-from lmplay.catalog.entry import Entry
+from lmplay.catalog.entry import Entry, is_of
 from lmplay.errors import UserError, nearest
 from lmplay.plan import Plan, has_key
 
@@ -74,7 +74,7 @@ def refuse_unfit(entry: Entry, plan: Plan, changes: dict[str, object]) -> None:
                 hint="change the tokenizer, such as --set tokenizer=bpe:8192",
             )
     for key, value in (plan.model | changes).items():
-        if not _is_of(value, entry.fields.get(key, "")):
+        if not is_of(value, entry.fields.get(key, "")):
             where = f"--set {key}" if key in changes else f"plan {plan.name}: model.{key}"
             problem = f"{where} should be {entry.fields[key]}, not {json.dumps(value)}"
             raise UserError(problem, hint="--describe shows the fields")
@@ -93,14 +93,3 @@ def _parsed(text: str) -> tuple[str, object]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _is_of(value: object, annotation: str) -> bool:
-    """Whether a JSON value is of this type; true where the annotation is none of JSON's."""
-    known = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-    words = annotation.split(" | ")
-    if not set(words) <= known.keys():
-        return True
-    if isinstance(value, bool):
-        return "bool" in words
-    return any(isinstance(value, known[word]) for word in words)

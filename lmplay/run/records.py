@@ -63,7 +63,7 @@ class Record:
         Raises:
             UserError: the file is no record.
         """
-        data = path.read_bytes() if path.exists() else b""
+        data = _bytes_of(path) if path.exists() else b""
         header, _, _ = data.partition(b"\n")
         if b"\n" in data:
             self.columns = _columns_of(header, path)
@@ -125,8 +125,14 @@ def read_rows(path: Path) -> list[Row]:
 
 def whole_lines(path: Path) -> bytes:
     """What the file holds up to its last end of a line."""
-    data = path.read_bytes()
+    data = _bytes_of(path)
     return data[: data.rfind(b"\n") + 1]
+
+
+def _bytes_of(path: Path) -> bytes:
+    if not path.is_file():  # a device or a pipe may never end
+        raise damaged(path, "it is no file")
+    return path.read_bytes()
 
 
 def damaged(path: Path, why: str) -> UserError:

@@ -469,17 +469,20 @@ def _write(name: str, path: Path) -> None:
         raise UserError(f"{path} is there already", hint="choose another name")
     if path.suffix != ".py":
         raise UserError(f"--write {path}: an experiment is a .py file", hint=f"--write {path}.py")
+    conflict = None
+    try:
+        source = catalog.resolve(name).source
+    except Conflict as found:
+        conflict, source = found, found.merged
     try:
         make_folder(path.parent)
+        write_text(path, source)
     except OSError as error:
-        hint = "choose another place"
+        hint = "choose another place, or make room"
         raise UserError(f"cannot write {path}: {error.strerror}", hint) from None
-    try:
-        write_text(path, catalog.resolve(name).source)
-    except Conflict as conflict:
-        write_text(path, conflict.merged)
+    if conflict:
         hint = f"settle the places between <<<<<<< and >>>>>>> in {path}"
-        raise UserError(conflict.problem, hint=hint) from None
+        raise UserError(conflict.problem, hint=hint)
     note(f"wrote {path}; lmp-trainer --exp {quote(str(path))} --check proves it")
 
 

@@ -8,6 +8,7 @@ import pytest
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import definitions, read_file
 from lmplay.errors import UserError
+from lmplay.roots import bundled_root
 
 IDEA = '''"""Idea: one line.
 
@@ -140,14 +141,36 @@ def test_a_list_of_the_bundled_files_says_what_they_say():
     assert listed == [entry for path in paths for entry in read_file(path)]
 
 
-def test_of_two_files_that_claim_one_name_the_second_is_refused(root):
+def test_a_name_that_two_files_give_a_variant_means_neither(root):
     write(root, "one")
     write(root, "two")
     errors = []
     entries = catalog.entries(errors.append)
 
-    assert entries["idea_wide"].file == "one" and "two" not in entries
-    assert "two.py names 'idea_" in errors[0].problem
+    assert entries["one"].variants == entries["two"].variants
+    assert not {"idea_wide", "idea_same"} & entries.keys()
+    assert [e.problem.endswith("both name 'idea_wide'") for e in errors] == [True, False]
+    with pytest.raises(UserError, match=r"one\.py and .*two\.py both name 'idea_wide'"):
+        catalog.resolve("idea_wide")
+
+
+def test_a_copy_of_a_bundled_experiment_takes_no_name_away(root):
+    write(root, "mine", read_file(bundled_root() / "experiments" / "gpt2ish.py")[0].source)
+
+    entries = catalog.entries()
+    assert entries["gpt2ish"].path.parent == bundled_root() / "experiments"
+    assert entries["mine"].path.parent == root / "experiments"
+    with pytest.raises(UserError, match="both name 'gpt2ish_med'"):
+        catalog.resolve("gpt2ish_med")
+
+
+@pytest.mark.parametrize("name", ["a,b", "list", "list:mine", "a\nb"])
+def test_a_file_that_no_exp_can_name_is_told(root, name):
+    write(root, name)
+    errors = []
+
+    assert name not in catalog.entries(errors.append)
+    assert "--exp cannot name" in errors[0].problem and "rename" in errors[0].hint
 
 
 def test_what_a_hint_spells_is_the_experiment_that_was_meant(root):

@@ -508,6 +508,18 @@ def test_a_budget_that_would_hardly_be_trained_on_is_refused_and_its_hints_hold(
         assert Data(changed_plan(plan, change), BYTE, 0).rows(0, 4).num_targets
 
 
+@pytest.mark.parametrize(("count", "is_told"), [(3, True), (200, False)])
+def test_places_without_text_are_told_where_they_are_many(folder, count, is_told):
+    one = {**files(folder, "a", count), "validation_files": files(folder, "b", 50)["files"]}
+    notes = []
+    plan = make_plan({"a": one}, tokens=3000, sequence_length=27)
+    data = Data(plan, BYTE, 0, note=notes.append)
+
+    places = 2 * 27  # of an epoch of three records
+    assert count > 3 or round(data.rows(0, 2).num_targets / places, 2) == 0.61
+    assert any("61% of the places in its rows" in note for note in notes) == is_told
+
+
 def asking(folder, truth, **values):
     """A plan of 40 questions with the same answer."""
     rows = [{"prompt": f"what is {i} plus {i}?", "truth": truth} for i in range(40)]

@@ -20,7 +20,9 @@ from lmplay.data.local_files import (
     passages,
     source_files,
 )
+from lmplay.data.rendering import Renderer
 from lmplay.errors import UserError
+from lmplay.plan import Dataset
 
 ROWS = [{"title": f"title {i}", "text": f"text {i}\nmore é"} for i in range(700)]
 
@@ -298,6 +300,15 @@ def test_a_mark_tells_the_encoding(tmp_path, encoding, name):
     assert read(tmp_path / name) == [expected] == read(tmp_path)
 
 
+def test_a_file_with_two_names_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+
+    for paths in ([tmp_path], [tmp_path / "a.txt", tmp_path / "b.txt"], [tmp_path / "a.txt"] * 2):
+        first, second = source_files([*map(str, paths)])
+        assert first.left_out is None and "a.txt" in second.left_out
+
+
 def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("text")
@@ -360,6 +371,22 @@ def test_the_way_to_make_lines_of_json_leads_to_a_good_end(tmp_path, text, packe
 
     (made,) = [other for other in tmp_path.iterdir() if other != path]
     assert read(made) == [{"text": letter} for letter in "ab" if f'"{letter}"' in text]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_rows_inside_of_an_object_are_found_and_the_way_to_them_is_right(tmp_path):
+    path = tmp_path / "my file.jsonl"
+    path.write_text(json.dumps({"version": 1, "the data": [{"text": "a"}, {"text": "b"}]}))
+    place = Place(path)
+    render = Renderer(Dataset(files=[str(path)]), place)
+    (row,) = file_rows(SourceFile(path, None), list, place)
+    with pytest.raises(UserError, match="seem to be inside of 'the data'") as caught:
+        render(row, 0)
+    command = caught.value.hint.removeprefix("one object a line is needed: ")
+
+    subprocess.run(["bash", "-c", command.removesuffix(", and name that")], check=True)
+
+    assert read(tmp_path / "my file.lines.jsonl") == [{"text": "a"}, {"text": "b"}]
 
 
 @pytest.mark.parametrize("name", ["link", "pipe"])

@@ -491,6 +491,22 @@ def test_text_named_for_validation_is_held_out_whatever_else_is_called_so(folder
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", 'id,text\n1,"x"\n', "holds a table"),
+        ("a.txt", '{"text": "x"}\n', "holds lines of JSON: call it .jsonl"),
+        ("a.md", "3 is a number\n", None),
+    ],
+)
+def test_rows_that_are_read_as_plain_text_are_told(folder, name, text, told):
+    (folder / name).write_text(text * 4000)
+
+    _, notes = notes_of(Dataset(files=[str(folder / name)]))
+    assert [told for note in notes if "as plain text" in note] == [told] * (told is not None)
+    assert all(told in note for note in notes if "as plain text" in note)
+
+
 class Lossy(type(BYTE)):
     """Bytes without the blanks, as a tokenizer that splits at them may give them back."""
 

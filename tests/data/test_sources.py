@@ -130,6 +130,8 @@ def test_rows_that_say_nothing_are_left_out(tmp_path):
         ({"text": 3}, {}, "'text' of .* holds int"),
         ({"messages": ["hi"]}, {}, "no list of role and content"),
         ({"messages": 3}, {}, "no list of role and content"),
+        ({"messages": {"role": 5, "content": "x"}}, {}, "no list of role and content"),
+        ({"messages": {"role": ["user"], "content": []}}, {}, "no list of role and content"),
         (
             {"messages": [{"role": 3, "content": ""}, {"role": "assistant", "content": "a"}]},
             {},
@@ -240,7 +242,7 @@ def test_a_file_that_is_named_to_be_held_out_is_not_trained_on(tmp_path):
 
     assert texts(dataset) == [f"record {i}" for i in range(50)]
     assert texts(dataset, "validation") == [f"record {i}" for i in range(50, 100)]
-    with pytest.raises(UserError, match="only files to test or validate"):
+    with pytest.raises(UserError, match="all of it is named to be held out"):
         texts(dataset.model_copy(update={"files": dataset.validation_files}))
 
 

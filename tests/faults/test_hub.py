@@ -124,8 +124,8 @@ class Hub(BaseHTTPRequestHandler):
 
 BEHAVIOURS = {
     "works": lambda number, is_data: 200,
-    "busy": lambda number, is_data: 200 if number % 3 == 0 else 429,
-    "overloaded": lambda number, is_data: 200 if number % 3 == 0 else 503,
+    "busy": lambda number, is_data: 429 if number in (1, 2, 5, 12) else 200,
+    "overloaded": lambda number, is_data: 503 if number in (1, 2, 5, 12) else 200,
     "cuts": lambda number, is_data: 200,
     "stalls": lambda number, is_data: "hang",
     "freezes": lambda number, is_data: "hang" if is_data else 200,

@@ -23,9 +23,9 @@ def advance(session):
         with open("memory.jsonl", "a") as file:
             file.write(json.dumps([session.run.step, pages * 4]) + chr(10))
 
-def save(run, update):
+def save(*given):
     before = time.perf_counter()
-    saving(run, update)
+    saving(*given)
     spent[0] += time.perf_counter() - before
     spent[1] += 1
     with open("saving.json", "w") as file:
@@ -50,13 +50,13 @@ def trained_long(bench, steps: int, saves: int):
     return slope, sizes
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_memory_and_checkpoints_stay_flat_over_a_long_run(bench, figure):
-    steps = 20_000
-    slope, sizes = trained_long(bench, steps, 50)
+def test_memory_and_checkpoints_stay_flat_over_a_long_run(bench, trials, figure):
+    steps = trials(40, 20_000)
+    slope, sizes = trained_long(bench, steps, trials(4, 50))
 
-    assert abs(slope) < 100 and max(sizes) - min(sizes) < 100
+    assert len(sizes) == trials(4, 50) and max(sizes) - min(sizes) < 100
+    assert steps < 1000 or abs(slope) < 100  # in a short run what is allocated once counts
     text = f"{slope:+.1f} KB per 1,000 steps over {steps:,} steps; {len(sizes)} checkpoints of "
     figure("rss_and_file_growth", text + f"{min(sizes):,} to {max(sizes):,} bytes", slope=slope)
 
@@ -66,7 +66,7 @@ def test_memory_and_checkpoints_stay_flat_over_a_long_run(bench, figure):
 def test_checkpoints_take_a_small_share_of_training_at_the_default_cadence(bench, figure):
     command = ["--plan", "quick", "--out-dir", "quick"]
     trial = bench.command("train", *command, out="quick", setup=WATCH.format(every=10**9))
-    trial.wait()
+    assert trial.wait() == 0, trial.said()
     seconds, saves, whole = json.loads((bench.path / "saving.json").read_text())
     share = seconds / whole
 

@@ -392,10 +392,15 @@ def test_json_asks_no_one(generator):
 
 
 def test_a_prompt_that_is_no_text_is_refused(generator, tmp_path):
-    for content, kind in ((b"caf\xe9", "UTF-8"), ("a".encode("utf-16")[:-1], "UTF-16")):
+    cases = {
+        b"caf\xe9": "is not UTF-8 text: .* byte 3",
+        "a".encode("utf-16")[:-1]: "is not UTF-16 text",
+        "a".encode("utf-16-le"): "holds no text",
+    }
+    for content, told in cases.items():
         (tmp_path / "prompt.txt").write_bytes(content)
 
-        with pytest.raises(UserError, match=f"not {kind} text"):
+        with pytest.raises(UserError, match=told):
             generator("--prompt-file", tmp_path / "prompt.txt")
 
 

@@ -72,6 +72,16 @@ def test_a_failed_run_is_counted_and_the_others_go_on(place, display):
     assert requests[0].folder.read().status == "failed"
 
 
+def test_a_run_that_cannot_be_written_is_a_failure_in_words(place, display, monkeypatch):
+    folder, said = request().folder, []
+    folder.samples_md.mkdir(parents=True)
+    monkeypatch.setattr(display, "note", said.append)
+    failures = run_grid([request()], display)
+
+    assert "samples.md': Is a directory" in failures[str(folder.path)]
+    assert not any("Traceback" in text for text in said)
+
+
 def test_a_run_whose_process_is_killed_is_a_failure_and_the_others_go_on(place, display):
     (place / "experiments").mkdir()
     head = "    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:\n"

@@ -86,6 +86,13 @@ def test_a_size_that_is_none_is_a_sentence(key, value, told):
         experiment.config(vocab_size=5, **{key: value})
 
 
+@pytest.mark.parametrize("value", [[1], "0.1", None, True])
+def test_a_value_of_another_type_than_the_field_s_is_a_sentence(value):
+    experiment = load_experiment(resolve("gpt2ish"))
+    with pytest.raises(UserError, match="ff_dropout should be float, not "):
+        experiment.config(vocab_size=5, ff_dropout=value)
+
+
 def test_a_seed_fixes_the_weights():
     experiment = load_experiment(resolve("gpt2ish"))
     config = experiment.config(**experiment.tiny)

@@ -101,6 +101,14 @@ def test_reopening_leaves_the_rows_that_stay_untouched(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_what_is_no_file_is_refused_and_not_read(tmp_path):
+    (tmp_path / "train.csv").symlink_to("/dev/zero")
+
+    for read in (read_rows, lambda path: Record(path, TRAIN_COLUMNS)):
+        with pytest.raises(UserError, match=r"train\.csv is damaged: it is no file"):
+            read(tmp_path / "train.csv")
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("step,tokens,loss\n1,2,3.0\n2,oops\n3,4,5.0\n")

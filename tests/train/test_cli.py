@@ -71,6 +71,7 @@ def lmp_trainer(*args, **options):
         (["--set", "width"], ["no key=value"]),
         (["--exp", "ue+value_norm", "--write", "mine"], [".py file", "--write mine.py"]),
         (["--exp", "ue+value_norm", "--write", "words.txt/mine.py"], ["cannot write words.txt"]),
+        (["--exp", "ue+value_norm", "--write", "/proc/mine.py"], ["cannot write /proc/mine.py"]),
         (["--plan", "quick", "--set", "optimizer.lr=fast"], ["optimizer.lr"]),
         (["--plan", "quick", "--set", "width=wide"], ['--set width should be int, not "wide"']),
         (["--plan", "quick", "--set", "width=1.5"], ["--set width should be int, not 1.5"]),
