@@ -1,17 +1,21 @@
-"""What architectures cost beside llama at equal parameters: training, and memory of generating.
+"""What architectures and ideas cost: time and memory of training, and memory of generating.
 
     python benchmarks/architectures.py --plan quick
+    python benchmarks/architectures.py --only list:attention,z_loss
 
-gives each the width at which it has about as many parameters as llama on that plan. A round is a
-forward and a backward pass of each, in turn with llama's on the same tokens, so that what else the
-machine does slows both; "speed" is the median over the rounds of llama's time over its own in the
-same round. What a row keeps while generating is counted after half of the plan's row, all of it,
-and twice as much.
+An architecture stands beside llama, at the width at which it has about as many parameters as llama
+on that plan; any other idea beside what it was copied from, at the plan's own width. A round is a
+forward and a backward pass of each, in turn with the other's on the same tokens, so that what else
+the machine does slows both; "speed" is the median over the rounds of the other's time over its own
+in the same round. "MiB" is the most that tensors take during such a pass, weights and gradients
+left out, and "memory" that over the other's. What a row keeps while generating is counted after
+half of the plan's row, all of it, and twice as much.
 """
 
 import dataclasses
 import statistics
 import time
+from itertools import accumulate
 from typing import Annotated
 
 import torch
@@ -19,7 +23,7 @@ import typer
 from measure import PRECISIONS, synchronize
 from typer import Option
 
-from lmplay.catalog.entries import resolve
+from lmplay.catalog.entries import entries, listed, parent_of, resolve
 from lmplay.console import Device, note, print_json, run_app, show, table
 from lmplay.data.tokenizers import vocabulary_of
 from lmplay.errors import UserError
@@ -68,28 +72,57 @@ class Trained:
         rows_BS = torch.randint(config.vocab_size, shape, generator=draw).to(device)
         self.tokens_BT, self.targets_BT = rows_BS[:, :-1], rows_BS[:, 1:]
 
-    def seconds(self) -> float:
-        """Of one forward and one backward pass."""
-        self.objective.zero_grad()
-        synchronize(self.device)
-        began = time.perf_counter()
+    def step(self) -> None:
+        """One forward and one backward pass."""
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
             sums = self.objective(self.tokens_BT, self.targets_BT)
         (sums.objective / self.targets_BT.numel()).backward()
+
+    def seconds(self) -> float:
+        """Of one step."""
+        self.objective.zero_grad()
+        synchronize(self.device)
+        began = time.perf_counter()
+        self.step()
         synchronize(self.device)
         return time.perf_counter() - began
+
+    def peak_bytes(self) -> int:
+        """The most that tensors take during a step, but for weights and their gradients."""
+        if self.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self.device)
+            before = torch.accelerator.memory_allocated(self.device)
+            self.step()
+            return torch.accelerator.max_memory_allocated(self.device) - before
+        with torch.profiler.profile(profile_memory=True) as profile:
+            self.step()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sums = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+        return max(sums)
+
+
+def chosen(only: str | None) -> list[str]:
+    """The names that the option lists, those of a family where it says list:FAMILY."""
+    known, names = entries(), []
+    for word in only.split(",") if only else NAMES:
+        family = word.removeprefix("list:")
+        names += [word] if family == word else listed(family, known)
+    return names
 
 
 @app.command()
 def main(
-    plan: Annotated[str, Option(help="Plan that says rows, depth and llama's width.")] = "quick",
-    only: Annotated[str | None, Option(help="Experiments, with commas; all without it.")] = None,
+    plan: Annotated[str, Option(help="Plan that says rows, depth and width.")] = "quick",
+    only: Annotated[
+        str | None,
+        Option(help="Experiments or list:FAMILY, with commas; architectures without it."),
+    ] = None,
     rounds: Annotated[int, Option(help="Passes of each that are timed.", min=1)] = 5,
     precision: Annotated[str, Option(help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     device: Device = "auto",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ):
-    """Time training of every architecture beside llama of the same size.
+    """Time training of architectures beside llama, and of ideas beside what they change.
 
     Example: python benchmarks/architectures.py --plan quick --only rwkv7,rene
     """
@@ -102,40 +135,52 @@ def main(
         experiment = load_experiment(resolve(name))
         return experiment, scale(experiment, read, *vocabulary, {}).config
 
-    base = made(BASE)
-    wanted, theirs = size_of(*base), Trained(*base, read, where, precision)
+    def timed(name: str) -> Trained:
+        return Trained(*made(name), read, where, precision)
+
+    beside: dict[str, Trained] = {}  # what others stand beside, by name
     rows = []
-    for name in only.split(",") if only else NAMES:
+    for name in chosen(only):
         experiment, config = made(name)
-        config = as_large(experiment, config, wanted)
+        is_architecture = experiment.entry.file in NAMES
+        other = BASE if is_architecture else (parent_of(experiment.entry) or experiment.entry).file
+        theirs = beside[other] = beside.get(other) or timed(other)
+        wanted = sum(p.numel() for p in theirs.objective.parameters())
+        if is_architecture:
+            config = as_large(experiment, config, wanted)
         mine = Trained(experiment, config, read, where, precision)
         note(f"timing {name}")
         pairs = [[side.seconds() for side in (mine, theirs)] for _ in range(rounds + 2)][2:]
         lengths = [config.max_len * share // 2 for share in (1, 2, 4)]
         longest = dataclasses.replace(config, max_len=lengths[-1])
+        peaks = [side.peak_bytes() for side in (mine, theirs)]
         rows.append(
             {
                 "experiment": name,
+                "beside": other,
                 "width": config.width,
                 "parameters": size_of(experiment, config) / wanted,
                 "tokens_per_second": mine.tokens_BT.numel()
                 / statistics.median(own for own, _ in pairs),
-                "speed": statistics.median(other / own for own, other in pairs),
+                "speed": statistics.median(base / own for own, base in pairs),
+                "peak_bytes": peaks[0],
+                "memory": peaks[0] / peaks[1],
                 "cache_bytes": {T: cache_bytes(experiment, longest, T) for T in lengths},
             }
         )
     if as_json:
         return print_json({"schema_version": 1, "device": str(where), "architectures": rows})
     cells = [
-        [row["experiment"], str(row["width"]), f"{row['parameters']:.2f}",
+        [row["experiment"], row["beside"], str(row["width"]), f"{row['parameters']:.2f}",
          f"{row['tokens_per_second']:,.0f}", f"{row['speed']:.2f}",
+         f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['memory']:.2f}",
          *("" if size is None else f"{size / 1024:,.0f}" for size in row["cache_bytes"].values())]
         for row in rows
     ]  # fmt: skip
     kept = [f"KiB at {T:,}" for T in rows[0]["cache_bytes"]]
-    columns = ["experiment", "width", "size", "tokens/s", "speed", *kept]
-    title = f"{plan}: {wanted:,} parameters in {BASE}; size and speed over {BASE}'s"
-    show(table(title, columns, cells, right=set(columns[1:])))
+    columns = ["experiment", "beside", "width", "size", "tokens/s", "speed", "MiB", "memory", *kept]
+    title = f"{plan}: size, speed and memory over those of what it stands beside"
+    show(table(title, columns, cells, right=set(columns[2:])))
 
 
 if __name__ == "__main__":

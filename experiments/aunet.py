@@ -13,7 +13,8 @@ Idea: narrow blocks in a window read all bytes. At the end of each word the vect
     ones; num_stages says how many. A level is half as wide as the next. As many words as a row has
     are taken, none is left out; a GPU's host waits for their number, and FLOPs are counted for four
     bytes a word. While generating, a level takes a step where any row has a place for it, and the
-    others look past the place that they have there.
+    others look past the place that they have there. Compiled, it is several graphs, since the
+    number of words decides what is computed.
     Of two well-known copies one pools at places of other rows and one spreads a word's vector over
     the word's own bytes, and both leak.
 Source: Videau et al. 2025, arXiv:2506.14761, section 2; facebookresearch/lingua, apps/aunet.

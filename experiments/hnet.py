@@ -10,7 +10,8 @@ Idea: a router begins a chunk where neighbouring bytes' vectors turn away from o
     llama's. There is one stage. Chunks of different rows end at different places: while
     generating, the wide blocks take a step where any row begins one, and the others look past the
     place that they have there. How many chunks there are is known only when they are cut, which a
-    GPU's host waits for, and FLOPs are counted for the length aimed at.
+    GPU's host waits for, and FLOPs are counted for the length aimed at. Compiled, it is several
+    graphs for the same reason.
     A well-known copy is a plain stack that throws the router's answer away.
 Source: Hwang, Wang and Gu 2025, arXiv:2507.07955, sections 2 and 3; goombalab/hnet.
 Family: patches.

@@ -62,8 +62,9 @@ class Config:
     @property
     def hidden_width(self) -> int:
         """Of an expert."""
-        whole = -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple
-        return whole // self.expert_split
+        return (
+            -(-8 * self.width // (3 * self.mlp_multiple)) * self.mlp_multiple // self.expert_split
+        )
 
     @property
     def output_std(self) -> float:

@@ -142,6 +142,7 @@ class Attention(nn.Module):
         return x_BHTD
 
     def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
+        T = x_BTC.shape[1]
         q_BTC = self.query(x_BTC)
         k_BTC = self.key(x_BTC)
         v_BTC = self.value(x_BTC)
@@ -152,7 +153,7 @@ class Attention(nn.Module):
         k_BHSD = rotate(k_BHSD, turn)
         if cache is not None:
             k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
-        weights_BHTS = self.weights(q_BHTD, k_BHSD, cache).to(v_BHSD.dtype)
+        weights_BHTS = self.weights(q_BHTD, k_BHSD, T, cache).to(v_BHSD.dtype)
         y_BHTD = weights_BHTS @ v_BHSD
         y_BHTD = self.head_norm(y_BHTD)
         y_BTHD = y_BHTD.transpose(1, 2)
@@ -160,9 +161,9 @@ class Attention(nn.Module):
         y_BTC = self.output(y_BTC)
         return y_BTC
 
-    def weights(self, q_BHTD: Tensor, k_BHSD: Tensor, cache=None) -> Tensor:
+    def weights(self, q_BHTD: Tensor, k_BHSD: Tensor, T: int, cache=None) -> Tensor:
         """What each head gives to each key, in fp32 at least."""
-        T, S = q_BHTD.shape[2], k_BHSD.shape[2]
+        S = k_BHSD.shape[2]
         if cache is not None and self.kernels is not None:
             (q_BHTD,) = cache.append(self, q_BHTD, keep=self.kernels.shape[2])
         scores_BHQS = q_BHTD @ k_BHSD.mT * q_BHTD.shape[-1] ** -0.5

@@ -154,9 +154,9 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
         u_BTC = self.attention_norm(x_BTC)
         y_BTC = self.attention(u_BTC, turn, cache)
-        h_BTC = self.mlp(u_BTC)
         x_BTC = x_BTC + y_BTC
-        x_BTC = x_BTC + h_BTC
+        y_BTC = self.mlp(u_BTC)
+        x_BTC = x_BTC + y_BTC
         return x_BTC
 
 

@@ -200,17 +200,18 @@ class Model(nn.Module):
         """Take up what depends on the share of training that is done, 0 to 1."""
         self.progress = progress
 
-    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:
-        x_BTC = self.token_table(tokens_BT)
-        x_BTC = self.trunk(x_BTC, cache)
-        return x_BTC
+    def embedded(self, tokens_BT: Tensor, bag: int) -> Tensor:
+        """The mean of each bag's rows of the table."""
+        e_BTC = self.token_table(tokens_BT)
+        return e_BTC if bag == 1 else e_BTC.unflatten(1, (-1, bag)).mean(2)
 
-    def trunk(self, x_BTC: Tensor, cache=None) -> Tensor:
-        """From embeddings to what the head reads."""
-        T = x_BTC.shape[1]
+    def hidden(self, tokens_BT: Tensor, cache=None, bag: int = 1) -> Tensor:
+        """What the head reads, for each bag of so many tokens; a single one is a token."""
+        T = tokens_BT.shape[1] // bag
         start = cache.length if cache is not None else 0
-        positions_T = torch.arange(start, start + T, device=x_BTC.device)
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         turn = rotary(positions_T, self.config.head_width, self.config.rope_base)
+        x_BTC = self.embedded(tokens_BT, bag)
         for block in self.blocks:
             x_BTC = block(x_BTC, turn, cache)
         x_BTC = self.final_norm(x_BTC)
@@ -232,9 +233,7 @@ class Model(nn.Module):
         is_superposed = self.progress < self.config.superposed_share
         size = self.config.bag if is_superposed and tokens_BT.shape[1] >= self.config.bag else 1
         num_bags = tokens_BT.shape[1] // size
-        e_BTC = self.token_table(tokens_BT[:, : num_bags * size])
-        x_BJC = e_BTC.unflatten(1, (num_bags, size)).mean(2)
-        x_BJC = self.trunk(x_BJC)
+        x_BJC = self.hidden(tokens_BT[:, : num_bags * size], bag=size)
         x_NC = x_BJC.flatten(0, 1)
         first, scored_BT = size - 1, targets_BT >= 0  # target t is token t + 1
         missing = num_bags * size - (targets_BT.shape[1] - first)

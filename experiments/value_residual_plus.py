@@ -216,8 +216,8 @@ class Model(nn.Module):
         x_BTC = self.token_table(tokens_BT)
         first_BHTD = None
         first_shares = self.total * self.depths.softmax(dim=0)
-        for block, first_share in zip(self.blocks, first_shares, strict=True):
-            x_BTC, first_BHTD = block(x_BTC, turn, first_BHTD, first_share, cache)
+        for block in self.blocks:
+            x_BTC, first_BHTD = block(x_BTC, turn, first_BHTD, first_shares[block.index], cache)
         x_BTC = self.final_norm(x_BTC)
         return x_BTC
 

@@ -71,6 +71,21 @@ def test_every_proof_holds(entry: Entry):
     assert not failed
 
 
+@every_file
+@pytest.mark.every_experiment
+def test_compiled_it_is_one_graph_or_the_docstring_says_why_not(entry: Entry):
+    objective, tokens_BT = Objective(tiny(entry.name)).train(), random_tokens(B=2, T=16)
+    objective.compile(backend="eager", fullgraph=True)
+    try:
+        objective(tokens_BT, tokens_BT.roll(-1, 1))
+        is_one = True
+    except torch._dynamo.exc.Unsupported:
+        is_one = False
+    torch._dynamo.reset()
+
+    assert is_one != ("it is several graphs" in " ".join(entry.docstring.split()))
+
+
 @functools.cache
 def counts() -> dict[str, int]:
     """Those of this file and of tests/experiments; CONTROLS are not in the original."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lmplay.catalog.merge import hunk
+from lmplay.catalog.pieces import Piece, inner, names_read, statements
 
 
 def conflicts(base: str, ideas: dict[str, str], merged: str) -> list[str]:
@@ -16,77 +17,92 @@ def conflicts(base: str, ideas: dict[str, str], merged: str) -> list[str]:
         base: the ancestor, as the others without what a stack writes anew.
         ideas: the changed files, by name.
     """
-    checks = (_doubled, _mistaken, _orphaned)
+    checks = (_doubled, _mistaken, _orphaned, _unread)
     return [report for check in checks for report in check(base, ideas, merged)]
 
 
-@functools.lru_cache(maxsize=64)
-def parsed(source: str) -> ast.Module:
-    """The tree of a source, which several checks look at and none changes."""
-    return ast.parse(source)
-
-
-def is_named(node: ast.stmt) -> bool:
-    """Whether a statement defines a class or a function."""
-    return isinstance(node, ast.ClassDef | ast.FunctionDef)
+Key = tuple[str, str]  # of a name: its scope, which is the file, a class or its self; the name
 
 
 @functools.lru_cache(maxsize=256)  # a file is stacked with many others
-def _names(source: str) -> list[tuple[tuple[str, str], str]]:
-    """((scope, name), source) of what a file defines; scopes are the file, classes, their self."""
-    return list(_defined(source))
+def _names(source: str) -> tuple[tuple[Key, ast.stmt], ...]:
+    """What a file defines, each with the statement that does."""
+    return tuple(name for _, piece in statements(source) for name in _defined(piece))
 
 
-def _defined(source: str) -> Iterator[tuple[tuple[str, str], str]]:
-    for node in parsed(source).body:
-        if is_named(node):
-            yield ("the file", node.name), ast.unparse(node)
-        elif isinstance(node, ast.Assign):
-            yield from ((("the file", ast.unparse(t)), ast.unparse(node)) for t in node.targets)
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for inner in node.body:
-            if isinstance(inner, ast.FunctionDef):
-                yield (node.name, inner.name), ast.unparse(inner)
-            elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
-                yield (node.name, inner.target.id), ast.unparse(inner)
-        for inner in ast.walk(node):
-            targets = inner.targets if isinstance(inner, ast.Assign) else []
-            for target in targets:
-                if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-                    yield (f"{node.name}, self", target.attr), ast.unparse(inner)
+@functools.lru_cache(maxsize=2048)
+def _defined(piece: Piece) -> tuple[tuple[Key, ast.stmt], ...]:
+    node = piece.node
+    if isinstance(node, ast.Assign):
+        return tuple((("the file", ast.unparse(t)), node) for t in node.targets)
+    found = [(("the file", node.name), node)] if piece.is_named else []
+    if isinstance(node, ast.ClassDef):
+        for part in inner(piece):
+            if isinstance(part.node, ast.FunctionDef):
+                found.append(((node.name, part.node.name), part.node))
+            elif isinstance(part.node, ast.AnnAssign) and isinstance(part.node.target, ast.Name):
+                found.append(((node.name, part.node.target.id), part.node))
+        for part in inner(piece):
+            found += [((f"{node.name}, self", name), set_) for name, set_ in _set_on_self(part)]
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _set_on_self(piece: Piece) -> tuple[tuple[str, ast.stmt], ...]:
+    """The attributes of self that a method sets, each with the statement that does."""
+    if "self." not in piece.text:
+        return ()
+    return tuple(
+        (target.attr, node)
+        for node in ast.walk(piece.node)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)
+        if target.value.id == "self"
+    )
 
 
 def _doubled(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     """Reports on names that the merged file defines more often than any of the files does."""
-    before = _names(base)
-    named = {name: _names(source) for name, source in ideas.items()}
-    counts = [Counter(key for key, _ in found) for found in (before, *named.values())]
+    counts = [_counts(source) for source in (base, *ideas.values())]
     reports = []
-    for key, count in Counter(key for key, _ in _names(merged)).items():
+    for key, count in _counts(merged).items():
         is_set_again = key[0].endswith(", self") and key in counts[0]
         if is_set_again or count <= max(each[key] for each in counts):
             continue
+        before = _texts(base, key)
         added = {
-            name: [text for k, text in found if k == key and (k, text) not in before]
-            for name, found in named.items()
+            name: [text for text in _texts(source, key) if text not in before]
+            for name, source in ideas.items()
         }
         reports.append(_all_do(added, f"define {key[1]} in {key[0]}"))
     return reports
 
 
+@functools.lru_cache(maxsize=256)
+def _counts(source: str) -> Counter[Key]:
+    return Counter(key for key, _ in _names(source))
+
+
+def _texts(source: str, key: Key) -> list[str]:
+    return [ast.unparse(node) for k, node in _names(source) if k == key]
+
+
 def _mistaken(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     """Reports on local names, new in two ideas, of which one would read what the other stored."""
-    before, after = _reads(base), _reads(merged)
-    found = {name: _reads(source) for name, source in ideas.items()}
+    before = _functions(base)
+    found = {name: _functions(source) for name, source in ideas.items()}
     reports = []
-    for place, (_, merged_reads) in after.items():
+    for place, function in _functions(merged).items():
         here = {name: there[place] for name, there in found.items() if place in there}
-        known = before[place][0] if place in before else {}
-        wanted = {read for _, reads in here.values() for read in reads}
-        lost = {local for local, _, _ in wanted - merged_reads}
+        if sum(version != before.get(place) for version in here.values()) < 2:
+            continue  # what one idea alone makes of a function reads what it stored
+        known = dict(_reads(before[place])[0]) if place in before else {}
+        wanted = {read for version in here.values() for read in _reads(version)[1]}
+        lost = {local for local, _, _ in wanted - _reads(function)[1]}
         for local in sorted(lost - known.keys()):
-            added = {name: [stored[local]] for name, (stored, _) in here.items() if local in stored}
+            stored = {name: dict(_reads(version)[0]) for name, version in here.items()}
+            added = {name: [texts[local]] for name, texts in stored.items() if local in texts}
             if len(added) > 1:
                 reports.append(
                     _all_do(added, f"use the name {local} in {place}, one inside another")
@@ -97,31 +113,39 @@ def _mistaken(base: str, ideas: dict[str, str], merged: str) -> list[str]:
 def _orphaned(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     """Reports on what one idea takes away and another one reads: locals, then other names."""
     reports = []
-    reads = {name: _all_reads(source) for name, source in ideas.items()}
-    known = _all_reads(base).union(*reads.values())
-    stored = {read[:2]: read[2] for read in sorted(known)}  # by name and reader
-    for local, reader, text in sorted(_all_reads(merged) - known):
-        if not text and stored.get((local, reader)):
-            readers = {
-                name: [reader]
-                for name, found in reads.items()
-                if any(read[:2] == (local, reader) for read in found)
-            }
-            takers = [name for name in ideas if name not in readers]
-            reports.append(_taken(local, stored[local, reader], takers, readers))
-    kept = {what for (_, what), _ in _names(merged)}
+    if unstored := _unstored(base, ideas, merged):
+        reads = {name: _all_reads(source) for name, source in ideas.items()}
+        known = _all_reads(base).union(*reads.values())
+        stored = {read[:2]: read[2] for read in sorted(known)}  # by name and reader
+        for local, reader, _ in sorted(unstored - known):
+            if stored.get((local, reader)):
+                readers = {
+                    name: [reader]
+                    for name, found in reads.items()
+                    if any(read[:2] == (local, reader) for read in found)
+                }
+                takers = [name for name in ideas if name not in readers]
+                reports.append(_taken(local, stored[local, reader], takers, readers))
     old = set(base.splitlines())
-    for what, text in {w: text for (_, w), text in _names(base) if w not in kept}.items():
+    for what, node in _gone_but_read(base, merged).items():
         word = re.compile(rf"\b{re.escape(what)}\b")
-        takers = [name for name, source in ideas.items() if not word.search(source)]
+        takers = [name for name, source in ideas.items() if what not in names_read(source)]
         readers = {}
         for name, source in ideas.items():
             new = [line for line in source.splitlines() if line not in old]
             if lines := [ln.strip() for ln in new if word.search(ln.partition("#")[0])]:
                 readers[name] = lines
         if takers and readers:
-            reports.append(_taken(what, text, takers, readers))
+            reports.append(_taken(what, ast.unparse(node), takers, readers))
     return reports
+
+
+def _gone_but_read(base: str, merged: str) -> dict[str, ast.stmt]:
+    """Names that the merged file reads but defines nowhere, as the ancestor does."""
+    kept = {what for (_, what), _ in _names(merged)}
+    gone = {what: node for (_, what), node in _names(base) if what not in kept}
+    read = names_read(merged) if gone else set()
+    return {what: node for what, node in gone.items() if what in read}
 
 
 def _taken(what: str, text: str, takers: list[str], readers: dict[str, list[str]]) -> str:
@@ -130,47 +154,99 @@ def _taken(what: str, text: str, takers: list[str], readers: dict[str, list[str]
     return "\n".join([who, *removed, *(hunk(name, [], lines) for name, lines in readers.items())])
 
 
-@functools.lru_cache(maxsize=256)
-def _reads(source: str) -> dict[str, tuple[dict[str, str], set[tuple[str, str, str]]]]:
-    """Of each function: its local names, each with a statement that stores it, and its reads.
-
-    A read is a name, the statement that reads it, and the one before it that stored it.
-    """
-    found = {}
-    for node in parsed(source).body:
-        inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        for function in inner:
-            if isinstance(function, ast.FunctionDef):
-                place = f"{node.name}.{function.name}" if node is not function else node.name
-                found[place] = _reads_of(function)
+def _unstored(base: str, ideas: dict[str, str], merged: str) -> set[tuple[str, str, str]]:
+    """Reads in functions of the merged file, as no other has them there, that nothing stored."""
+    others = [_functions(source) for source in (base, *ideas.values())]
+    found: set[tuple[str, str, str]] = set()
+    for place, function in _functions(merged).items():
+        versions = [there[place] for there in others if place in there]
+        if function not in versions:
+            known = set().union(*(_reads(version)[1] for version in versions))
+            found |= {read for read in _reads(function)[1] - known if not read[2]}
     return found
 
 
-def _reads_of(
-    function: ast.FunctionDef,
-) -> tuple[dict[str, str], set[tuple[str, str, str]]]:
-    stored: dict[str, str] = {}
+@functools.lru_cache(maxsize=256)
+def _functions(source: str) -> dict[str, Piece]:
+    """The functions of a file and of its classes, by name."""
+    found = {}
+    for _, piece in statements(source):
+        node = piece.node
+        for part in inner(piece) if isinstance(node, ast.ClassDef) else [piece]:
+            if isinstance(part.node, ast.FunctionDef):
+                found[part.node.name if part is piece else f"{node.name}.{part.node.name}"] = part
+    return found
+
+
+def _unread(base: str, ideas: dict[str, str], merged: str) -> list[str]:
+    """Reports on what one idea stores and reads, which no statement reads where all are in."""
+    before = _functions(base)
+    reports = []
+    for place, function in _functions(merged).items():
+        read = {(local, stored) for local, _, stored in _reads(function)[1]}
+        unread = set(_reads(function)[0]) - read
+        for name, source in ideas.items():
+            own = _functions(source).get(place)
+            if not unread or own in (None, function, before.get(place)):
+                continue
+            wanted = {(local, stored) for local, _, stored in _reads(own)[1]}
+            known = set(_reads(before[place])[0]) if place in before else set()
+            for local, stored in sorted(wanted & unread - known):
+                head = f"{name} stores {local} in {place}, which nothing reads there any more:"
+                reports.append("\n".join([head, hunk(name, [], [stored])]))
+    return reports
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads(function: Piece) -> tuple[list[tuple[str, str]], set[tuple[str, str, str]]]:
+    """The local names of a function, with each statement that stores one, and its reads.
+
+    A read is a name, the statement that reads it, and one further up that may have stored it.
+    """
+    stores: list[tuple[str, str]] = []
     reads: set[tuple[str, str, str]] = set()
-    for statement in _statements(function.body):
-        text = ast.unparse(statement).partition("\n")[0]
-        names = [n for n in _own_nodes(statement) if isinstance(n, ast.Name)]
-        for name in names:
-            if isinstance(name.ctx, ast.Load) or isinstance(statement, ast.AugAssign):
-                reads.add((name.id, text, stored.get(name.id, "")))
-        stored |= {name.id: text for name in names if isinstance(name.ctx, ast.Store)}
-    return stored, reads
+    lines = function.text.splitlines()
+
+    def follow(body: list[ast.stmt], stored: dict[str, set[str]]) -> dict[str, set[str]]:
+        """What may be stored behind these statements, of what is before them."""
+        for statement in body:
+            text = _in_one_line(statement, lines, function.line)
+            names = [n for n in _own_nodes(statement) if isinstance(n, ast.Name)]
+            for name in names:
+                if isinstance(name.ctx, ast.Load) or isinstance(statement, ast.AugAssign):
+                    reads.update((name.id, text, by) for by in stored.get(name.id, [""]))
+            new = [name.id for name in names if isinstance(name.ctx, ast.Store)]
+            stores.extend((name, text) for name in new)
+            stored = stored | {name: {text} for name in new}
+            blocks = [getattr(statement, block, []) for block in _BLOCKS]
+            if any(blocks):
+                ends = [follow(block, stored) for block in blocks if block]
+                ends += [] if isinstance(statement, ast.If) and statement.orelse else [stored]
+                names = set().union(*ends)
+                stored = {name: set().union(*(end.get(name, ()) for end in ends)) for name in names}
+        return stored
+
+    follow(function.node.body, {})
+    return stores, reads
+
+
+_BLOCKS = ("body", "handlers", "orelse", "finalbody")
 
 
 def _all_reads(source: str) -> set[tuple[str, str, str]]:
-    return {read for _, reads in _reads(source).values() for read in reads}
+    return {read for function in _functions(source).values() for read in _reads(function)[1]}
 
 
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """All statements in the order of the file, a compound one before those inside it."""
-    for statement in body:
-        yield statement
-        for block in ("body", "handlers", "orelse", "finalbody"):
-            yield from _statements(getattr(statement, block, []))
+def _in_one_line(node: ast.stmt, lines: list[str], first: int) -> str:
+    """A statement without those inside it, however it is wrapped."""
+    start = node.lineno - 1 - first
+    stop = node.end_lineno - first
+    if body := getattr(node, "body", []):
+        stop = max(start + 1, body[0].lineno - 1 - first)
+    text = " ".join(line.strip() for line in lines[start:stop])
+    if "#" in text or getattr(node, "decorator_list", []):
+        return ast.unparse(node).partition("\n")[0]
+    return re.sub(r"(?<=[(\[{]) |,? (?=[)\]}])", "", text)
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:

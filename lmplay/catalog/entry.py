@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from lmplay.catalog.pieces import statements
 from lmplay.errors import UserError
 
 _HEAD = re.compile(r".*?(?=^(?:@dataclass\b[^\n]*\n)?class Config\b)", re.DOTALL | re.MULTILINE)
@@ -52,7 +53,7 @@ class Entry:
     @cached_property
     def fields(self) -> dict[str, str]:
         """The names in Config, each with its annotation."""
-        return _config_fields(ast.parse(self.source))
+        return _config_fields([piece.node for _, piece in statements(self.source)])
 
     @property
     def folds_to(self) -> str | None:
@@ -136,13 +137,8 @@ def is_of(value: object, annotation: str) -> bool:
 
 def definitions(source: str) -> dict[str, str]:
     """Name to source of every top-level class and function, decorators included."""
-    found = {}
-    lines = source.splitlines()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
+    named = [piece for _, piece in statements(source) if piece.is_named]
+    return {piece.node.name: piece.text for piece in named}
 
 
 def below_docstring(source: str) -> list[str]:
@@ -168,8 +164,8 @@ def _parsed_head(source: str) -> ast.Module:
     return ast.parse(source)
 
 
-def _config_fields(tree: ast.Module) -> dict[str, str]:
-    configs = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
+def _config_fields(top: list[ast.stmt]) -> dict[str, str]:
+    configs = [node for node in top if isinstance(node, ast.ClassDef) and node.name == "Config"]
     body = configs[0].body if configs else []
     return {
         node.target.id: ast.unparse(node.annotation)

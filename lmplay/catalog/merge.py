@@ -1,9 +1,10 @@
 """Merges the edits that several texts make to one ancestor, line by line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from functools import lru_cache
 
-from lmplay.catalog.arguments import ARGUMENT, merge_apart
+from lmplay.catalog.parts import in_turn, indent_of, merge_parts
 from lmplay.errors import UserError
 
 
@@ -55,8 +56,13 @@ class Edit:
 
 def edits_of(base: list[str], new: list[str], idea: int = 0) -> list[Edit]:
     """What turns the lines `base` into `new`, from top to bottom."""
+    return [replace(edit, idea=idea) for edit in _edits(tuple(base), tuple(new))]
+
+
+@lru_cache(maxsize=256)  # a file is stacked with many others
+def _edits(base: tuple[str, ...], new: tuple[str, ...]) -> list[Edit]:
     blocks = SequenceMatcher(None, base, new, autojunk=False).get_opcodes()
-    edits = [Edit(idea, i, j, tuple(new[k:m])) for tag, i, j, k, m in blocks if tag != "equal"]
+    edits = [Edit(0, i, j, new[k:m]) for tag, i, j, k, m in blocks if tag != "equal"]
     slid: list[Edit] = []
     for number, edit in enumerate(edits, 1):
         top = slid[-1].stop + 1 if slid else 0
@@ -65,7 +71,7 @@ def edits_of(base: list[str], new: list[str], idea: int = 0) -> list[Edit]:
     return slid
 
 
-def _slid(edit: Edit, top: int, bottom: int, base: list[str]) -> Edit:
+def _slid(edit: Edit, top: int, bottom: int, base: tuple[str, ...]) -> Edit:
     """An insertion or removal where it begins furthest out, of the places that come to the same.
 
     A method added between two that end alike is, line by line, as well the end of the first one
@@ -85,17 +91,13 @@ def _slid(edit: Edit, top: int, bottom: int, base: list[str]) -> Edit:
 
     def inwardness(place: int) -> tuple[int, bool]:
         begins = next((line for line in around[place : place + size] if line.strip()), "")
-        return _indent(begins), place > 0 and bool(around[place - 1].strip())
+        return indent_of(begins), place > 0 and bool(around[place - 1].strip())
 
     place = min(range(last, first - 1, -1), key=inwardness)
     start, lines = top + place, tuple(around[place : place + size])
     if edit.is_insertion:
         return Edit(edit.idea, start, start, lines)
     return Edit(edit.idea, start, start + size, ())
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
 
 
 def merge(
@@ -106,9 +108,9 @@ def merge(
 ) -> list[str]:
     """The lines of `base` with the edits of every idea.
 
-    Arguments that several ideas add to one call or function, or take away, are merged as lines
-    are. Insertions at one place keep the order of the ideas; equal replacements, and equal
-    insertions of whole classes, functions or imports, count once.
+    Where they change one line, they may change different parts of it. Insertions at one place
+    keep the order of the ideas; equal replacements, and equal insertions of whole classes,
+    functions or imports, count once.
 
     Args:
         ideas: the changed lines, by name.
@@ -118,7 +120,13 @@ def merge(
         Conflict: two edits collide; the report shows both.
     """
     names = list(ideas)
-    groups = _groups([e for i, new in enumerate(ideas.values()) for e in edits_of(base, new, i)])
+    if numbers is None:
+        numbers = list(range(1, len(base) + 1))
+    numbers = [numbers[at] for at, _ in _docstrings_joined(base)]
+    base, *changed = (
+        [text for _, text in _docstrings_joined(new)] for new in (base, *ideas.values())
+    )
+    groups = _groups([e for i, new in enumerate(changed) for e in edits_of(base, new, i)])
     merged: list[str] = []
     reports: list[str] = []
     at = 0
@@ -126,11 +134,11 @@ def merge(
         start, stop = group[0].start, max(edit.stop for edit in group)
         merged += base[at:start]
         versions = _versions(base, group, start, stop) if _collide(group) else {}
-        apart = merge_apart(base[start:stop], list(versions.values()), _merge_arguments)
-        if versions and apart is not None:
+        apart = merge_parts(base[start:stop], list(versions.values())) if versions else None
+        if apart is not None:
             merged += apart
         elif versions:
-            where = (numbers or range(1, len(base) + 1))[min(start, len(base) - 1)]
+            where = numbers[min(start, len(base) - 1)]
             reports.append(_report(base, group, names, f"{file}, line {where}"))
             merged += _marked({names[idea]: lines for idea, lines in versions.items()})
         else:
@@ -139,20 +147,20 @@ def merge(
     merged += base[at:]
     if reports:
         raise Conflict("\n".join(reports), "".join(merged), "lines")
-    return merged
+    return "".join(merged).splitlines(keepends=True)
 
 
-def _merge_arguments(base: list[str], ideas: list[list[str]]) -> list[str] | None:
-    """Of lines that may be arguments: None where an idea changes one, or edits collide."""
-    for lines in ideas:
-        for edit in edits_of(base, lines):
-            changed = base[edit.start : edit.stop] if edit.lines else []
-            if any(line.startswith(ARGUMENT) for line in changed):
-                return None
-    try:
-        return merge(base, {str(number): lines for number, lines in enumerate(ideas)})
-    except Conflict:
-        return None
+def _docstrings_joined(lines: list[str]) -> list[tuple[int, str]]:
+    """The lines, those of a docstring as one, with the place of the first."""
+    found: list[tuple[int, str]] = []
+    is_inside = False
+    for at, line in enumerate(lines):
+        if is_inside:
+            found[-1] = (found[-1][0], found[-1][1] + line)
+        else:
+            found.append((at, line))
+        is_inside ^= (is_inside or line.lstrip().startswith('"""')) and line.count('"""') % 2 == 1
+    return found
 
 
 def _groups(edits: list[Edit]) -> list[list[Edit]]:
@@ -185,37 +193,9 @@ def _applied(base: list[str], edits: list[Edit], start: int, stop: int) -> list[
     for place in sorted({(edit.start, edit.stop) for edit in distinct}):
         here = [edit for edit in distinct if (edit.start, edit.stop) == place]
         lines += base[at : place[0]]
-        lines += here[0].lines if len(here) == 1 else _in_turn(here)
+        lines += here[0].lines if len(here) == 1 else in_turn([list(e.lines) for e in here])
         at = place[1]
     return lines + base[at:stop]
-
-
-def _in_turn(insertions: list[Edit]) -> list[str]:
-    """Insertions at one place, in order; what continues a block before what begins an outer one.
-
-    Two ideas may both add to the end of a method, and one of them a method after it: its method
-    comes after the other's lines, which would else become part of it.
-    """
-    pieces = [piece for edit in insertions for piece in _by_dedent(edit.lines)]
-    return [line for _, lines in sorted(pieces, key=lambda p: -p[0]) for line in lines]
-
-
-def _by_dedent(lines: tuple[str, ...]) -> list[tuple[int, list[str]]]:
-    """The lines cut where they go further out than before, each piece with its indentation."""
-    pieces: list[tuple[int, list[str]]] = []
-    blank: list[str] = []
-    for line in lines:
-        if not line.strip():
-            blank.append(line)
-            continue
-        indent = _indent(line)
-        if not pieces or indent < pieces[-1][0]:
-            pieces.append((indent, []))
-        pieces[-1][1].extend([*blank, line])
-        blank = []
-    if pieces:
-        pieces[-1][1].extend(blank)
-    return pieces or [(0, blank)]
 
 
 def _versions(base: list[str], group: list[Edit], start: int, stop: int) -> dict[int, list[str]]:

@@ -1,7 +1,7 @@
 """What an experiment stacks with: every other idea on its baseline is merged with it as text."""
 
 from lmplay.catalog.entries import entries, family_of, line_of, shared_ancestor
-from lmplay.catalog.entry import Entry, read_file
+from lmplay.catalog.entry import Entry
 from lmplay.catalog.merge import Conflict
 from lmplay.catalog.stack import composed_tiny, merged_body
 from lmplay.errors import UserError
@@ -18,10 +18,9 @@ def partners(entry: Entry) -> dict[str, str]:
         return {}
     baseline, line = baseline_of(entry, known), [one.path for one in line_of(entry)]
     found = {}
-    for name, head in known.items():
-        if name != head.file or family_of(head, known) is None or head.path in line:
+    for name, other in known.items():
+        if name != other.file or family_of(other, known) is None or other.path in line:
             continue
-        other = read_file(head.path)[0]
         is_below = entry.path in [one.path for one in line_of(other)]
         if not is_below and baseline_of(other, known) == baseline:
             found[name] = collision(entry, other)
@@ -43,6 +42,8 @@ def collision(one: Entry, other: Entry) -> str:
         composed_tiny(base, parts)
     except Conflict as conflict:
         return conflict.kind
+    except SyntaxError:  # of a file that is listed, since its head is Python
+        return "syntax"
     except UserError:
         return "values"
     return ""

@@ -5,9 +5,10 @@ import re
 import textwrap
 from functools import lru_cache
 
-from lmplay.catalog.conflicts import conflicts, is_named, parsed
-from lmplay.catalog.entry import Entry, section
+from lmplay.catalog.conflicts import conflicts
+from lmplay.catalog.entry import Entry, definitions, section
 from lmplay.catalog.merge import Conflict, merge
+from lmplay.catalog.pieces import Piece, inner, names_read, statements
 from lmplay.errors import UserError
 
 _LINE = 100  # characters
@@ -44,7 +45,7 @@ def merged_body(name: str, base: Entry, parts: list[Entry]) -> list[str]:
     numbers, base_body = (list(part) for part in zip(*_body(base.source).items(), strict=True))
     merged = merge(base_body, bodies, f"{base.file}.py", numbers)
     try:
-        merged = _once(merged)
+        merged = _put_back("".join(base_body), _once(merged))
     except SyntaxError as error:
         problem = f"{name} merges into what is no Python: line {error.lineno}: {error.msg}"
         raise Conflict(problem, "".join(merged), "syntax") from None
@@ -61,15 +62,15 @@ def _body(source: str) -> dict[int, str]:
     It writes the docstring, the legend, TINY and VARIANTS.
     """
     lines = source.splitlines(keepends=True)
-    tree = parsed(source)
     gone = set(_legend_lines(lines))
-    for node in tree.body:
-        is_docstring = node is tree.body[0] and isinstance(node, ast.Expr)
-        names = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
-        if is_docstring or {"TINY", "VARIANTS"} & set(names):
-            gone |= set(range(node.lineno - 1, node.end_lineno))
-            if is_docstring and not lines[node.end_lineno].strip():
-                gone.add(node.end_lineno)
+    for number, (start, piece) in enumerate(statements(source)):
+        is_docstring = number == 0 and isinstance(piece.node, ast.Expr)
+        targets = piece.node.targets if isinstance(piece.node, ast.Assign) else []
+        if is_docstring or {"TINY", "VARIANTS"} & set(map(ast.unparse, targets)):
+            end = start + len(piece.text.splitlines())
+            gone |= set(range(start, end))
+            if is_docstring and not lines[end].strip():
+                gone.add(end)
     return {number + 1: line for number, line in enumerate(lines) if number not in gone}
 
 
@@ -97,21 +98,59 @@ def _legend(sources: list[str]) -> str:
 
 def _once(merged: list[str]) -> list[str]:
     """Without the second of two equal top-level classes, functions or constants."""
-    seen: set[str] = set()
+    seen: dict[str, list[ast.stmt]] = {}
     gone: set[int] = set()
-    for node in parsed("".join(merged)).body:
-        if is_named(node) or isinstance(node, ast.Assign):
-            text = ast.unparse(node)
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            if text in seen:
-                gone |= set(range(first - 1, node.end_lineno))
-                gone |= {n for n in range(node.end_lineno, len(merged)) if _is_gap(merged, node, n)}
-            seen.add(text)
+    for start, piece in statements("".join(merged)):
+        node = piece.node
+        if not piece.is_named and not isinstance(node, ast.Assign):
+            continue
+        others = seen.setdefault(node.name if piece.is_named else ast.unparse(node.targets[0]), [])
+        if any(ast.unparse(other) == ast.unparse(node) for other in others):
+            end = start + len(piece.text.splitlines())
+            while end < len(merged) and not merged[end].strip():
+                end += 1  # the gap below it
+            gone |= set(range(start, end))
+        others.append(node)
     return [line for number, line in enumerate(merged) if number not in gone]
 
 
-def _is_gap(lines: list[str], node: ast.stmt, number: int) -> bool:
-    return not "".join(lines[node.end_lineno : number + 1]).strip()
+def _put_back(base: str, merged: list[str]) -> list[str]:
+    """With what one idea takes away, since it has no use for it, and another one reads.
+
+    That is a class, a function, or a member of Config; it stands behind what it stood behind.
+    """
+    old, new = _members(base), _members("".join(merged))
+    missing = [key for key in old if key not in new]
+    read = names_read("".join(merged)) if missing else set()
+    wanted = [key for key in missing if key[1] in read]
+    if not wanted:
+        return merged
+    lines, order = list(merged), list(old)
+    for key in reversed(wanted):  # so that no place moves before it is used
+        above = [k for k in order[: order.index(key)] if k[0] == key[0] and k in new]
+        if not above:
+            return merged  # which is then reported
+        start, piece = new[above[-1]]
+        end = start + len(piece.text.splitlines())
+        gap = 2 if not key[0] else int(isinstance(old[key][1].node, ast.FunctionDef))
+        lines[end:end] = ["\n"] * gap + f"{old[key][1].text}\n".splitlines(keepends=True)
+    return _put_back(base, lines)  # which may read more
+
+
+def _members(source: str) -> dict[tuple[str, str], tuple[int, Piece]]:
+    """Of classes and functions, and of what is in Config: its line and its statement."""
+    found = {}
+    for start, piece in statements(source):
+        if piece.is_named:
+            found["", piece.node.name] = start, piece
+        if isinstance(piece.node, ast.ClassDef) and piece.node.name == "Config":
+            for part in inner(piece):
+                name = getattr(part.node, "name", None) or getattr(
+                    getattr(part.node, "target", None), "id", None
+                )
+                if name:
+                    found["Config", name] = start + part.line - piece.line, part
+    return found
 
 
 def composed_tiny(base: Entry, parts: list[Entry]) -> dict[str, object]:
@@ -157,10 +196,9 @@ def _headed(
 
 def _changed(base: Entry, below: str) -> list[str]:
     try:
-        new = {node.name: ast.unparse(node) for node in ast.parse(below).body if is_named(node)}
+        new, old = definitions(below), definitions(base.source)
     except SyntaxError:  # of a file with conflict markers
         return ["to be settled"]
-    old = {node.name: ast.unparse(node) for node in ast.parse(base.source).body if is_named(node)}
     return [n for n in [*new, *(old.keys() - new.keys())] if old.get(n) != new.get(n)]
 
 

@@ -1,5 +1,7 @@
 """Proofs about a stack: each of its ideas is in it."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,8 @@ def holds_every_idea(specimen: Specimen) -> str:
     draws = [specimen.randomised().state_dict(), next(specimen.opened()).state_dict()]
     for idea in entry.ideas:
         own = Specimen.tiny(load_experiment(idea)).model().state_dict().keys()
-        if missing := own - before - fresh.keys():
+        missing = {key for key in own - before - fresh.keys() if not _is_gone(key, before, fresh)}
+        if missing:
             raise Refuted(f"{idea.name}'s {min(missing)} is not in the stack")
         rest = catalog.stacked([other for other in entry.ideas if other is not idea])
         without = Specimen.tiny(load_experiment(rest))
@@ -31,6 +34,17 @@ def holds_every_idea(specimen: Specimen) -> str:
             raise Refuted(f"without {idea.name} it would do the same")
     names = ", ".join(idea.name for idea in entry.ideas)
     return f"{names}: their parameters are there, and without any of them it does something else"
+
+
+def _is_gone(key: str, before: Iterable[str], fresh: Iterable[str]) -> bool:
+    """Whether another idea took the parameter's module away, such as one of the blocks."""
+    names = key.split(".")
+    modules = [".".join(names[:depth]) + "." for depth in range(1, len(names))]
+    return any(
+        any(known.startswith(module) for known in before)
+        and not any(known.startswith(module) for known in fresh)
+        for module in modules
+    )
 
 
 def _tells_apart(stack: Specimen, without: Specimen, weights: dict, tokens_BT: Tensor) -> bool:

@@ -14,8 +14,8 @@ START, END = "<!-- lmplay board -->", "<!-- /lmplay board -->"
 COLUMNS = (
     "experiment", "verdict", "next", "difference", "95 % interval", "p (Holm)", "seeds", "loss",
     "sd of diff", "pairs r", "sensitivity",
-    "bits/byte", "tokens x", "seconds x", "tokens/s", "trained", "matmul", "look-up", "folded",
-    "notes",
+    "bits/byte", "tokens x", "seconds x", "tokens/s", "memory", "trained", "matmul", "look-up",
+    "folded", "notes",
 )  # fmt: skip
 _VERSIONS = {"lmplay": "lmplay", "torch": "torch", "python": "Python"}
 

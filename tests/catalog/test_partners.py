@@ -35,6 +35,15 @@ def test_names_and_lines_keep_ideas_apart():
     assert collision(resolve("no_positions"), resolve("simple_rope")) == "lines"
 
 
+def test_a_file_that_is_no_python_below_its_head_stacks_with_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    source = resolve("z_loss").source.replace("class Model(", "class Model((")
+    (tmp_path / "experiments/broken.py").write_text(source)
+
+    assert partners(resolve("qk_norm"))["broken"] == "syntax"
+
+
 def ideas_on(baseline, without=()):
     known = entries()
     families = {name: family_of(entry, known) for name, entry in known.items()}

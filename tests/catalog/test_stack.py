@@ -124,7 +124,7 @@ def test_edits_of_lines_that_repeat_lead_from_one_to_the_other(base, new):
 def test_a_method_between_two_that_end_alike_leaves_the_end_of_its_neighbour_alone(names):
     ends = ["        return x\n", "\n"]
     first = ["class A:\n", "    def first(x):\n", "        x = 1\n", *ends]
-    second = ["    def second(x):\n", "        x = 2\n", *ends, "\n", "# much more\n" * 9]
+    second = ["    def second(x):\n", "        x = 2\n", *ends, "\n", *["# much more\n"] * 9]
     method = [*first, "    def method(x):\n", "        x = 3\n", *ends, *second]
     tail = [*first[:3], "        x = 4 * x\n", *first[3:], *second]
     ideas = {"method": method, "tail": tail}
@@ -137,7 +137,7 @@ def test_what_is_added_to_a_method_that_another_idea_removes_conflicts():
     ends = ["        return x\n", "\n"]
     first = ["class A:\n", "    def first(x):\n", "        x = 1\n", *ends]
     second = ["    def second(x):\n", "        x = 2\n", *ends]
-    rest = ["    def third(x):\n", "        x = 3\n", *ends, "# much more\n" * 9]
+    rest = ["    def third(x):\n", "        x = 3\n", *ends, *["# much more\n"] * 9]
     longer = [*first, *second[:2], "        x = 4 * x\n", *second[2:], *rest]
 
     with pytest.raises(Conflict):
@@ -420,6 +420,48 @@ def test_what_one_idea_takes_away_and_another_reads_is_a_conflict(ideas, tmp_pat
     assert "reader:\n  + k_BTC = k_BTC + " in raised.value.problem
 
 
+def test_what_one_idea_has_no_use_for_and_another_reads_is_put_back():
+    norms = resolve("layer_norm+qk_norm").source
+    chosen = resolve("no_positions+sparse_indexer")
+
+    assert "self.attention_norm = nn.LayerNorm(" in norms
+    assert "self.query_norm = RMSNorm(config.head_width, config.norm_eps)" in norms
+    order = [
+        norms.index(f"\n\n\n{head}") for head in ("def linear(", "class RMSNorm(", "def rotary(")
+    ]
+    assert order == sorted(order)
+    assert list(chosen.fields)[5:8] == ["mlp_multiple", "rope_base", "norm_eps"]
+    assert "def rotary(" in chosen.source and "turn = rotary(positions_T, q_" in chosen.source
+
+
+def test_what_one_idea_stores_and_the_others_pass_by_is_a_conflict(ideas, tmp_path):
+    square = "        h_BTF = F.relu(h_BTF).square()\n", "        h_BTF = F.gelu(h_BTF)\n"
+    told = "Changed from gpt2ish: MLP.", "Changed from gpt2ish: Attention."
+    line = "        y_BTC = self.output(y_BTC)\n"
+    by = line, line.replace("(y_BTC)", "(y_BTHD.flatten(2))")
+    variation(tmp_path, "passing_by", "squared_relu", square, told, by)
+    with pytest.raises(Conflict) as raised:
+        resolve("gated_attention+passing_by")
+
+    told = "gated_attention stores y_BTC in Attention.forward, which nothing reads there any more:"
+    assert raised.value.problem.startswith(f"{told}\ngated_attention:\n  + y_BTC = y_BTC * g_BTC")
+
+
+def test_what_is_stored_on_one_of_two_ways_may_be_read_behind_both(ideas, tmp_path):
+    square = "        h_BTF = F.relu(h_BTF).square()\n", "        h_BTF = F.gelu(h_BTF)\n"
+    line = "        y_BTC = self.down(h_BTF)\n"
+    ways = (
+        "        if self.training:\n    {}        else:\n            y_BTC = 2 * self.down(h_BTF)\n"
+    )
+    variation(tmp_path, "ways", "squared_relu", square, (line, ways.format(line)))
+    variation(
+        tmp_path, "scaled", "squared_relu", square, (line, line.replace("h_BTF)", "3 * h_BTF)"))
+    )
+
+    source = resolve("ways+scaled").source
+    assert "            y_BTC = self.down(3 * h_BTF)\n        else:" in source
+
+
 def test_what_two_ideas_replace_in_the_same_way_counts_once_with_the_names_it_adds(ideas, tmp_path):
     line = "        self.down = nn.Linear(4 * config.width, config.width)\n"
     both = line, line.replace("width)\n", "width, bias=False)\n        self.more = nn.Identity()\n")
@@ -489,6 +531,12 @@ def test_an_idea_whose_start_of_zero_and_one_is_its_parent_is_found_in_a_stack()
     specimen = Specimen.tiny(load_experiment(resolve("x0_lambdas+gated_attention")))
 
     assert "without any of them it does something else" in holds_every_idea(specimen)
+
+
+def test_no_parameter_is_missed_of_a_block_that_another_idea_takes_away():
+    specimen = Specimen.tiny(load_experiment(resolve("shared_layers+residual_weights")))
+
+    assert "their parameters are there" in holds_every_idea(specimen)
 
 
 @pytest.mark.parametrize("name", ["squared_relu", "query_scale"])

@@ -670,7 +670,9 @@ def test_scores_are_blended_with_those_of_the_past_only():
                 expected[h, t, s] = blended
     expected = expected.softmax(-1)[[1, 0, 3, 2]]
 
-    torch.testing.assert_close(attention.weights(q, k)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention.weights(q, k, q.shape[2])[0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_shares_of_the_first_values_sum_to_the_number_of_layers_and_rise_with_depth():
