@@ -21,6 +21,7 @@ _MOST = {  # of sizes that are never 0
     "num_heads": 1 << 16,
     "num_blocks": 1 << 12,
 }
+_TEXTS = ("vocab_size", "max_len", "end")  # what the plan's text says
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,15 @@ class Experiment:
                 raise UserError(f"{self.name}: {key}={value} is not between 1 and {_MOST[key]:,}")
             if value < 0:
                 raise UserError(f"{self.name}: {key}={value} is below 0", hint="a size is above it")
+        given = self.variant | values
         try:
-            return self.module.Config(**{**self.variant, **values})
+            return self.module.Config(**given)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name}: {error}", hint="--describe shows the fields") from None
+            fields = dataclasses.fields(self.module.Config)
+            sizes = {f.name: given.get(f.name, f.default) for f in fields if f.name not in _TEXTS}
+            told = [f"{key}={size}" for key, size in sizes.items() if type(size) is int]
+            hint = f"--set KEY=VALUE changes one of {', '.join(told)}"
+            raise UserError(f"{self.name}: {error}", hint=hint) from None
         except ArithmeticError as error:  # such as a division by the value
             given = ", ".join(f"{key}={value!r}" for key, value in values.items())
             raise UserError(f"{self.name} cannot be had with {given}: {error}") from None

@@ -65,8 +65,10 @@ def test_an_unknown_config_value_gets_the_nearest():
 
 def test_a_value_that_config_refuses_is_a_sentence():
     experiment = load_experiment(resolve("gpt2ish"))
-    with pytest.raises(UserError, match="not a multiple"):
+    with pytest.raises(UserError, match="not a multiple") as raised:
         experiment.config(vocab_size=5, width=10, num_heads=3)
+
+    assert raised.value.hint.endswith("one of num_blocks=6, width=10, num_heads=3")
 
 
 @pytest.mark.parametrize(
