@@ -32,7 +32,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise PermissionError(errno.EPERM, "it is there, and no file", named)
     temporary = _beside(path)
     try:
-        with open(temporary, "xb") as file:
+        with naming(named), open(temporary, "xb") as file:
             yield file
             file.flush()
             reach("file.fsync")
@@ -44,10 +44,21 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         reach("file.published")
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        if isinstance(error, OSError) and error.filename == str(temporary):
             raise OSError(error.errno, error.strerror, named) from None  # what the user knows of
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """While entered, an error of the disk that names no file names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def export(
         UserError: no such checkpoint, or transformers has no place for such a model.
     """
     trained = open_trained(folder, step, "cpu", "fp32", weights)
-    facts, source = trained.facts, folder.experiment_py.read_text(encoding="utf-8")
+    facts, source = trained.facts, folder.read_source()
     if to == "hf" and (scores_itself(trained.model) or writes_itself(trained.model)):
         problem = f"{facts.label} has no logits from left to right, which transformers needs"
         raise UserError(problem, hint="--to safetensors exports its weights")

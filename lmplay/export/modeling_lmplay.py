@@ -44,6 +44,7 @@ class Past(Cache):
 class _Lmplay(PreTrainedModel):
     config_class = LmplayConfig
     base_model_prefix = "model"
+    _supports_sdpa = True  # that is to say: asked for or not, an experiment attends as it does
 
     def __init__(self, config: LmplayConfig):
         super().__init__(config)
@@ -70,6 +71,16 @@ class _Lmplay(PreTrainedModel):
         if len(found) != 1:
             raise NotImplementedError(f"this experiment has {len(found)} tables of {size} tokens")
         return found[0]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another table of tokens in the place of that which `get_input_embeddings` gives.
+
+        Raises:
+            NotImplementedError: as of `get_input_embeddings`.
+        """
+        table = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is table)
+        self.set_submodule(name, value)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
@@ -115,13 +126,19 @@ class _Lmplay(PreTrainedModel):
         """What the head reads, or the logits of a model that has none; the past; the states.
 
         Raises:
-            ValueError: the text is longer than the context; a mask with holes, or with padding
-                before a row that has a past; positions that do not count on from the past.
+            ValueError: no text, or one longer than the context; a past of another kind; a mask with
+                holes, or with padding before a row that has a past; positions that do not count on
+                from the past.
             NotImplementedError: something is asked for that no experiment knows.
         """
         for name, value in unknown.items():
             if value is not None and value is not False:
                 raise NotImplementedError(f"an experiment of lmplay knows no {name}")
+        if input_ids is None:
+            raise ValueError("input_ids are missing")
+        if past is not None and not isinstance(past, Past):
+            kind = type(past).__name__
+            raise ValueError(f"a {kind} is no past of this model's: give what an earlier pass gave")
         start = past.length if past is not None else 0
         num_positions = input_ids.shape[1] + start
         if num_positions > self.config.max_position_embeddings:
@@ -196,6 +213,11 @@ class LmplayForCausalLM(_Lmplay, GenerationMixin):
 
     _is_stateful = True  # the past cannot be cut back, as assisted generation would
 
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The map from the hidden states to the logits, where it is no more than a matrix."""
+        head = getattr(self.model, "head", None)
+        return head if isinstance(head, nn.Linear) else None
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own
@@ -207,7 +229,7 @@ class LmplayForCausalLM(_Lmplay, GenerationMixin):
         past_key_values: Past | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -222,7 +244,7 @@ class LmplayForCausalLM(_Lmplay, GenerationMixin):
                 row; what stands before it is moved there, and such rows have no cache.
             past_key_values: what an earlier pass with `use_cache` gave.
             labels: (B, T), shifted in here; -100 is not scored.
-            logits_to_keep: this many last positions only; 0 for all.
+            logits_to_keep: this many last positions only, or these; 0 for all.
             position_ids: (B, T) or (1, T); each row's must count on from its past, as they do
                 anyway.
             output_hidden_states: give what enters the first block and what leaves each, (B, T, C).
@@ -234,7 +256,8 @@ class LmplayForCausalLM(_Lmplay, GenerationMixin):
             input_ids, attention_mask, past_key_values, use_cache, position_ids,
             output_hidden_states, inputs_embeds=inputs_embeds, output_attentions=output_attentions,
         )  # fmt: skip
-        x_BTC = x_BTC[:, -logits_to_keep:]
+        is_count = isinstance(logits_to_keep, int)
+        x_BTC = x_BTC[:, slice(-logits_to_keep, None) if is_count else logits_to_keep]
         logits_BTV = self.model.head(x_BTC) if has_hidden(self.model) else x_BTC
         loss = None
         if labels is not None:

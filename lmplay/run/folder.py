@@ -76,6 +76,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.run_json} cannot be read: {error}") from None
 
+    def read_source(self) -> str:
+        """The experiment's file as it was trained.
+
+        Raises:
+            UserError: it is gone or damaged.
+        """
+        try:
+            return self.experiment_py.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            hint = "it is no whole run; lmp-trainer --resume none trains it anew and keeps it aside"
+            raise UserError(f"{self.path} lacks its experiment.py", hint=hint) from None
+
     def write(self, facts: Facts) -> None:
         """Put `facts` into run.json; whoever reads at any moment sees the old one or the new.
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from lmplay.disk import naming
 from lmplay.errors import UserError
 from lmplay.fault_points import reach
 
@@ -85,12 +86,20 @@ class Record:
         A column that `row` lacks, or has None for, stays empty.
         """
         cells = [_cell(row.get(column)) for column in self.columns]
-        self._file.write(",".join(cells) + "\n")
-        reach("row.write")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(",".join(cells) + "\n")
+            reach("row.write")
+            self._file.flush()
 
     def sync(self) -> None:
-        """Wait until every row is on the disk: a checkpoint after them relies on them."""
+        """Wait until every row is on the disk: a checkpoint after them relies on them.
+
+        Raises:
+            UserError: the file was deleted meanwhile.
+        """
+        if not os.fstat(self._file.fileno()).st_nlink:
+            problem = f"{self._file.name} was deleted while it was written, with all its rows"
+            raise UserError(problem, hint="the same command goes on from the newest checkpoint")
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

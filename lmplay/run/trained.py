@@ -55,9 +55,7 @@ def open_trained(
     where = resolve_device(device)
     used = resolve_precision(precision, where)
     path = Path(f"{facts.file}.py")
-    if not folder.experiment_py.is_file():
-        raise UserError(f"{folder.path} lacks its experiment.py", hint="it is no whole run")
-    experiment = load_source(folder.experiment_py.read_text(encoding="utf-8"), path, {})
+    experiment = load_source(folder.read_source(), path, {})
     config = experiment.config(**facts.config)
     model = experiment.model(config)
     if weights is not None:

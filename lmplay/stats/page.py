@@ -193,7 +193,7 @@ def _diff(pairs: list[Pair]) -> str:
             continue
         files = [RunFolder(run.path).experiment_py for run in (pair.baseline, pair.run)]
         if all(file.is_file() for file in files):
-            old, new = (file.read_text(encoding="utf-8").splitlines() for file in files)
+            old, new = (file.read_text("utf-8", "replace").splitlines() for file in files)
             names = pair.baseline.label, pair.run.label
             return "\n".join([*difflib.unified_diff(old, new, *names, lineterm="")][:_DIFF])
     return ""

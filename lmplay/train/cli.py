@@ -555,6 +555,8 @@ def _train(request: "Request", rival: Entry | None, budget: str, as_json: bool) 
     if as_json:
         return print_json(result)
     row = result["validation"]
+    if row is None:  # its curve was taken away since
+        raise UserError(f"{result['run']} is {result['status']}, but has no row of validation.csv")
     line = f"{result['run']}: {result['status']} at {row['tokens']:,} tokens"
     out.print(line, markup=False)  # a path may hold brackets
     per_byte = row["bits_per_byte"]

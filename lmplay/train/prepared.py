@@ -74,7 +74,7 @@ def prepare(
     else:
         refuse_leaked(request, earlier)
         note_edits(request, earlier, display.note)
-        source = request.folder.experiment_py.read_text(encoding="utf-8")
+        source = request.folder.read_source()
         experiment = load_source(source, Path(f"{earlier.file}.py"), request.entry.variant)
         plan = Plan.model_validate_json(json.dumps(earlier.plan))
         plan = plan.model_copy(update={"datasets": request.plan.datasets})  # where it is now

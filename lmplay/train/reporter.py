@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lmplay.disk import naming
 from lmplay.fault_points import reach
 from lmplay.machine import matmul_rate
 from lmplay.memory import reset_peak_memory
@@ -90,5 +91,6 @@ def _write_sample(folder: RunFolder, title: str, prompt: str, truth: str, said: 
     parts = [f"## {title}"]
     for name, text in (("prompt", prompt), ("truth", truth), ("the model", said)):
         parts.append(f"**{name}**\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
-    with folder.samples_md.open("a", encoding="utf-8") as file:
+    path = folder.samples_md
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write("\n\n".join(parts) + "\n\n")

@@ -40,7 +40,7 @@ def note_edits(request: Request, earlier: Facts, note: Callable[[str], None]) ->
             hint="--out-dir gives this run a place of its own; --resume none keeps the old aside",
         )
     edited = []
-    if folder.experiment_py.read_text(encoding="utf-8") != request.entry.source:
+    if folder.read_source() != request.entry.source:
         edited.append(str(request.entry.path))
     elsewhere = {"datasets": plan["datasets"], "margin": None}  # moved, and of verdicts only
     if earlier.plan | elsewhere != plan | elsewhere:

@@ -277,6 +277,31 @@ def test_the_table_of_tokens_can_be_had_and_resized(model, opened, tmp_path):
     assert torch.equal(model(tokens()).logits, plain)
 
 
+def test_both_tables_have_their_usual_names_and_may_be_replaced(model):
+    table = torch.nn.Embedding(model.config.vocab_size, model.get_input_embeddings().embedding_dim)
+    model.set_input_embeddings(table)
+
+    assert model.get_input_embeddings() is table
+    assert model.get_output_embeddings().weight.shape == table.weight.shape
+
+
+def test_some_positions_logits_are_those_of_all(model):
+    tokens_BT = torch.arange(12).reshape(2, 6)
+    logits_BTV = model(tokens_BT).logits
+
+    chosen = torch.tensor([1, 4])
+    for keep, places in ((2, slice(-2, None)), (chosen, chosen)):
+        kept_BTV = model(tokens_BT, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept_BTV, logits_BTV[:, places])
+
+
+def test_a_past_of_another_kind_and_no_text_are_refused_in_words(model, transformers):
+    with pytest.raises(ValueError, match="DynamicCache is no past"):
+        model(torch.ones(1, 2, dtype=torch.long), past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="input_ids are missing"):
+        model()
+
+
 def test_generating_gives_hidden_states(model):
     made = model.generate(
         tokens(1), output_hidden_states=True, return_dict_in_generate=True, **GREEDY

@@ -49,3 +49,13 @@ def test_a_run_whose_folder_is_deleted_under_way_ends_in_words(bench):
 
     assert trial.process.exitcode in (1, 2, 5)
     assert "Traceback" not in trial.said(), trial.said()
+
+
+def test_what_was_taken_out_of_a_finished_run_is_named(bench):
+    bench.plan()
+    bench.train("done")
+    for name in ("validation.csv", "experiment.py"):
+        (bench.folder("done").path / name).unlink()
+        trial = bench.train("done", code=2)
+
+        assert name in trial.said() and "Traceback" not in trial.said()

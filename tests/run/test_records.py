@@ -101,6 +101,16 @@ def test_reopening_leaves_the_rows_that_stay_untouched(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_rows_that_are_deleted_while_they_are_written_are_no_silent_loss(tmp_path):
+    with Record(tmp_path / "train.csv", TRAIN_COLUMNS) as record:
+        record.write({"step": 1})
+        record.sync()
+        (tmp_path / "train.csv").unlink()
+
+        with pytest.raises(UserError, match=r"train\.csv was deleted"):
+            record.sync()
+
+
 def test_what_is_no_file_is_refused_and_not_read(tmp_path):
     (tmp_path / "train.csv").symlink_to("/dev/zero")
 
