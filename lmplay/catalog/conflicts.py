@@ -181,17 +181,20 @@ def _functions(source: str) -> dict[str, Piece]:
 def _unread(base: str, ideas: dict[str, str], merged: str) -> list[str]:
     """Reports on what one idea stores and reads, which no statement reads where all are in."""
     before = _functions(base)
+    versions = {name: _functions(source) for name, source in ideas.items()}
     reports = []
     for place, function in _functions(merged).items():
-        read = {(local, stored) for local, _, stored in _reads(function)[1]}
-        unread = set(_reads(function)[0]) - read
-        for name, source in ideas.items():
-            own = _functions(source).get(place)
-            if not unread or own in (None, function, before.get(place)):
-                continue
-            wanted = {(local, stored) for local, _, stored in _reads(own)[1]}
-            known = set(_reads(before[place])[0]) if place in before else set()
-            for local, stored in sorted(wanted & unread - known):
+        plain = before.get(place)
+        own = {name: there[place] for name, there in versions.items() if place in there}
+        changed = {name: v for name, v in own.items() if v not in (function, plain)}
+        if not changed:
+            continue
+        stores, reads = _reads(function)
+        unread = set(stores) - {(local, stored) for local, _, stored in reads}
+        unread -= set(_reads(plain)[0]) if plain else set()
+        for name, version in changed.items():
+            wanted = {(local, stored) for local, _, stored in _reads(version)[1]}
+            for local, stored in sorted(wanted & unread):
                 head = f"{name} stores {local} in {place}, which nothing reads there any more:"
                 reports.append("\n".join([head, hunk(name, [], [stored])]))
     return reports
