@@ -56,13 +56,13 @@ def ideas_on(baseline, without=()):
 
 
 @pytest.mark.slow
-def test_three_quarters_of_the_pairs_of_ideas_on_llama_stack():
+def test_most_pairs_of_ideas_on_llama_stack():
     ideas = ideas_on("llama", without=("mixing", "patches", "diffusion"))  # whole architectures
     pairs = itertools.combinations(ideas, 2)
-    sample = [pair for pair in pairs if crc32("+".join(pair).encode()) % 24 == 0]
+    sample = [pair for pair in pairs if crc32("+".join(pair).encode()) % 6 == 0]
     found = [collision(resolve(one), resolve(other)) for one, other in sample]
 
-    assert len(found) > 30 and found.count("") >= 0.75 * len(found)
+    assert len(found) > 200 and found.count("") >= 0.85 * len(found)
 
 
 THREE = "gated_attention+qk_norm+zero_init"
