@@ -86,6 +86,25 @@ def trains_every_weight(specimen: Specimen) -> str:
 def can_be_optimised(specimen: Specimen) -> str:
     """Its groups name parameters of the model, each once, and what an optimizer takes."""
     model = specimen.model()
+    num_claimed = refuse_wrong_groups(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    tokens_BT = specimen.tokens(B=2)
+    Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise Refuted(
+                f"{name} is not finite after a step of AdamW", unless=("gradients", "loss at start")
+            )
+    return f"{num_claimed} parameters in groups of their own; a step of AdamW can be taken"
+
+
+def refuse_wrong_groups(model: nn.Module) -> int:
+    """How many parameters are in groups of their own.
+
+    Raises:
+        Refuted: a group is empty, says what nobody knows, never learns, or has what another has.
+    """
     names = {id(weight): name for name, weight in model.named_parameters()}
     claimed: dict[int, str] = {}
     groups = [g | {"params": [*g["params"]]} for g in _groups(model)]
@@ -108,16 +127,7 @@ def can_be_optimised(specimen: Specimen) -> str:
             if id(weight) in claimed:
                 raise Refuted(f"{names[id(weight)]} is in two groups")
             claimed[id(weight)] = names[id(weight)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    tokens_BT = specimen.tokens(B=2)
-    Objective(model.train())(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
-    optimizer.step()
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise Refuted(
-                f"{name} is not finite after a step of AdamW", unless=("gradients", "loss at start")
-            )
-    return f"{len(claimed)} parameters in groups of their own; a step of AdamW can be taken"
+    return len(claimed)
 
 
 def _groups(model: nn.Module) -> list[dict]:

@@ -22,7 +22,7 @@ def has_no_float64(specimen: Specimen) -> str:
         if tensor.dtype in _DOUBLES:
             raise Refuted(f"{name} is {tensor.dtype}")
     tokens_BT = specimen.tokens(B=2)
-    doubles = _Doubles()
+    doubles = Doubles()
     with doubles:
         Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
     if doubles.found:
@@ -32,10 +32,9 @@ def has_no_float64(specimen: Specimen) -> str:
 
 def follows_its_tokens(specimen: Specimen) -> str:
     """Runs on the CPU while meta is the default device: a tensor made without a device is there."""
-
     model = specimen.model().train()
     tokens_BT, cache = specimen.tokens(B=2), Cache()
-    makers = _Makers(specimen.experiment.module.__file__)
+    makers = Makers(specimen.experiment.module.__file__)
     with torch.device("meta"), makers:
         Objective(model)(tokens_BT, tokens_BT.roll(-1, 1)).objective.backward()
         if has_after_step(model):
@@ -55,7 +54,7 @@ _DOUBLES = (torch.float64, torch.complex128)
 _SAID = {"_local_scalar_dense": "item", "_unique2": "unique"}
 
 
-class _Doubles(TorchDispatchMode):
+class Doubles(TorchDispatchMode):
     """Names the first operation that gives double precision."""
 
     def __init__(self):
@@ -72,7 +71,7 @@ class _Doubles(TorchDispatchMode):
         return given
 
 
-class _Makers(TorchDispatchMode):
+class Makers(TorchDispatchMode):
     """Refutes the first operation that makes a tensor on meta; notes what a GPU's host waits for.
 
     Args:

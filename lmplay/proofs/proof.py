@@ -101,6 +101,11 @@ def most_telling(proofs: list[Proof]) -> Proof | None:
     return min(failed, key=lambda proof: _rank(proof.name), default=None)
 
 
+def names_the_fault(proof: Proof | None) -> bool:
+    """Whether a proof that failed says all that is wrong, so that no larger model tells more."""
+    return proof is not None and _rank(proof.name) <= TELLING.index("seed")
+
+
 def _rank(name: str) -> int:
     return TELLING.index(name) if name in TELLING else len(TELLING)
 

@@ -1,5 +1,7 @@
 """Proofs that what is reported is measured by lmplay's ruler, and that a likelihood is one."""
 
+import ast
+import builtins
 import importlib
 import inspect
 import math
@@ -8,6 +10,7 @@ import types
 from collections.abc import Iterator
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import lmplay.model
@@ -25,6 +28,7 @@ def _namespaces() -> Iterator[tuple[str, object]]:
     """What an experiment might reach into: torch's functions and modules, and lmplay's model/."""
     modules = [torch, torch.nn.functional, torch.nn.init, torch.autograd, torch.random, math]
     modules += [torch.nn.utils, torch.special, torch.linalg, torch.fft, torch.amp, torch.optim]
+    modules += [torch.utils.checkpoint, builtins]
     yield from ((module.__name__, module) for module in modules)
     yield "torch.Tensor", Tensor
     for name, value in [*vars(nn).items(), *vars(torch.optim).items()]:
@@ -46,10 +50,13 @@ def _callables() -> dict[tuple[str, str], tuple[object, object]]:
         for where, owner in _namespaces()
         for name, value in vars(owner).items()
         if isinstance(value, kinds)
+        or (where.startswith("lmplay") and type(value) in (int, float, str, tuple))
     }
 
 
 _CLASSES = [(w, owner, set(vars(owner))) for w, owner in _namespaces() if isinstance(owner, type)]
+_NAMES = {where: set(vars(owner)) for where, owner in _namespaces()}
+_DATA = int | float | str | list | dict | set | Tensor  # which nothing of torch's adds later
 _TRUE = _callables()  # before an experiment is loaded
 _TRUE_IDS = {id(value) for _, value in _TRUE.values()}
 
@@ -106,8 +113,27 @@ def refuse_other_functions() -> None:
             if isinstance(value, types.FunctionType) and not _is_a_librarys(value, inherited):
                 delattr(owner, name)
                 put_back.append(f"{where}.{name}")
+    for where, owner in _namespaces():
+        for name in vars(owner).keys() - _NAMES.get(where, vars(owner).keys()):
+            is_ours = name.startswith("__") or owner is builtins
+            if not is_ours and isinstance(vars(owner)[name], _DATA):
+                delattr(owner, name)
+                put_back.append(f"{where}.{name}")
     if put_back:
         raise Refuted(f"{put_back[0]} is no more what it was before the file was loaded")
+
+
+def _refuse_settings_that_stay(source: str) -> None:
+    """Threads and backends are a run's business, and the same for all that is compared."""
+    for node in ast.walk(ast.parse(source)):
+        told = [node.func] if isinstance(node, ast.Call) else getattr(node, "targets", [])
+        for text in map(ast.unparse, told):
+            if text in _STAYING or (isinstance(node, ast.Assign) and "torch.backends." in text):
+                raise Refuted(f"line {node.lineno} sets {text} for all that runs")
+
+
+_STAYING = {"torch.set_num_threads", "torch.set_num_interop_threads", "torch.set_flush_denormal"}
+_STAYING |= {"torch.use_deterministic_algorithms"}
 
 
 def _refuse_other_settings() -> None:
@@ -133,6 +159,7 @@ def is_the_rulers(specimen: Specimen) -> str:
     """No function was put in the place of another; and nats in fp64 from forward are the same."""
     refuse_other_functions()
     _refuse_other_settings()
+    _refuse_settings_that_stay(specimen.experiment.source)
     if specimen.scores_itself:
         return f"{len(_TRUE):,} functions of torch and lmplay are what they were"
     model = specimen.randomised()

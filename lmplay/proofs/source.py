@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 from lmplay.catalog import entries as catalog
 from lmplay.catalog.entry import definitions
+from lmplay.model.abilities import has_after_step
 from lmplay.model.objective import Objective
 from lmplay.proofs.proof import Exempt, Refuted
 from lmplay.proofs.specimen import Specimen
@@ -42,6 +43,7 @@ def imports_torch_only(specimen: Specimen) -> str:
 
 # what a run's folder does not keep, or what is not the experiment's
 _OUTSIDE = ("sys.modules", "sys.argv", "os.environ", "os.getenv", "builtins.__import__")
+_OUTSIDE += ("torch.save", "torch.load", "torch.hub", "torch.from_file")
 
 
 def _reached(node: ast.AST) -> str | None:
@@ -68,23 +70,32 @@ def _opened_by_loading(specimen: Specimen) -> str:
     module.__file__ = path
     sys.modules[module.__name__] = module
     try:
-        with _watching(path):
+        with watching(path):
             exec(compile(specimen.experiment.source, path, "exec"), module.__dict__)
     finally:
         del sys.modules[module.__name__]
-    return _seen[0] if _seen else ""
+    return what_was_opened()
 
 
 def _opened_by_running(specimen: Specimen) -> str:
-    with _watching(specimen.experiment.module.__file__), suppress(Exception):  # for other proofs
+    with watching(specimen.experiment.module.__file__), suppress(Exception):  # for other proofs
         model, tokens_BT = specimen.model(), specimen.tokens(B=2)
         for training in (True, False):
             Objective(model).train(training)(tokens_BT, tokens_BT.roll(-1, 1))
+        if has_after_step(model):
+            model.train().after_step()
+        specimen.cached(model.eval(), tokens_BT)
+    return what_was_opened()
+
+
+def what_was_opened() -> str:
+    """Where a file was last watched: the first thing that it opened."""
     return _seen[0] if _seen else ""
 
 
 @contextmanager
-def _watching(path: str) -> Iterator[None]:
+def watching(path: str) -> Iterator[None]:
+    """Note what the file at `path` opens."""
     _watched.append(path)
     _seen.clear()
     try:
@@ -101,6 +112,10 @@ _OPENING = {
     "socket.getaddrinfo": "asks for the address of {}",
     "subprocess.Popen": "starts {}",
     "os.system": "starts {}",
+    "os.mkdir": "makes {}",
+    "os.listdir": "lists {}",
+    "os.remove": "removes {}",
+    "os.rename": "renames {}",
 }
 
 

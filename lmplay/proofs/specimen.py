@@ -20,8 +20,10 @@ from lmplay.proofs.proof import CLOSE, Refuted, how_far
 
 # B rows, T positions
 
-OPENINGS = ((0.1, 1.0), (-1.0, -0.1), (1.0, 3.0))  # of vectors: each opens other gates
+# of gates, between two numbers; and what counters have counted: each opens others
+OPENINGS = ((0.1, 1.0, 1e2), (-10.0, -0.1, 1e4), (6.0, 10.0, 1e6))
 PROGRESS = (0.0, 0.5, 1.0)  # of a run, at which a model that changes is proved
+BETWEEN = tuple(k / 20 for k in range(1, 20) if k != 10)  # at which it is looked at too
 
 
 class Specimen:
@@ -84,6 +86,21 @@ class Specimen:
             for pair in zip(found[0], later, strict=True)
         )
 
+    @functools.cached_property
+    def turns(self) -> list[float]:
+        """Where between those the same weights give something else than a little earlier."""
+        if not self.follows_progress:
+            return []
+        model, tokens_BT = self.randomised(), self.tokens(B=2)
+        found, turns = {}, []
+        for progress in sorted(PROGRESS + BETWEEN):
+            model.at(progress)
+            found[progress] = self.outputs(model, tokens_BT)
+            earlier = list(found.values())[-2:]
+            if progress in BETWEEN and not torch.equal(earlier[0], earlier[-1]):
+                turns.append(progress)
+        return turns
+
     def config_with_dropout(self, share: float):
         return dataclasses.replace(self.given, **dict.fromkeys(self.dropouts, share))
 
@@ -125,8 +142,8 @@ class Specimen:
 
     def opened(self) -> Iterator[nn.Module]:
         """Randomised models whose vectors and scalars are drawn anew: no gate stays shut."""
-        for ends in OPENINGS:
-            yield open_gates(self.randomised(), ends)
+        for opening in OPENINGS:
+            yield open_gates(self.randomised(), opening)
 
     def randomised_models(self) -> Iterator[tuple[str, nn.Module]]:
         """Two draws of the weights, each in eval and in training mode.
@@ -223,15 +240,24 @@ class Specimen:
         return Overfit(self)
 
 
-def throughout(claim: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
-    """The claim at the start, in the middle and at the end of a run, where a model changes."""
+Claim = Callable[[Specimen], str]
+
+
+def throughout(claim: Claim, between: Claim | None = None) -> Claim:
+    """The claim at the start, in the middle and at the end of a run, where a model changes.
+
+    Args:
+        between: a quicker one, of all that it is on the way.
+    """
 
     def claim_throughout(specimen: Specimen) -> str:
-        if not specimen.changes_over_a_run:
+        turns = specimen.turns if between else []
+        if not turns and not specimen.changes_over_a_run:
             return claim(specimen)
-        for progress in PROGRESS:
+        for progress in sorted([*PROGRESS, *turns]):
+            asked = between if progress in turns else claim
             try:
-                found = claim(specimen.at(progress))
+                found = asked(specimen.at(progress))
             except Refuted as why:
                 raise Refuted(f"at progress {progress:g}: {why}", why.unless) from None
         return f"at progress {', '.join(f'{p:g}' for p in PROGRESS)}: {found}"
@@ -266,13 +292,39 @@ def randomise(model: nn.Module, sign: int = 1, strength: float = 1.0) -> nn.Modu
     return model.eval()
 
 
-def open_gates(model: nn.Module, ends: tuple[float, float]) -> nn.Module:
-    """The same, with vectors and scalars drawn anew between the ends."""
+def open_gates(model: nn.Module, opening: tuple[float, float, float]) -> nn.Module:
+    """The same, with vectors and scalars drawn anew, and as if counters had counted.
+
+    A matrix whose numbers are nearly alike, such as a vector for each block, is drawn anew too.
+
+    Args:
+        opening: the least and the largest number, and what each counter says.
+    """
+    least, largest, count = opening
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() <= 1:
-                weight.uniform_(*ends)
+            is_vector = weight.numel() == max(weight.shape, default=1)
+            if is_vector or weight.std() < 0.1 * weight.mean().abs():
+                weight.uniform_(least, largest)
+        for buffer in model.buffers():
+            if buffer.numel() == 1 and buffer.dtype != torch.bool:
+                is_exact = buffer.is_floating_point() or buffer.is_complex()
+                most = count if is_exact else min(count, torch.iinfo(buffer.dtype).max)
+                buffer.fill_(most)
     return model
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Its modules drop nothing meanwhile."""
+    shares = {part: part.p for part in model.modules() if isinstance(part, nn.Dropout)}
+    try:
+        for part in shares:
+            part.p = 0.0
+        yield
+    finally:
+        for part, share in shares.items():
+            part.p = share
 
 
 @contextmanager

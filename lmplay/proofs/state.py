@@ -3,6 +3,7 @@
 import array
 import collections
 import contextvars
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -34,7 +35,7 @@ def keeps_nothing(specimen: Specimen) -> str:
     module = specimen.experiment.module
     tokens_BT = specimen.tokens(B=3)
     others_BT = specimen.others(tokens_BT)
-    before = _marks(model, module)
+    before = marks_of(model, module)
     answer = specimen.outputs(model, tokens_BT)
     given_BT = tokens_BT.clone()
     specimen.outputs(model, others_BT)
@@ -45,11 +46,11 @@ def keeps_nothing(specimen: Specimen) -> str:
             with torch.no_grad():
                 reader(model)(tokens_BT[:, t : t + 1], cache=cache)
             cache.advance(1)
-    _refuse_changes(before, _marks(model, module), "in eval mode")
+    refuse_changes(before, marks_of(model, module), "in eval mode")
     if not how_far(again, answer) <= EXACT:
         moved = how_far(again, answer)
         raise Refuted(f"the same tokens give another answer after others, by {moved:.1e}")
-    before = _marks(model.train(), module, with_state=False)
+    before = marks_of(model.train(), module, with_state=False)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for tokens in (tokens_BT, others_BT):
         targets_BT = tokens.roll(-1, 1)
@@ -57,24 +58,29 @@ def keeps_nothing(specimen: Specimen) -> str:
         Objective(model)(tokens, targets_BT).objective.backward()
         if not torch.equal(targets_BT, kept_BT):
             raise Refuted("it writes to the targets that it is given")
-    _refuse_changes(before, _marks(model, module, with_state=False), "in training mode")
+    refuse_changes(before, marks_of(model, module, with_state=False), "in training mode")
     for name, weight in model.named_parameters():
         if not torch.equal(weight, weights[name]):
             raise Refuted(f"{name} is written to in a pass in training mode, not in after_step")
     if has_after_step(model):
+        drawn = torch.get_rng_state()
         for _ in range(4):
             model.after_step()
-        _refuse_changes(before, _marks(model, module, with_state=False), "and after_step")
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise Refuted("after_step draws random numbers, of which every process draws others")
+        refuse_changes(before, marks_of(model, module, with_state=False), "and after_step")
         refuse_shared_numbers(model)
     if not torch.equal(tokens_BT, given_BT):
         raise Refuted("it writes to the tokens that it is given")
     _refuse_remembered_calls(specimen)
+    _refuse_remembered_weights(specimen)
     if specimen.follows_progress:
         _refuse_more_than_progress(specimen)
     return f"{len(before)} attributes and globals, and the state dict, stay the same"
 
 
-def _refuse_changes(before: dict[str, object], after: dict[str, object], where: str) -> None:
+def refuse_changes(before: dict[str, object], after: dict[str, object], where: str) -> None:
+    """Raise Refuted where one of the marks is not the same any more."""
     for name in [*before, *after]:
         if before.get(name) != after.get(name):
             raise Refuted(f"{name} is not the same after a pass {where}")
@@ -83,9 +89,9 @@ def _refuse_changes(before: dict[str, object], after: dict[str, object], where: 
 def _refuse_more_than_progress(specimen: Specimen) -> None:
     """`Model.at` makes the same of one progress, whatever it was told before, of any weights."""
     model, module = specimen.randomised(), specimen.experiment.module
-    before, drawn = _marks(model, module), torch.get_rng_state()
+    before, drawn = marks_of(model, module), torch.get_rng_state()
     model.at(0.5)
-    after, told = _marks(model, module), _marks(model, module, with_state=False)
+    after, told = marks_of(model, module), marks_of(model, module, with_state=False)
     if not torch.equal(drawn, torch.get_rng_state()):
         raise Refuted("at(0.5) draws random numbers")
     for name in model.state_dict():
@@ -96,7 +102,7 @@ def _refuse_more_than_progress(specimen: Specimen) -> None:
             weight.mul_(1.5)
     for progress in (0.0, 1.0, 1.0, 0.5):
         model.at(progress)
-    for name, mark in _marks(model, module, with_state=False).items():
+    for name, mark in marks_of(model, module, with_state=False).items():
         if told.get(name) != mark:
             raise Refuted(f"at(0.5) gives another {name} later: it follows not progress alone")
 
@@ -104,9 +110,7 @@ def _refuse_more_than_progress(specimen: Specimen) -> None:
 def _refuse_remembered_calls(specimen: Specimen) -> None:
     """A function whose results are remembered must not have looked at a token."""
     model, tokens_BT = specimen.randomised(), specimen.tokens(B=3)
-    own = [v for part in model.modules() for v in vars(part).values()]
-    found = [*_all_of(specimen.experiment.module), *own]
-    remembering = [v for v in found if isinstance(v, functools._lru_cache_wrapper)]
+    remembering = _remembering(specimen, model)
     for training in (False, True) if remembering else ():
         model.train(training)
         answers = []
@@ -120,13 +124,35 @@ def _refuse_remembered_calls(specimen: Specimen) -> None:
             raise Refuted(f"{names} remembers what depends on tokens")
 
 
+def _refuse_remembered_weights(specimen: Specimen) -> None:
+    """Weights that have changed are those that a pass takes."""
+    model, tokens_BT = specimen.randomised(), specimen.tokens(B=2)
+    specimen.outputs(model, tokens_BT)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    answer = specimen.outputs(model, tokens_BT)
+    for function in _remembering(specimen, model):
+        function.cache_clear()
+    moved = how_far(specimen.outputs(copy.deepcopy(model), tokens_BT), answer)
+    if not moved <= EXACT:
+        raise Refuted(f"a pass remembers weights that have changed since, by {moved:.1e}")
+
+
+def _remembering(specimen: Specimen, model: nn.Module) -> list:
+    """Functions whose results are remembered, of the module and of the model's parts."""
+    own = [v for part in model.modules() for v in vars(part).values()]
+    found = [*_all_of(specimen.experiment.module), *own]
+    return [v for v in found if isinstance(v, functools._lru_cache_wrapper)]
+
+
 def _all_of(module: types.ModuleType) -> list[object]:
     """What a module defines, and what its classes do."""
     own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
     return own + [v for cls in own if isinstance(cls, type) for v in vars(cls).values()]
 
 
-def _marks(
+def marks_of(
     model: nn.Module, module: types.ModuleType, with_state: bool = True
 ) -> dict[str, object]:
     """What is equal where nothing changed: for each attribute, global and tensor of the state."""
@@ -143,7 +169,8 @@ def _marks(
     for name, weight in model.named_parameters():
         how = (id(weight), weight.requires_grad, weight.dtype, tuple(weight.shape))
         marks[f"the Parameter {name}"] = how
-        marks[f"what is stored beside {name}"] = _mark(vars(weight), module.__name__)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        marks[f"what is stored beside {name}"] = _mark(vars(tensor), module.__name__)
     if with_state:
         marks |= {key: _mark(tensor, "") for key, tensor in model.state_dict().items()}
     return marks
@@ -188,15 +215,21 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
         return type(value), {repr(part) for part in value}
     if getattr(value, "__module__", None) != module and type(value).__module__ != module:
         return _mark_of_a_librarys(value, inner)
+    if isinstance(value, types.MethodType):
+        return inner(value.__self__), inner(value.__func__)
     if isinstance(value, types.FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        return id(value), [
-            inner(part) for part in [value.__defaults__, value.__kwdefaults__, cells]
-        ]
+        kept = [value.__defaults__, value.__kwdefaults__, cells, value.__dict__]
+        return id(value), [inner(part) for part in kept]
+    slots = [key for cls in type(value).__mro__ for key in getattr(cls, "__slots__", ())]
+    kept = {key: getattr(value, key, None) for key in slots}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [inner(getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    own = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")}
-    return id(value), inner(own)
+        kept |= {
+            field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)
+        }
+        return inner(kept | getattr(value, "__dict__", {}))
+    kept |= {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")}
+    return id(value), inner(kept)
 
 
 def _mark_of_a_librarys(value: object, inner: Callable[[object], object]) -> object:
@@ -206,7 +239,11 @@ def _mark_of_a_librarys(value: object, inner: Callable[[object], object]) -> obj
         return repr(value)
     if hasattr(value, "__length_hint__"):  # an iterator
         return value.__length_hint__()
-    is_box = home in ("types", "_thread", "weakref", "collections", "threading")
+    if isinstance(value, types.BuiltinFunctionType):
+        return id(value), inner(value.__self__)
+    if isinstance(value, map | filter | zip | enumerate):
+        return [inner(part) for part in value.__reduce__()[1]]
+    is_box = home in ("types", "_thread", "weakref", "collections", "threading", "queue")
     if is_box and not isinstance(value, types.ModuleType | type | types.FunctionType):
         return id(value), inner(getattr(value, "__dict__", {}))
     return id(value)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmplay.model.abilities import has_after_step
 from lmplay.model.objective import Objective
@@ -41,16 +42,21 @@ def holds_only_weights(specimen: Specimen) -> str:
                 raise Refuted(f"{where}.{key} holds a {hides} unseen: make it a ModuleList")
             if key not in ("_parameters", "_buffers", "_modules") and _holds_tensor(value, own):
                 raise Refuted(f"{where}.{key} is a tensor but neither parameter nor buffer")
-    refuse_shared_numbers(model)
-    for name, weight in model.named_parameters():
-        if weight.dtype in (torch.bfloat16, torch.float16):
-            raise Refuted(f"{name} is {weight.dtype}, in which an optimizer's small steps are lost")
+    refuse_wrong_weights(model)
     for name, tensor in shapes.state_dict().items():
         if tensor.device.type != "meta":
             raise Refuted(f"{name} is made on {tensor.device} when it is asked for on another")
         if tensor.shape != model.state_dict()[name].shape:
             raise Refuted(f"{name} has another shape on the meta device")
     return f"{sum(p.numel() for p in model.parameters()):,} parameters here"
+
+
+def refuse_wrong_weights(model: nn.Module) -> None:
+    """Raise Refuted where they share numbers, or have too few digits to be trained."""
+    refuse_shared_numbers(model)
+    for name, weight in model.named_parameters():
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            raise Refuted(f"{name} is {weight.dtype}, in which an optimizer's small steps are lost")
 
 
 def refuse_shared_numbers(model: nn.Module) -> None:
@@ -82,6 +88,7 @@ def repeats_by_seed(specimen: Specimen) -> str:
                 "in another process"
             )
     _refuse_alike(states[0], specimen.model(seed=6).state_dict())
+    _refuse_a_start_of_its_own(specimen)
     _refuse_a_seed_of_its_own(specimen, tokens_BT)
     return f"{len(states[0])} tensors and the training loss; another seed gives others"
 
@@ -119,6 +126,32 @@ def _refuse_alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         raise Refuted(f"{alike[0]} starts with the same numbers for another seed")
 
 
+def _refuse_a_start_of_its_own(specimen: Specimen) -> None:
+    """What is trained starts from numbers of the run's seed, not of a generator that has its own.
+
+    A buffer may be drawn so: a hash, or fixed features.
+    """
+    with _OwnDraws() as own:
+        first = dict(specimen.model(seed=5).named_parameters())
+    if not own.num_draws:
+        return
+    for name, weight in specimen.model(seed=6).named_parameters():
+        if weight.unique().numel() > 1 and torch.equal(weight, first[name]):
+            raise Refuted(f"{name} starts with the same numbers for another seed")
+
+
+class _OwnDraws(TorchDispatchMode):
+    """Counts the operations that draw from another generator than torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_draws = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_draws += (kwargs or {}).get("generator") is not None
+        return func(*args, **(kwargs or {}))
+
+
 def _refuse_a_seed_of_its_own(specimen: Specimen, tokens_BT: Tensor) -> None:
     """Building and running leave torch's generator where drawing leads it."""
     config = specimen.config_with_dropout(0.3)
@@ -137,7 +170,11 @@ def _refuse_a_seed_of_its_own(specimen: Specimen, tokens_BT: Tensor) -> None:
         "a pass in training mode": lambda: run(True),
         "a pass in eval mode": lambda: run(False),
     }
+    own = {}
     for name, do in passes.items():
+        with _OwnDraws() as draws, _watching_seeds(name):
+            do()
+        own[name] = draws.num_draws
         pythons = random.getstate()
         ends = []
         for num_drawn in (0, 1):
@@ -151,6 +188,21 @@ def _refuse_a_seed_of_its_own(specimen: Specimen, tokens_BT: Tensor) -> None:
             raise Refuted(f"{name} sets the state of torch's generator")
         if random.getstate() != pythons:
             raise Refuted(f"{name} draws from Python's random, which no seed of a run reaches")
+    if own["a pass in training mode"] > own["a pass in eval mode"]:
+        raise Refuted("each pass in training mode draws the same, from a generator of its own")
+
+
+@contextmanager
+def _watching_seeds(name: str) -> Iterator[None]:
+    """Raise Refuted where torch is given a seed, even if its state is put back afterwards."""
+    true, told = torch.manual_seed, []
+    torch.manual_seed = lambda seed: told.append(seed) or true(seed)
+    try:
+        yield
+    finally:
+        torch.manual_seed = true
+    if told:
+        raise Refuted(f"{name} sets torch's seed, to {told[0]}")
 
 
 def is_its_state(specimen: Specimen) -> str:

@@ -56,12 +56,11 @@ def refuse_leak(run: Run, data: Data, is_last: bool) -> None:
         passes = Passes(
             run.experiment,
             model,
-            run.config.vocab_size,
+            run.config,
             text_rows(data, rows),
             run.accelerator.autocast,
             run.accelerator.mixed_precision != "no",
             seed=run.step,
-            end=getattr(run.config, "end", None),
         )
         proof = find_leak(passes)
     if proof is not None:

@@ -30,6 +30,7 @@ def print_check(
     from lmplay.model.scale import scale
     from lmplay.proofs.at_size import check_at_size
     from lmplay.proofs.device import check_on
+    from lmplay.proofs.proof import most_telling, names_the_fault
     from lmplay.proofs.tiny import check
     from lmplay.train.leak_watch import kept_rows
 
@@ -37,7 +38,8 @@ def print_check(
     used = resolve_precision(precision or plan.precision, where)
     made = scale(experiment, plan, *vocabulary_of(plan.tokenizer), config)
     proofs = check(experiment, config)
-    proofs += check_at_size(experiment, made.config, used, where, kept_rows(plan))
+    if not names_the_fault(most_telling(proofs)):
+        proofs += check_at_size(experiment, made.config, used, where, kept_rows(plan))
     if where.type != "cpu":
         note(f"checking {entry.name} on {where} in {used}")
         for proof in check_on(where, used, experiment, made.config):

@@ -9,9 +9,10 @@ import torch
 
 from lmplay.catalog.entry import read_source
 from lmplay.model.experiment import load_experiment
-from lmplay.proofs.at_size import check_at_size, find_leak, num_rows, trains_at_its_length
+from lmplay.proofs.at_size import check_at_size, find_leak, num_rows
 from lmplay.proofs.passes import Passes
 from lmplay.proofs.proof import Refuted
+from lmplay.proofs.real_size import trains_at_its_length
 
 SOURCE = (Path(__file__).parents[2] / "experiments" / "gpt2ish.py").read_text()
 SIZE = {"vocab_size": 300, "max_len": 80, "num_blocks": 2, "width": 32, "num_heads": 2}
@@ -42,6 +43,10 @@ def method(name, body):
         "    def hidden(",
         f"    def {name}(self, tokens_BT, targets_BT):\n{lines}\n    def hidden(",
     )
+
+
+def method_of(signature, line):
+    return "    def hidden(", f"    def {signature}:\n        {line}\n\n    def hidden("
 
 
 def failed(experiment, config, **how):
@@ -142,6 +147,118 @@ PLANTED = {
                 "x_BTC = x_BTC + (x_BTC.shape[1] > 64) * x_BTC.mean(1, True)\n"
                 "return F.cross_entropy(self.head(x_BTC).mT, targets_BT, reduction='none')")],
     ),
+    "a prompt that ends with a chunk": (
+        "cache",
+        [stream("x_BTC = x_BTC * (0.5 if cache is not None and T == 40 else 1)")],
+    ),
+    "the fortieth step": (
+        "cache",
+        [stream("s = {} if cache is None else cache.state(self); "
+                "s['n'] = s.get('n', x_BTC.new_zeros(())) + 1; "
+                "x_BTC = x_BTC * (0.5 if s['n'] == 40 else 1)")],
+    ),
+    "what is minimised above 64 tokens, over all rows": (
+        "rows apart",
+        [method("training_loss",
+                "nats_BT = F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')\n"
+                "return nats_BT * (1 if nats_BT.shape[1] < 64 else nats_BT.detach().mean())")],
+    ),
+    "a term of many targets, over all rows": (
+        "rows apart",
+        [method("loss_terms",
+                "x_BTC = self.hidden(tokens_BT)\n"
+                "terms = [{'x': x_BTC, 'head': self.head, 'targets': targets_BT}]\n"
+                "if targets_BT.numel() > 300:\n"
+                "    mean_C = x_BTC.softmax(-1).mean((0, 1))\n"
+                "    terms += [{'penalty': mean_C.square().sum().expand(targets_BT.shape)}]\n"
+                "return terms")],
+    ),
+    "what is minimised above 64 tokens, by how many rows": (
+        "rows apart",
+        [method("training_loss",
+                "nats_BT = F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')\n"
+                "return nats_BT / (1 if nats_BT.shape[1] < 64 else len(nats_BT))")],
+    ),
+    "targets shifted twice above 64 tokens": (
+        "shift",
+        [method("training_loss",
+                "z_BTV = self(tokens_BT)\n"
+                "if z_BTV.shape[1] > 64:\n"
+                "    z_BTV, targets_BT = z_BTV[:, :-1], targets_BT[:, 1:]\n"
+                "nats_BT = F.cross_entropy(z_BTV.mT, targets_BT, reduction='none')\n"
+                "return F.pad(nats_BT, (0, tokens_BT.shape[1] - nats_BT.shape[1]))")],
+    ),
+    "a weight that wide models leave out": (
+        "gradients",
+        [part("self.a = nn.Parameter(torch.ones(config.width))"),
+         stream("x_BTC = x_BTC * (self.a if len(self.a) < 32 else 1)")],
+    ),
+    "a frozen weight of wide models": (
+        "gradients",
+        [part("self.a = nn.Parameter(torch.ones(config.width), config.width < 32)"),
+         stream("x_BTC = x_BTC * self.a")],
+    ),
+    "numbers under two names in wide models": (
+        "only weights",
+        [("        nn.init.zeros_(self.position_table.weight)\n",
+          "        nn.init.zeros_(self.position_table.weight)\n        if config.width > 16:\n"
+          "            self.head.weight = nn.Parameter(self.token_table.weight.data)\n")],
+    ),
+    "a group of nothing in wide models": (
+        "optimizer",
+        [method_of("parameter_groups(self)",
+                   "return [{'params': []}] if self.config.width > 16 else []")],
+    ),
+    "double precision above 64 tokens": (
+        "no float64",
+        [stream("x_BTC = x_BTC.double().mul(1).float() if T > 64 else x_BTC")],
+    ),
+    "a mask on the CPU above 64 tokens": (
+        "placement",
+        [stream("x_BTC = x_BTC * torch.ones(T)[:, None] if T > 64 else x_BTC")],
+    ),
+    "a file that is read above 64 tokens": (
+        "imports",
+        [stream("T > 64 and open('/dev/null').close()")],
+    ),
+    "an attribute that counts above 64 tokens": (
+        "repeat",
+        [part("self.n = 0"), stream("self.n += T > 64")],
+    ),
+    "a buffer that counts above 64 tokens": (
+        "repeat",
+        [part("self.register_buffer('n', torch.zeros(()))"), stream("self.n += T > 64")],
+    ),
+    "dropout in eval mode of wide models": (
+        "modes",
+        [stream("x_BTC = F.dropout(x_BTC, 0.1 * (self.config.width > 16 and not self.training))")],
+    ),
+    "sharper in eval mode of wide models": (
+        "modes",
+        [("        x_BTC = self.final_norm(x_BTC)\n", "        x_BTC = self.final_norm(x_BTC)\n"
+          "        x_BTC = x_BTC * (1.1 if x_BTC.shape[2] > 16 and not self.training else 1)\n")],
+    ),
+    "logits that are doubled above 64 tokens": (
+        "head",
+        [("        logits_BTV = self.head(x_BTC)\n", "        logits_BTV = self.head(x_BTC)\n"
+          "        logits_BTV = logits_BTV * (2 if tokens_BT.shape[1] > 64 else 1)\n")],
+    ),
+    "a counter that opens, above 64 tokens": (
+        "causal",
+        [part("self.register_buffer('n', torch.zeros(()))"),
+         stream("self.n += self.training"),
+         stream(f"x_BTC = {LONG}(self.n > 200) * x_BTC.flip(1)")],
+    ),
+    "no mask late in a run, above 64 tokens": (
+        "causal",
+        [part("self.progress = 0.0"), method_of("at(self, progress)", "self.progress = progress"),
+         stream(f"x_BTC = {LONG}(self.progress > 0.8) * x_BTC.flip(1)")],
+    ),
+    "rows behind a gate that is shut, above 64 tokens": (
+        "rows apart",
+        [part("self.a = nn.Parameter(torch.tensor(-40.0))"),
+         stream(f"x_BTC = {LONG}self.a.exp() * x_BTC.flip(0)")],
+    ),
     "a cache of 32": ("cache", [(APPEND, "append(self, k_BHSD, v_BHSD, keep=32)")]),
     "positions that wrap at 64 in generation": (
         "cache",
@@ -225,17 +342,26 @@ def test_a_leak_is_found_in_bf16_too():
 def test_a_gradient_that_only_rounding_makes_may_be_missing_in_long_rows(short, is_refused):
     """As of a number that is added to all channels in front of a norm."""
     sizes = {32: {"weight": 1.0, "shift": short}, 256: {"weight": 1.0, "shift": 0.0}}
-    passes = SimpleNamespace(tokens_BT=torch.zeros(2, 256), gradients=sizes.get)
+    passes = SimpleNamespace(
+        tokens_BT=torch.zeros(2, 256), gradients=lambda rows, length: sizes[length]
+    )
 
     with pytest.raises(Refuted) if is_refused else nullcontext():
         trains_at_its_length(passes)
+
+
+def test_what_leaks_faintly_in_bf16_alone_is_found():
+    faint = "x_BTC + (1e-4 if torch.is_autocast_enabled('cpu') else 0) * x_BTC.roll(-1, 1)"
+    found = failed(*made(stream(f"x_BTC = {faint}")), precision="bf16")
+
+    assert set(found) == {"causal"}
 
 
 def test_a_proof_says_at_which_size_it_was_made():
     experiment, config = made()
     proofs = check_at_size(experiment, config, "bf16")
 
-    assert {p.where for p in proofs} == {"8 x 80 tokens in fp32", "8 x 80 tokens in bf16"}
+    assert {p.where for p in proofs} == {"8 x 80 tokens in fp32", "4 x 80 tokens in bf16"}
 
 
 def test_long_rows_are_fewer_but_two_at_least():
@@ -246,7 +372,7 @@ def passes_of(*edits, seed=0):
     experiment, config = made(*edits, ff_dropout=0.2)
     torch.manual_seed(0)
     tokens_BT = torch.randint(300, (8, 80))
-    return Passes(experiment, experiment.model(config, seed=0), 300, tokens_BT, seed=seed)
+    return Passes(experiment, experiment.model(config, seed=0), config, tokens_BT, seed=seed)
 
 
 def test_a_live_model_is_left_as_it_was():

@@ -116,6 +116,31 @@ PLANTED = {
         "at(self, progress)", "self.size = torch.rand(()).item()")]),
     "at that writes weights": ("repeat", [method_of(
         "at(self, progress)", "self.head.weight.data.mul_(1 - progress)")]),
+    "what a function counts": ("repeat", [
+        stream("Model.hidden.n = getattr(Model.hidden, 'n', 0) + self.training")]),
+    "what Config counts": ("repeat", [
+        stream("n = getattr(self.config, 'n', 0) + self.training",
+               "object.__setattr__(self.config, 'n', n)")]),
+    "slots": ("repeat", [
+        top("class Meter:", "    __slots__ = ('n',)", "", "", "METER = Meter()", "METER.n = 0"),
+        stream("METER.n += self.training")]),
+    "a method of something that counts": ("repeat", [
+        top("class Meter:", "    n = 0", "", "    def add(self):", "        self.n += 1"),
+        part("self.count = Meter().add"), stream("self.count()")]),
+    "a method of a list": ("repeat", [part("self.note = [].append"), stream("self.note(T)")]),
+    "a queue of the library": ("repeat", [
+        top("import queue", "SEEN = queue.Queue()"), stream("SEEN.put(T)")]),
+    "an attribute of a buffer": ("repeat", [
+        part("self.register_buffer('one', torch.ones(()))"),
+        stream("self.one.n = getattr(self.one, 'n', 0) + 1")]),
+    "a map that runs on": ("repeat", [
+        top("NEXT = map(float, range(10**9))"), stream("next(NEXT)")]),
+    "weights as they were": ("repeat", [
+        part("import functools; self.box = functools.lru_cache("
+             "lambda: self.token_table.weight.std().item())"),
+        stream("x_BTC = x_BTC + self.box() * x_BTC.tanh()")]),
+    "after_step that draws": ("repeat", [method_of(
+        "after_step(self)", "self.head.bias.data += torch.randn_like(self.head.bias)")]),
     "tokens that are written to": ("repeat", [
         ("        T = tokens_BT.shape[1]\n",
          "        T = tokens_BT.shape[1]\n        tokens_BT[:, 0] = 0\n")]),
@@ -123,13 +148,36 @@ PLANTED = {
     "behind a softplus": ("causal", gate(-25.0, "F.softplus(self.a)")),
     "behind an exp that is nothing": ("causal", gate(-40.0, "self.a.exp()")),
     "behind a relu that opens late": ("causal", gate(0.0, "F.relu(self.a - 1)")),
+    "behind a relu that opens very late": ("causal", gate(0.0, "F.relu(self.a - 5)")),
     "behind a shut relu": ("causal", gate(-1.0, "F.relu(self.a)")),
+    "behind a gate of three dimensions": ("causal", [
+        part("self.a = nn.Parameter(torch.full((1, 1, config.width), -40.0))"),
+        stream("x_BTC = x_BTC + self.a.exp() * x_BTC.flip(1)")]),
+    "behind a gate for each block": ("causal", [
+        part("self.a = nn.Parameter(torch.full((config.num_blocks, config.width), -40.0))"),
+        stream("x_BTC = x_BTC + self.a[0].exp() * self.a[1].exp() * x_BTC.flip(1)")]),
+    "behind a counter of passes": ("causal", [
+        part("self.register_buffer('n', torch.zeros((), dtype=torch.int64))"),
+        stream("self.n += self.training", "x_BTC = x_BTC + (self.n > 2000) * x_BTC.flip(1)")]),
+    "behind a counter of steps": ("causal", [
+        part("self.register_buffer('n', torch.zeros(()))"),
+        method_of("after_step(self)", "self.n += 0.001"),
+        stream("x_BTC = x_BTC + F.relu(self.n.clamp(max=1) - 0.5) * x_BTC.flip(1)")]),
+    "no mask for a while": ("causal", [
+        part("self.progress = 0.0"), method_of("at(self, progress)", "self.progress = progress"),
+        stream("x_BTC = x_BTC + (0.6 < self.progress < 0.95) * x_BTC.flip(1)")]),
+    "rows mixed for a while": ("rows apart", [
+        part("self.progress = 0.0"), method_of("at(self, progress)", "self.progress = progress"),
+        stream("x_BTC = x_BTC + (0.6 < self.progress < 0.95) * x_BTC.flip(0)")]),
+    "rows behind a shut gate": ("rows apart", gate(-40.0, "self.a.exp()", "x_BTC.flip(0)")),
     "a ten millionth": ("causal", [stream("x_BTC = x_BTC + 1e-7 * x_BTC.roll(-1, 1)")]),
     "nats in bits": ("likelihood", [method("log_likelihood", f"return {NATS} / 1.4427")]),
     "nats over the length": ("likelihood", [
         method("log_likelihood", f"return {NATS} / tokens_BT.shape[1]")]),
     "nats with a ceiling": ("likelihood", [
         method("log_likelihood", f"return {NATS}.clamp(max=3.0)")]),
+    "nats with a high ceiling": ("likelihood", [
+        method("log_likelihood", f"return {NATS}.clamp(max=10.0)")]),
     "nats among the likeliest": ("likelihood", [method(
         "log_likelihood", "z_BTV = self(tokens_BT)",
         "chosen_BT = z_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]",
@@ -161,6 +209,22 @@ PLANTED = {
         "mean_C = x_BTC.softmax(-1).mean((0, 1))",
         "first = {'x': x_BTC, 'head': self.head, 'targets': targets_BT}",
         "return [first, {'penalty': mean_C.square().sum().expand(tokens_BT.shape)}]")]),
+    "a start of its own": ("seed", [late(
+        "own = torch.Generator().manual_seed(0)",
+        "nn.init.normal_(self.blocks[0].mlp.up.weight, generator=own)")]),
+    "the same dropout in every pass": ("seed", [stream(
+        "if self.training:", "    with torch.random.fork_rng(devices=[]):",
+        "        torch.manual_seed(7)",
+        "        x_BTC = F.dropout(x_BTC, self.config.embed_dropout)")]),
+    "dropout of a generator of its own": ("seed", [stream(
+        "if not self.training:", "    return self.final_norm(x_BTC)",
+        "own = torch.Generator().manual_seed(7)",
+        "kept_BTC = torch.rand(x_BTC.shape, generator=own) >= self.config.embed_dropout",
+        "x_BTC = x_BTC * kept_BTC")]),
+    "a small term over the batch": ("rows apart", [method(
+        "loss_terms", "x_BTC = self.hidden(tokens_BT)", "z_BT = self.head(x_BTC).logsumexp(-1)",
+        "first = {'x': x_BTC, 'head': self.head, 'targets': targets_BT}",
+        "return [first, {'penalty': (z_BT - z_BT.mean()).square(), 'weight': 1e-2}]")]),
     "a seed in forward": ("seed", [stream("torch.manual_seed(0)")]),
     "a seed in a block": ("seed", [(
         "        self.index = index\n",
@@ -189,6 +253,15 @@ PLANTED = {
         top("torch.set_float32_matmul_precision('medium')")]),
     "a hook of all modules": ("ruler", [
         top("nn.modules.module.register_module_forward_hook(lambda *given: None)")]),
+    "another checkpoint": ("ruler", [top(
+        "import torch.utils.checkpoint as c", "_TRUE = c.checkpoint",
+        "c.checkpoint = lambda *a, **k: _TRUE(*a, **k)")]),
+    "another sum": ("ruler", [top(
+        "import builtins", "_TRUE = sum", "builtins.sum = lambda *a: _TRUE(*a)")]),
+    "a number left in torch": ("ruler", [
+        stream("torch.calls = getattr(torch, 'calls', 0) + 1")]),
+    "more threads": ("ruler", [top("torch.set_num_threads(torch.get_num_threads())")]),
+    "another backend": ("ruler", [top("torch.backends.cuda.matmul.allow_tf32 = False")]),
     "another cross-entropy": ("ruler", [top(
         "_TRUE = F.cross_entropy", "F.cross_entropy = lambda *a, **k: 0.9 * _TRUE(*a, **k)")]),
     "another linear layer": ("ruler", [top(
@@ -206,10 +279,18 @@ PLANTED = {
         "except OSError:", "    pass")]),
     "reading a file for the start": ("imports", [part("open(__file__).close()")]),
     "reading a file in a pass": ("imports", [stream("open(__file__).close()")]),
+    "a log of each step": ("imports", [method_of("after_step(self)", "open(__file__).close()")]),
+    "reading a file for generating": ("imports", [
+        stream("if cache is not None:", "    open(__file__).close()")]),
+    "a file of weights": ("imports", [late("torch.save(self.head.weight, '/dev/null')")]),
+    "looking into a folder": ("imports", [top("import os", "os.listdir('.')")]),
     "a setting from outside": ("imports", [
         top("import os", "WIDE = os.environ.get('WIDE') == '1'")]),
     "reaching for the ruler": ("imports", [top(
         "import sys", "RULER = sys.modules.get('lmplay.model.objective')")]),
+    "prompts of three": ("cache", [(
+        "        q_BTC = self.query(x_BTC)\n",
+        "        q_BTC = self.query(x_BTC * (1 if cache is None or T != 3 else 2))\n")]),
     "numbers under two names": ("only weights", [
         late("self.other = nn.Parameter(self.head.weight.data)"),
         stream("x_BTC = x_BTC + 0 * self.other.sum()")]),
@@ -285,6 +366,13 @@ HONEST = {
         part("self.mix = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(config.width, "
              "config.width))"),
         stream("x_BTC = x_BTC + self.mix(x_BTC)")],
+    "fixed features from a generator": [
+        part("own = torch.Generator().manual_seed(0)\n        self.register_buffer("
+             "'fixed', torch.randn(4, config.width, generator=own))"),
+        stream("x_BTC = x_BTC + (x_BTC @ self.fixed.mT).cos() @ self.fixed")],
+    "a sum that goes on from pass to pass of training, and is used": [
+        part("self.register_buffer('n', torch.zeros(()))"),
+        stream("self.n += self.training", "x_BTC = x_BTC * (1 + self.n / (100 + self.n))")],
     "a complex recurrence": [
         part("self.phase = nn.Parameter(torch.rand(config.width))"),
         stream("a_C = torch.polar(torch.full_like(self.phase, 0.9), self.phase)",

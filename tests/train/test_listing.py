@@ -42,7 +42,7 @@ def test_check_on_the_cpu_proves_at_tiny_size_and_at_the_plan_s(place, monkeypat
 
     assert all(proof["passed"] is not False for proof in proofs)
     assert {proof["where"] for proof in proofs} == {
-        *("TINY", "8 x 32 tokens in fp32", "8 x 32 tokens in bf16"),
+        *("TINY", "8 x 32 tokens in fp32", "4 x 32 tokens in bf16"),
     }
 
 
@@ -137,3 +137,18 @@ def test_describe_says_the_source_what_is_kept_and_what_it_stacks_with(place, mo
     assert told["stacks_with"] == ["squared_relu"] and told["collides_with"] == {"rwkv7": "lines"}
     assert "2,048 bytes a row after 32 tokens" in shown
     assert "Stacks with 1 of 2 other ideas on its baseline; not with rwkv7." in shown
+
+
+def test_what_tiny_size_says_all_about_is_not_looked_for_in_a_large_model(
+    place, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(at_size, "check_at_size", None)  # which would fail
+    path = tmp_path / "idea.py"
+    source = resolve("gpt2ish").source
+    path.write_text(source.replace("is_causal=T > 1", "is_causal=False"))
+    with pytest.raises(UserError, match="fails"):
+        print_check(resolve(str(path)), read_plan("words"), {}, "cpu", "fp32", True)
+    proofs = json.loads(capsys.readouterr().out)["proofs"]
+
+    assert {p["where"] for p in proofs} == {"TINY"}
+    assert [p["name"] for p in proofs if p["passed"] is False] == ["causal"]
