@@ -1,6 +1,7 @@
 """Proofs about a stack: each of its ideas is in it."""
 
 from collections.abc import Iterable
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,22 @@ def holds_every_idea(specimen: Specimen) -> str:
 
 
 def _is_gone(key: str, before: Iterable[str], fresh: Iterable[str]) -> bool:
-    """Whether another idea took the parameter's module away, such as one of the blocks."""
+    """Whether another idea took away where the parameter is, or what it is, or moved it.
+
+    Such as one of the blocks, a gate of the MLP that the experts are copies of, or that MLP.
+    """
     names = key.split(".")
-    modules = [".".join(names[:depth]) + "." for depth in range(1, len(names))]
+    own = methodcaller("endswith", "." + ".".join(names[-2:]))
+    if any(map(own, fresh)) and not any(map(own, before)):
+        return True  # it is there, in a module that another idea put around its own
+    modules = tuple(".".join(names[:depth]) + "." for depth in range(1, len(names)))
+    layers = tuple("." + ".".join(names[depth:]) for depth in range(1, len(names) - 1))
     return any(
-        any(known.startswith(module) for known in before)
-        and not any(known.startswith(module) for known in fresh)
-        for module in modules
+        any(map(is_of, before)) and not any(map(is_of, fresh))
+        for is_of in (
+            *(methodcaller("startswith", module) for module in modules),
+            *(methodcaller("endswith", layer) for layer in layers),
+        )
     )
 
 

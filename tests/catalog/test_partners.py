@@ -68,8 +68,18 @@ def test_most_pairs_of_ideas_on_llama_stack():
 THREE = "gated_attention+qk_norm+zero_init"
 GOOD = [f"{THREE}+{name}" for name in ideas_on("llama") if name not in THREE]
 GOOD += ["layer_token_embedding+gated_attention+ngram_memory+differential_v2"]
+# whose arguments, results, conditions, expressions or words are merged, or which have one put back
+PARTS = [
+    *("grouped_query+wide_residual", "kv_reuse+qkv_bias", "hyper_connections+value_residual"),
+    *("layer_norm+qk_norm", "moe+poly_norm", "parallel_block+sandwich_norm"),
+    *("no_positions+sparse_indexer", "mhc+token_up_projection", "grouped_query+sliding_window"),
+]
 if "LMP_ALL" not in os.environ:  # each takes a check, so some each day
-    GOOD = [name for name in GOOD if (date.today().toordinal() + crc32(name.encode())) % 16 == 0]
+    today = date.today().toordinal()
+    GOOD, PARTS = (
+        [name for name in names if (today + crc32(name.encode())) % 16 == 0]
+        for names in (GOOD, PARTS)
+    )
 
 
 @pytest.mark.slow
@@ -80,5 +90,13 @@ def test_what_stacks_with_three_that_all_start_from_passes_the_check(name):
     except UserError as error:
         pytest.skip(error.problem.partition("\n")[0])
     failed = [proof for proof in check(load_experiment(entry)) if proof.passed is False]
+
+    assert not failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_merged_part_by_part_holds_both_ideas(name):
+    failed = [p for p in check(load_experiment(resolve(name))) if p.passed is False]
 
     assert not failed

@@ -533,8 +533,10 @@ def test_an_idea_whose_start_of_zero_and_one_is_its_parent_is_found_in_a_stack()
     assert "without any of them it does something else" in holds_every_idea(specimen)
 
 
-def test_no_parameter_is_missed_of_a_block_that_another_idea_takes_away():
-    specimen = Specimen.tiny(load_experiment(resolve("shared_layers+residual_weights")))
+@pytest.mark.parametrize("name", ["shared_layers+residual_weights", "moe+poly_norm"])
+def test_no_parameter_is_missed_that_another_idea_takes_away(name):
+    """Of a block, or a gate."""
+    specimen = Specimen.tiny(load_experiment(resolve(name)))
 
     assert "their parameters are there" in holds_every_idea(specimen)
 
