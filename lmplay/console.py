@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
+from types import FrameType
 from typing import Annotated, TypeVar, get_args
 
 import typer
@@ -199,6 +200,8 @@ def run_app(app: typer.Typer) -> None:
     """
     gc.freeze()  # what is loaded stays: it is not searched for garbage again
     open_streams()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             sys.exit(app(args=list(map(_hyphenated, sys.argv[1:])), standalone_mode=False) or 0)
@@ -222,6 +225,29 @@ def run_app(app: typer.Typer) -> None:
         flush_streams()
         # what is left to do is no work: a Ctrl-C ends it, without a traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """A signal's handler where there is nothing to save yet: end with the code that tells of it."""
+    _leave_an_import(number, frame)
+    sys.exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _leave_an_import(number, frame)
+    raise KeyboardInterrupt
+
+
+def _leave_an_import(number: int, frame: FrameType | None) -> None:
+    """End at once where a module is being imported.
+
+    Libraries catch what is raised there, and what was imported by half fails later, with a
+    traceback and another code.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
 
 
 def in_words(error: OSError) -> UserError | None:

@@ -1,7 +1,11 @@
 """What all commands share: tables that fit, and text that is safe to show."""
 
 import errno
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -153,3 +157,31 @@ def test_an_error_with_brackets_is_shown_as_it_is(monkeypatch, capsys):
     assert refused_by(app, [], monkeypatch, capsys) == (
         4, "error: no [bold] key in [a\\\ntry [red]\n"
     )  # fmt: skip
+
+
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(100):
+        pass
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("name", "handler"), [("SIGTERM", "leave"), ("SIGINT", "_interrupt")])
+def test_a_signal_within_an_import_ends_the_process_whatever_the_module_catches(
+    tmp_path, name, handler
+):
+    (tmp_path / "swallows.py").write_text(SWALLOWS.format(name=name))
+    set_handler = f"signal.signal(signal.{name}, console.{handler})"
+    code = f"import signal; from lmplay import console; {set_handler}; import swallows; print(1)"
+    root = Path(console.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+    )  # fmt: skip
+
+    number = getattr(signal, name)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
-from lmplay.console import in_words
+from lmplay.console import in_words, leave
 from lmplay.errors import UserError
 from lmplay.train.display import Display
 from lmplay.train.signals import Stopped
@@ -135,7 +135,7 @@ def _run_and_reply(
     os.environ.clear()
     os.environ.update(environ)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # until training has begun
+        signal.signal(number, leave)  # until training has begun
     proxy = _DisplayProxy(pipe)
     try:
         proxy.send("done", function(argument, proxy))

@@ -19,6 +19,7 @@ from lmplay.console import (
     Version,
     err,
     in_panels,
+    leave,
     note,
     out,
     precision_option,
@@ -413,7 +414,7 @@ def main(
     if not _is_first():
         err.quiet = True  # the first process speaks
     what = greedy or ", ".join(entry.name for entry in entries)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has begun
+    signal.signal(signal.SIGTERM, leave)  # until training has begun
     reach("import")
     note(f"{what} on {resolved.name}: loading torch")
     from dataclasses import replace
