@@ -71,7 +71,7 @@ def test_checkpoints_take_a_small_share_of_training_at_the_default_cadence(bench
     share = seconds / whole
 
     assert share < 0.01
-    text = f"{share:.2%} of {whole:.0f} s: {saves} checkpoints of the plan quick, "
+    text = f"{share:.2%} of {whole:.0f} s: {saves:.0f} checkpoints of the plan quick, "
     figure("checkpoint_share", text + f"{seconds / saves:.3f} s each", share=share)
 
 
