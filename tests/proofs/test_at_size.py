@@ -325,6 +325,9 @@ HONEST = {
     "an own likelihood": [method(
         "log_likelihood",
         "return F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')")],
+    "gains that overflow where all are large": [
+        part("self.gains = nn.Parameter(torch.zeros(400))"),
+        stream("x_BTC = x_BTC * self.gains.sum().exp()")],
 }  # fmt: skip
 
 
