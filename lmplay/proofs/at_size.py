@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lmplay.model.abilities import draws_likelihood, follows_progress, scores_itself, set_progress
 from lmplay.model.experiment import Experiment
-from lmplay.proofs.double import in_double
+from lmplay.proofs.double import rounding_of
 from lmplay.proofs.leaks import LEAKS
-from lmplay.proofs.passes import SHARE_OF_ENDS, SOME_ROWS, Passes, reader
+from lmplay.proofs.passes import SHARE_OF_ENDS, SOME_ROWS, Passes
 from lmplay.proofs.proof import EXACT, NO_MEMORY, Proof, how_far, most_telling, prove
 from lmplay.proofs.real_size import REAL_SIZE, SHORT, STEPS
 from lmplay.proofs.specimen import OPENINGS, Specimen, open_gates, randomise
@@ -23,7 +23,6 @@ MOST_TOKENS = 8192  # in a pass, as in a micro-batch where memory cannot be prob
 FEW_ROWS = 2  # of passes that are made for many states of a model
 CALM = 3e-6  # of an answer to SHORT tokens, which is no more than usual of rounding
 STRENGTHS = (1.0, 0.5, 0.25, 0.1, 0.0)  # to randomise with
-MOST_DOUBLED = 50_000_000  # parameters of a model that is copied in fp64
 PROGRESS = (0.0, 0.5, 0.8, 1.0)  # of a run, at which a model is looked at
 
 
@@ -85,27 +84,12 @@ def _randomised(experiment: Experiment, config) -> nn.Module:
     for strength in STRENGTHS:
         torch.manual_seed(0)
         model = randomise(experiment.model(config, seed=0), strength=strength)
-        far = _rounding(model, tokens_BT)
+        far = rounding_of(model, tokens_BT)
         if far <= CALM:
             return model
-        if kept is None or (strength and not math.isfinite(kept[0])):
+        if kept is None or not math.isfinite(kept[0]):
             kept = far, model
     return kept[1]
-
-
-@torch.no_grad()
-def _rounding(model: nn.Module, tokens_BT: Tensor) -> float:
-    """How far an answer in fp32 is from that in fp64; 0 where that is not to be had."""
-    if scores_itself(model):
-        return 0.0
-    with suppress(Exception):  # which a proof will tell of
-        answer = reader(model)(tokens_BT).double()
-        if not answer.isfinite().all():
-            return math.inf
-        if sum(weight.numel() for weight in model.parameters()) <= MOST_DOUBLED:
-            with in_double(model) as exact:
-                return how_far(answer, reader(exact)(tokens_BT))
-    return 0.0
 
 
 def prove_what_fits(claims: dict, passes: Passes, precision: str) -> tuple[list[Proof], Passes]:

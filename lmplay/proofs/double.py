@@ -1,15 +1,39 @@
 """A model in fp64, whatever type it names: a leak of a millionth is no rounding there."""
 
 import copy
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lmplay.model.abilities import reader, scores_itself
+from lmplay.proofs.proof import how_far
+from lmplay.proofs.specimen import unchanged
+
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS = (Tensor.float, Tensor.bfloat16, Tensor.half)
+
+
+MOST_PARAMETERS = 100_000_000  # of a model that is copied to tell its rounding
+
+
+@torch.no_grad()
+def rounding_of(model: nn.Module, tokens_BT: Tensor) -> float:
+    """How far an answer in fp32 is from that in fp64, in eval mode; 0 where that cannot be told."""
+    if scores_itself(model):
+        return 0.0
+    with suppress(Exception), unchanged(model):  # which a proof will tell of
+        model.eval()
+        answer = reader(model)(tokens_BT).double()
+        if not answer.isfinite().all():
+            return math.inf
+        if sum(weight.numel() for weight in model.parameters()) <= MOST_PARAMETERS:
+            with in_double(model) as exact:
+                return how_far(answer, reader(exact)(tokens_BT))
+    return 0.0
 
 
 @contextmanager

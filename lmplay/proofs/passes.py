@@ -18,6 +18,7 @@ from lmplay.model.abilities import (
 from lmplay.model.cache import Cache
 from lmplay.model.experiment import Experiment
 from lmplay.model.objective import Objective
+from lmplay.proofs.double import rounding_of
 from lmplay.proofs.placement import Doubles, Makers
 from lmplay.proofs.proof import CLOSE, EXACT, Refuted
 from lmplay.proofs.source import watching, what_was_opened
@@ -28,6 +29,7 @@ from lmplay.proofs.specimen import unchanged, without_dropout
 MOST_LOGITS = 1 << 27  # of a head that is no plain matrix, to look at what it gives
 ROUNDING = {False: (EXACT, CLOSE), True: (0.01, 0.05)}  # in fp32, and below: of a position, a row
 SOME_ROWS = 4  # of a pass in low precision, and of one with a loss
+ROUNDINGS = 4  # times what it moves by rounding, an answer may move
 SHARE_OF_ENDS = 1 / 64  # of tokens, where a model knows the end marker
 
 Autocast = Callable[[], AbstractContextManager]
@@ -134,6 +136,15 @@ class Passes:
     def draws(self) -> bool:
         """Whether its own likelihood draws numbers."""
         return draws_likelihood(self.model) or self.nats(self.tokens_BT[:2])[1]
+
+    def is_close(self, moved: float) -> bool:
+        """Whether additions in another order may move an answer so far."""
+        return moved <= CLOSE or moved <= ROUNDINGS * self.rounding
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """How far fp32 is from fp64, as generation reads: a thousandth of it all in some models."""
+        return rounding_of(self.model, self.tokens_BT[:2])
 
     @functools.cached_property
     def plain(self) -> Tensor:

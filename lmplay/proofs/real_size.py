@@ -76,7 +76,7 @@ def folds_without_a_trace(passes: Passes) -> str:
         models = passes.model.eval(), folded(passes.model).eval()
         answer, plain = (model(tokens_BT).float() for model in models)
     moved = how_far(plain, answer)
-    if not moved <= CLOSE:
+    if not passes.is_close(moved):
         raise Refuted(f"folding moves the logits by {moved:.1e}", unless=("any shape", "repeat"))
     return f"folding moves the logits by {moved:.0e}"
 
@@ -95,7 +95,7 @@ def takes_shorter_rows(passes: Passes) -> str:
     for length in sorted(length for length in lengths if 0 < length <= T):
         moved = how_far(passes.read_plainly(tokens_BT[:, :length]), answer[:, :length])
         largest = max(largest, moved)
-        if not moved <= CLOSE:
+        if not passes.is_close(moved):
             raise Refuted(
                 f"the first {length} of {T} tokens alone give another answer, by {moved:.1e}",
                 unless=("causal", "rows apart", "repeat", "modes"),
@@ -123,7 +123,7 @@ def generates_as_it_reads(passes: Passes) -> str:
             cache.advance(end - start)
             moved = how_far(x_BTC, passes.plain[:, start:end])
             largest = max(largest, moved)
-            if not moved <= CLOSE:
+            if not passes.is_close(moved):
                 raise Refuted(
                     f"a prompt of {prompt}, then one by one: position {end - 1} differs from the "
                     f"full pass by {moved:.1e}",
@@ -223,7 +223,7 @@ def trains_as_it_is_tested(passes: Passes) -> str:
         trained, again = (p.read(tokens_BT, True)[0] for p in (passes, other))
     if not torch.equal(trained, again) or next(passes.model.buffers(), None) is not None:
         return "no random numbers are drawn in eval mode"
-    if not (moved := how_far(trained, tested)) <= CLOSE:
+    if not passes.is_close(moved := how_far(trained, tested)):
         raise Refuted(
             f"training mode differs from eval mode by {moved:.1e}",
             unless=("causal", "rows apart", "any shape"),
@@ -242,7 +242,7 @@ def has_one_head(passes: Passes) -> str:
         model.eval()
         answer = model(tokens_BT)
         moved = how_far(model.head(model.hidden(tokens_BT)), answer)
-    if not moved <= CLOSE:
+    if not passes.is_close(moved):
         raise Refuted(
             f"head(hidden(t)) differs from forward(t) by {moved:.1e}",
             unless=("modes", "any shape"),
