@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .abilities import has_hidden, reader, set_progress, takes_cache
+from .abilities import has_hidden, head_of, reader, set_progress, takes_cache
 from .cache import Cache
 from .experiment import Config, Model
 from .folding import folded
@@ -215,8 +215,7 @@ class LmplayForCausalLM(_Lmplay, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """The map from the hidden states to the logits, where it is no more than a matrix."""
-        head = getattr(self.model, "head", None)
-        return head if isinstance(head, nn.Linear) else None
+        return head_of(self.model)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -21,6 +21,12 @@ def reader(model: nn.Module) -> Callable:
     return model.hidden if has_hidden(model) else model.forward
 
 
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """What makes logits of what `hidden` gives, where that is no more than a matrix."""
+    head = getattr(model, "head", None)
+    return head if isinstance(head, nn.Linear) else None
+
+
 def takes_cache(model: Of) -> bool:
     """Whether it can go on from what earlier positions left behind."""
     return "cache" in inspect.signature(reader(model)).parameters

@@ -167,13 +167,23 @@ def marks_of(
         if not key.startswith("__"):
             marks[key] = _mark(value, module.__name__)
     for name, weight in model.named_parameters():
-        how = (id(weight), weight.requires_grad, weight.dtype, tuple(weight.shape))
+        how = (_Same(weight), weight.requires_grad, weight.dtype, tuple(weight.shape))
         marks[f"the Parameter {name}"] = how
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         marks[f"what is stored beside {name}"] = _mark(vars(tensor), module.__name__)
     if with_state:
         marks |= {key: _mark(tensor, "") for key, tensor in model.state_dict().items()}
     return marks
+
+
+class _Same:
+    """Equal where it is of the same object, which it holds: nothing new can have its place."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
 
 
 def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
@@ -183,7 +193,7 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
         return _mark(part, module, depth - 1)
 
     if isinstance(value, nn.Parameter):
-        return id(value)  # training may change it; the state dict has it where it may not
+        return _Same(value)  # training may change it; the state dict has it where it may not
     if isinstance(value, Tensor):
         if value.is_meta:
             return tuple(value.shape)
@@ -192,7 +202,7 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().tolist())
     if depth == 0 or isinstance(value, nn.Module):
-        return id(value)
+        return _Same(value)
     if isinstance(value, contextvars.ContextVar):
         return inner(value.get(None))
     if isinstance(value, random.Random):
@@ -220,7 +230,7 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
     if isinstance(value, types.FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
         kept = [value.__defaults__, value.__kwdefaults__, cells, value.__dict__]
-        return id(value), [inner(part) for part in kept]
+        return _Same(value), [inner(part) for part in kept]
     slots = [key for cls in type(value).__mro__ for key in getattr(cls, "__slots__", ())]
     kept = {key: getattr(value, key, None) for key in slots}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -229,7 +239,7 @@ def _mark(value: object, module: str, depth: int = _DEPTH) -> object:
         }
         return inner(kept | getattr(value, "__dict__", {}))
     kept |= {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")}
-    return id(value), inner(kept)
+    return _Same(value), inner(kept)
 
 
 def _mark_of_a_librarys(value: object, inner: Callable[[object], object]) -> object:
@@ -240,13 +250,13 @@ def _mark_of_a_librarys(value: object, inner: Callable[[object], object]) -> obj
     if hasattr(value, "__length_hint__"):  # an iterator
         return value.__length_hint__()
     if isinstance(value, types.BuiltinFunctionType):
-        return id(value), inner(value.__self__)
+        return _Same(value), inner(value.__self__)
     if isinstance(value, map | filter | zip | enumerate):
         return [inner(part) for part in value.__reduce__()[1]]
     is_box = home in ("types", "_thread", "weakref", "collections", "threading", "queue")
     if is_box and not isinstance(value, types.ModuleType | type | types.FunctionType):
-        return id(value), inner(getattr(value, "__dict__", {}))
-    return id(value)
+        return _Same(value), inner(getattr(value, "__dict__", {}))
+    return _Same(value)
 
 
 def _content(cell: types.CellType) -> object:

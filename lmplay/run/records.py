@@ -95,9 +95,10 @@ class Record:
         """Wait until every row is on the disk: a checkpoint after them relies on them.
 
         Raises:
-            UserError: the file was deleted meanwhile.
+            UserError: the file alone was deleted meanwhile, not the whole run.
         """
-        if not os.fstat(self._file.fileno()).st_nlink:
+        is_deleted = not os.fstat(self._file.fileno()).st_nlink
+        if is_deleted and os.path.isdir(os.path.dirname(self._file.name)):
             problem = f"{self._file.name} was deleted while it was written, with all its rows"
             raise UserError(problem, hint="the same command goes on from the newest checkpoint")
         os.fsync(self._file.fileno())

@@ -750,11 +750,12 @@ def test_what_changed_midway_stays_on_record(place, monkeypatch):
 
 RANDOM = """
     def log_likelihood(self, tokens_BT, targets_BT):
-        logits_BTV = self(tokens_BT) + torch.rand(1)
-        return F.cross_entropy(logits_BTV.mT, targets_BT, reduction="none") * (1 + torch.rand(1))
+        logits_BTV = self(tokens_BT) + torch.rand(1, device=tokens_BT.device)
+        nats_BT = F.cross_entropy(logits_BTV.mT, targets_BT, reduction="none")
+        return nats_BT * (1 + torch.rand_like(nats_BT[:1, :1]))
 
     def generate(self, tokens_BT, num_tokens, choose):
-        torch.rand(1)
+        torch.rand(1, device=tokens_BT.device)
         return tokens_BT[:, :1].expand(-1, num_tokens)
 
     def hidden("""
