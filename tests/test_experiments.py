@@ -75,6 +75,7 @@ def test_every_proof_holds(entry: Entry):
 @pytest.mark.every_experiment
 def test_compiled_it_is_one_graph_or_the_docstring_says_why_not(entry: Entry):
     objective, tokens_BT = Objective(tiny(entry.name)).train(), random_tokens(B=2, T=16)
+    torch._dynamo.reset()  # of what other tests left, which counts against a limit
     objective.compile(backend="eager", fullgraph=True)
     try:
         objective(tokens_BT, tokens_BT.roll(-1, 1))
