@@ -13,13 +13,29 @@ from lmplay.roots import files, looks_like_path
 def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[str, Entry]:
     """Every experiment and variant that can be found, by name; files come before their variants.
 
-    A name that two files give a variant means neither: the copy of an experiment has its variants
-    too, and must not take their names away. A file's own name comes before a variant's.
+    A name that two files give a variant means that of the file which the other was copied from, as
+    its docstring says, else neither: a copy has the variants too, and must not take their names
+    away. A file's own name comes before a variant's.
 
     Args:
-        refused: gets the error of each file and variant that cannot be listed: its head is not
-            Python, or its name means two things or cannot be typed. The rest is listed.
+        refused: gets the error of each file, and of variants, that cannot be listed: its head is
+            not Python, or a name means two things or cannot be typed. The rest is listed.
     """
+    claims = _claims(refused)
+    parents = {entry.file: entry.parent for claimed in claims.values() for entry in claimed}
+    found, twice = {}, {}
+    for name, claimed in claims.items():
+        if meant := _meant(name, claimed, parents):
+            found[name] = meant
+        if len(claimed) > 1:
+            twice.setdefault((claimed[0].path, claimed[1].path), []).append(name)
+    for paths, names in twice.items():
+        refused(_both_name(*paths, names))
+    return found
+
+
+def _claims(refused: Callable[[UserError], None]) -> dict[str, list[Entry]]:
+    """What each name may mean."""
     claims: dict[str, list[Entry]] = {}
     for path in files("experiments", ".py").values():
         try:
@@ -30,15 +46,29 @@ def entries(refused: Callable[[UserError], None] = lambda error: None) -> dict[s
         else:
             for entry in new:
                 claims.setdefault(entry.name, []).append(entry)
-    found: dict[str, Entry] = {}
-    for name, claimed in claims.items():
-        named = [entry for entry in claimed if entry.file == name] or claimed
-        if len(named) == 1:
-            found[name] = named[0]
-        if len(claimed) > 1:
-            both = " and ".join(str(entry.path) for entry in claimed[:2])
-            refused(UserError(f"{both} both name {name!r}", hint="rename one of them"))
-    return found
+    return claims
+
+
+def _meant(name: str, claimed: list[Entry], parents: dict[str, str | None]) -> Entry | None:
+    """The file itself, else the variant of the file that the others were copied from, if any."""
+    named = [entry for entry in claimed if entry.file == name]
+    for entry in named or claimed:
+        if named or all(entry.file in _line(other.file, parents) for other in claimed):
+            return entry
+    return None
+
+
+def _line(file: str, parents: dict[str, str | None]) -> list[str]:
+    """A file, what it was copied from, and so on."""
+    line = [file]
+    while (file := parents.get(file)) and file not in line:
+        line.append(file)
+    return line
+
+
+def _both_name(one: Path, other: Path, names: list[str]) -> UserError:
+    problem = f"{one} and {other} both name {', '.join(names)}"
+    return UserError(problem, hint="rename what the copy has in its VARIANTS")
 
 
 def _refuse_unsayable(path: Path) -> None:
@@ -77,11 +107,9 @@ def _named(text: str, known: dict[str, Entry]) -> Entry:
     there = files("experiments", ".py")
     if text in there:
         return read_file(there[text])[0]  # which says what is wrong with it
-    unlisted: list[UserError] = []
-    entries(unlisted.append)
-    for error in unlisted:
-        if error.problem.endswith(f"both name {text!r}"):
-            raise error
+    claimed = _claims(lambda error: None).get(text, [])
+    if len(claimed) > 1:
+        raise _both_name(claimed[0].path, claimed[1].path, [text])
     hint = nearest(text, known) + "--exp list shows them all"
     raise UserError(f"no experiment called {text!r}", hint=hint)
 

@@ -149,8 +149,8 @@ def test_a_name_that_two_files_give_a_variant_means_neither(root):
 
     assert entries["one"].variants == entries["two"].variants
     assert not {"idea_wide", "idea_same"} & entries.keys()
-    assert [e.problem.endswith("both name 'idea_wide'") for e in errors] == [True, False]
-    with pytest.raises(UserError, match=r"one\.py and .*two\.py both name 'idea_wide'"):
+    assert [e.problem.endswith("both name idea_wide, idea_same") for e in errors] == [True]
+    with pytest.raises(UserError, match=r"one\.py and .*two\.py both name idea_wide"):
         catalog.resolve("idea_wide")
 
 
@@ -160,8 +160,19 @@ def test_a_copy_of_a_bundled_experiment_takes_no_name_away(root):
     entries = catalog.entries()
     assert entries["gpt2ish"].path.parent == bundled_root() / "experiments"
     assert entries["mine"].path.parent == root / "experiments"
-    with pytest.raises(UserError, match="both name 'gpt2ish_med'"):
+    with pytest.raises(UserError, match="both name gpt2ish_med"):
         catalog.resolve("gpt2ish_med")
+
+
+def test_variants_of_a_copy_that_says_so_are_those_of_its_parent(root):
+    source = read_file(bundled_root() / "experiments" / "gpt2ish.py")[0].source
+    said = source.replace('"""\n\n', 'Changed from gpt2ish: MLP.\n"""\n\n', 1)
+    write(root, "mine", said)
+    errors = []
+    entries = catalog.entries(errors.append)
+
+    assert entries["gpt2ish_med"].file == catalog.resolve("gpt2ish_med").file == "gpt2ish"
+    assert entries["mine"].parent == "gpt2ish" and len(errors) == 1
 
 
 @pytest.mark.parametrize("name", ["a,b", "list", "list:mine", "a\nb"])
