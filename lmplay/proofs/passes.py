@@ -29,7 +29,7 @@ from lmplay.proofs.specimen import unchanged, without_dropout
 MOST_LOGITS = 1 << 27  # of a head that is no plain matrix, to look at what it gives
 ROUNDING = {False: (EXACT, CLOSE), True: (0.01, 0.05)}  # in fp32, and below: of a position, a row
 SOME_ROWS = 4  # of a pass in low precision, and of one with a loss
-ROUNDINGS = 4  # times what it moves by rounding, an answer may move
+ROUNDINGS = 10  # times what it moves by rounding in one pass, an answer may move
 SHARE_OF_ENDS = 1 / 64  # of tokens, where a model knows the end marker
 
 Autocast = Callable[[], AbstractContextManager]

@@ -325,6 +325,10 @@ HONEST = {
     "an own likelihood": [method(
         "log_likelihood",
         "return F.cross_entropy(self(tokens_BT).mT, targets_BT, reduction='none')")],
+    "sines that make much of rounding": [
+        ("x_BTC = self.final_norm(x_BTC)",
+         "x_BTC = self.final_norm(x_BTC)\n"
+         "        for _ in range(8): x_BTC = (3 * x_BTC).sin() * 2")],
     "gains that overflow where all are large": [
         part("self.gains = nn.Parameter(torch.zeros(400))"),
         stream("x_BTC = x_BTC * self.gains.sum().exp()")],
