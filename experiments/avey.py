@@ -45,6 +45,7 @@ class Config:
     width: int = 768
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
     chunk: int = 16  # tokens
     window_chunks: int = 4  # chunks of a window: the last two, and those ranked highest
 
@@ -72,7 +73,7 @@ class Config:
 def linear(inputs: int, outputs: int, std: float = 0.02, bias: bool = False) -> nn.Linear:
     """A layer whose weights start with this spread, and its bias, if it has one, at zero."""
     layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -159,9 +160,9 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

@@ -33,6 +33,7 @@ class Config:
     mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
     attention_alpha: float = 1.0  # slope before attention, at the start
     alpha: float = 0.5  # before the MLP and the head
 
@@ -55,9 +56,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -178,10 +179,10 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = DynamicTanh(config.width, config.alpha)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         self.table_scale = nn.Parameter(torch.full((1,), config.width**0.5))
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

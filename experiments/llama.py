@@ -4,8 +4,12 @@ Idea: what most open models have settled on since GPT-2. Positions turn queries 
     being added, so a score depends on how far apart two tokens are; norms only divide by a length;
     the MLP's hidden layer is gated by a second one; no layer has a bias, and nothing drops out.
     The angles are real numbers: pairs are the two halves of a head, as in transformers. The norm
-    is taken in fp32 at least. Every matrix starts with a spread of 0.02, those that write into the
-    stream divided by the square root of their number.
+    is taken in fp32 at least.
+    Every matrix starts with a spread of 0.02 if it has 768 inputs, as in GPT-2, and at other sizes
+    so that it hands on as much; those that write into the stream are divided by the square root of
+    their number. The token table starts with a spread of 1, and not of 0.02 as in most code
+    (llama_small_init), which what the first layers write would drown: with both as in most code 150
+    steps at width 96 end 0.6 nats higher. A tied table starts as a head does.
     The variant noam_wide3 is the model that won LauzHack 2024 (train SlimPajama-6B for three hours
     on one A100), with the plan noam: the table is tied there. That winner turned adjacent pairs,
     which is the same up to the order of the rows of two matrices.
@@ -36,6 +40,7 @@ VARIANTS = {
         "mlp_multiple": 256,
         "tied": True,
     },
+    "llama_small_init": {"token_std": 0.02},
     "llama_tied": {"tied": True},
     "rope_base_1m": {"rope_base": 1e6},
 }
@@ -53,6 +58,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
@@ -73,9 +79,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -196,9 +202,9 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

@@ -47,6 +47,7 @@ class Config:
     mlp_multiple: int = 64  # the hidden width is 8/3 of the width, rounded up to a multiple of this
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
+    token_std: float = 1.0  # spread of the token table at the start
     patch: int = 4  # positions
     num_local_blocks: int = 3  # that spell a patch, at half the width
 
@@ -80,9 +81,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -236,8 +237,8 @@ class Model(nn.Module):
         self.local_blocks = nn.ModuleList(Block(local, index) for index in range(local.num_blocks))
         self.final_norm = RMSNorm(local.width, config.norm_eps)
         self.head = linear(local.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
-        nn.init.normal_(self.local_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
+        nn.init.normal_(self.local_table.weight, std=config.token_std)
         nn.init.normal_(self.front, std=0.02)
 
     def at(self, progress: float) -> None:

@@ -50,6 +50,7 @@ class Config:
     num_heads: int = 12
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
     kinds: str = "mmFmmFamFmmF"  # of layers, in turn: m scan, a attention in a window, F MLP
     window: int = 256  # positions that attention sees, its own included
     state_size: int = 64  # numbers of state for each channel
@@ -81,9 +82,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -239,7 +240,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width)
         for layer in (self.query, self.key, self.value, self.output):
             nn.init.zeros_(layer.bias)
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02 * (768 / config.width) ** 0.5)
         self.output.weight.data *= config.output_std / 0.02
 
     def mask(self, T: int, device: torch.device) -> Tensor:
@@ -280,7 +281,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(3 * config.width, config.width)
         for layer, std in ((self.up, 0.02), (self.down, config.output_std)):
             nn.init.zeros_(layer.bias)
-            nn.init.normal_(layer.weight, std=std)
+            nn.init.normal_(layer.weight, std=std * (768 / layer.in_features) ** 0.5)
 
     def forward(self, x_BTC: Tensor, cache=None) -> Tensor:
         h_BTF = self.up(x_BTC)
@@ -316,9 +317,9 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

@@ -2,8 +2,8 @@
 
 Idea: a pre-norm bounds what a layer reads and nothing bounds what it writes. With a norm behind it
     as well, its gain is the size of what it adds. The gains start at 0.1: at 1, as in Gemma
-    (sandwich_norm_1), the first layer buries a token table of spread 0.02 by fifty times. Not to be
-    combined with a zero start: the norm of a zero vector has a slope of 1 / sqrt(eps).
+    (sandwich_norm_1), every layer writes as much as the token table holds. Not to be combined with
+    a zero start: the norm of a zero vector has a slope of 1 / sqrt(eps).
 Source: Gemma Team 2024, arXiv:2408.00118, section 2; Ding et al. 2021, arXiv:2105.13290, section 2.
 Family: norms.
 Changed from llama: Config, Block.
@@ -35,6 +35,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
     post_gain: float = 0.1  # of the norms behind a layer, at the start
 
     def __post_init__(self):
@@ -56,9 +57,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -185,9 +186,9 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

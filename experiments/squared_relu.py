@@ -30,6 +30,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
@@ -50,9 +51,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -170,9 +171,9 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

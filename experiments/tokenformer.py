@@ -37,6 +37,7 @@ class Config:
     rope_base: float = 10000.0  # the slowest pair turns once in 2 pi times nearly this many tokens
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the token table
+    token_std: float = 1.0  # spread of the token table at the start, unless it is the head
     num_tokens: float = 1.0  # parameter tokens of a map in attention, in model widths
     mlp_tokens: float = 4.0  # parameter tokens in place of the MLP, in model widths
 
@@ -55,9 +56,9 @@ class Config:
 
 
 def linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A layer without bias whose weights start with this spread."""
+    """A layer without bias whose weights start with this spread for 768 inputs."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std * (768 / inputs) ** 0.5)
     return layer
 
 
@@ -97,7 +98,7 @@ class Pattention(nn.Module):
     """A map as attention to N learned keys and values, normed by length instead of softmax.
 
     GELU of numbers of spread 1 has a mean square of 0.42: the values start so that what comes out
-    has the spread of a Linear whose weights have `std`.
+    has the spread of a Linear whose weights have `std` for 768 inputs.
     """
 
     def __init__(self, width: int, num_tokens: int, std: float = 0.02):
@@ -105,8 +106,8 @@ class Pattention(nn.Module):
         self.scale = num_tokens**0.5  # a constant: tokens that are added later leave it alone
         self.keys = nn.Parameter(torch.empty(num_tokens, width))
         self.values = nn.Parameter(torch.empty(num_tokens, width))
-        nn.init.normal_(self.keys, std=0.02)
-        nn.init.normal_(self.values, std=std * (width / (0.42 * num_tokens)) ** 0.5)
+        nn.init.normal_(self.keys, std=0.02 * (768 / width) ** 0.5)
+        nn.init.normal_(self.values, std=std * (768 / (0.42 * num_tokens)) ** 0.5)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         scores_BTN = F.linear(x_BTC, self.keys)
@@ -198,9 +199,9 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = linear(config.width, config.vocab_size)
-        nn.init.normal_(self.token_table.weight, std=0.02)
+        nn.init.normal_(self.token_table.weight, std=config.token_std)
         if config.tied:
-            self.head.weight = self.token_table.weight
+            self.token_table.weight = self.head.weight
 
     def at(self, progress: float) -> None:
         """Take up what depends on the share of training that is done, 0 to 1."""

@@ -119,7 +119,8 @@ def test_a_tokenformers_map_starts_with_the_spread_of_a_linear_layer():
 
     assert (
         0.8
-        < layer(x_BTC).std() / nn.functional.linear(x_BTC, 0.02 * torch.randn(256, 256)).std()
+        < layer(x_BTC).std()
+        / nn.functional.linear(x_BTC, 0.02 * 3**0.5 * torch.randn(256, 256)).std()
         < 1.25
     )
 
