@@ -26,15 +26,17 @@ def run_grid(
     Returns:
         Why runs failed, by their folders.
     Raises:
-        UserError: a run could not begin, for lack of data or by what was asked for.
+        UserError: the first run could not begin, for lack of data or by what was asked for; a
+            later one that is refused, such as an idea that leaks at this size, is a failed one.
         Stopped: a signal came; the run under way was saved.
     """
-    failures, waiting = {}, []
+    failures, waiting, begun = {}, [], False
     display.expect([(request.label, request.seed) for request in requests])
     for request in requests:
         display.begin(request.label, request.seed)
         if result := finished(request, display):
             display.end("done", result)
+            begun = True
         else:
             waiting.append(request)
     was_held = set()
@@ -52,7 +54,8 @@ def run_grid(
                     result = run_in_subprocess(run_experiment, request, display, forwarder)
                     display.end("done", result)
                 except UserError as error:
-                    if error.code in (BAD_INPUT, NO_DATA) and not request.folder.run_json.exists():
+                    is_refused = not request.folder.run_json.exists()
+                    if error.code in (BAD_INPUT, NO_DATA) and is_refused and not begun:
                         raise  # what was asked for cannot be had
                     if error.code == LOCKED:
                         held.append(request)
@@ -64,6 +67,7 @@ def run_grid(
                     display.end("failed", why=error.problem)
                 else:
                     ended()
+                begun = True
             if held and len(held) == len(waiting):  # others train all that is left
                 forwarder.wait(WAIT_SECONDS)
             waiting = held

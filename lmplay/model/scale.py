@@ -39,8 +39,10 @@ def scale(
     config = experiment.config(**shared | experiment.variant | given | changes)
     _refuse_unmakeable(experiment, config, shared | changes)
     made = dataclasses.asdict(config)
-    differs = {
-        key: [value, made.get(key)] for key, value in plan.model.items() if made.get(key) != value
+    differs = {  # what an experiment does not have, such as dropout, is 0 there
+        key: [value, made.get(key)]
+        for key, value in plan.model.items()
+        if made.get(key, 0) != value
     }
     return Scale(config, differs)
 

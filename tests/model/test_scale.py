@@ -47,3 +47,10 @@ def test_what_an_experiment_lacks_is_reported_not_used():
 def test_values_that_no_model_can_be_made_with_are_a_sentence():
     with pytest.raises(UserError, match=r"gpt2ish cannot be made with .*ff_dropout=2: ValueError"):
         scale(load_experiment(resolve("gpt2ish")), read_plan("quick"), 4096, 0, {"ff_dropout": 2})
+
+
+def test_dropout_that_an_experiment_lacks_is_no_dropout_there():
+    plan = read_plan("quick", {"model.embed_dropout": 0.0, "model.ff_dropout": 0.1})
+    made = scale(load_experiment(resolve("llama")), plan, 4096, 0, {})
+
+    assert made.differs == {"ff_dropout": [0.1, None]}
