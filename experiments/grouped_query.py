@@ -115,8 +115,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        self.num_heads = config.num_heads
         self.head_width = config.head_width
-        self.heads_per_group = config.heads_per_group or config.num_heads
         self.query = linear(config.width, config.width)
         self.key = linear(config.width, config.key_width)
         self.value = linear(config.width, config.key_width)
@@ -139,8 +139,9 @@ class Attention(nn.Module):
         k_BHSD = rotate(k_BHSD, turn)
         if cache is not None:
             k_BHSD, v_BHSD = cache.append(self, k_BHSD, v_BHSD)
-        k_BHSD = k_BHSD.repeat_interleave(self.heads_per_group, dim=1)
-        v_BHSD = v_BHSD.repeat_interleave(self.heads_per_group, dim=1)
+        num_sharing = self.num_heads // k_BHSD.shape[1]
+        k_BHSD = k_BHSD.repeat_interleave(num_sharing, dim=1)
+        v_BHSD = v_BHSD.repeat_interleave(num_sharing, dim=1)
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=T > 1)
         y_BTHD = y_BHTD.transpose(1, 2)
         y_BTC = y_BTHD.flatten(2)

@@ -3,8 +3,10 @@
 Idea: the stream is the model's memory of a position, and its width bounds what layers can leave one
     another; the layers need not be as wide. Behind each norm one matrix brings the stream down to
     width C, where the layer is llama's; what it finds is written into all of the stream. Tables and
-    head grow with the stream. wide_residual_direct has no such matrix: queries, keys, values and
-    the MLP read the stream itself. Neither is free: 1.64 and 2 times the FLOPs of the blocks.
+    head grow with the stream. Those matrices start so that they hand on all that the norm gives:
+    with llama's own spread, 150 steps at width 96 ended 0.7 nats higher. wide_residual_direct has
+    none: queries, keys, values and the MLP read the stream itself. Neither is free: 1.64 and 2
+    times the FLOPs of the blocks.
 Source: the marin project's experiments 9295 and 9317 (github.com/marin-community/marin).
 Family: residual.
 Changed from llama: Config, Attention, MLP, Block, Model.
@@ -171,8 +173,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.direct = config.direct
         if not config.direct:
-            self.attention_down = linear(config.stream_width, config.width)
-            self.mlp_down = linear(config.stream_width, config.width)
+            self.attention_down = linear(config.stream_width, config.width, 768**-0.5)
+            self.mlp_down = linear(config.stream_width, config.width, 768**-0.5)
 
     def forward(self, x_BTC: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> Tensor:
         u_BTC = self.attention_norm(x_BTC)
