@@ -69,23 +69,25 @@ def _of_plan(plan: str, rows: list[dict], facts: dict[str, Facts]) -> str:
     baselines = sorted({row["baseline"] for row in rows if row["baseline"] is not None})
     against = f", differences to {', '.join(map(plain, baselines))}" if baselines else ""
     what = f"Validation loss in nats per token{against}; below 0 is better."
-    repeats = [_repeat(row, [facts[path] for path in row["runs"]]) for row in rows]
+    repeats: dict[str, list[str]] = {}  # what is repeated in the same way stands there once
+    for row in rows:
+        how = _repeat([facts[path] for path in row["runs"]])
+        repeats.setdefault(how, []).append(plain(row["experiment"]))
     return "\n".join(
         [
             f"## Plan {plain(plan)}\n",
             f"{what}\n",
             markdown(rows, COLUMNS),
             "### How to repeat\n",
-            *repeats,
+            *[f"**{', '.join(names)}**\n\n{how}" for how, names in repeats.items()],
         ]
     )
 
 
-def _repeat(row: dict, facts: list[Facts]) -> str:
-    """A list item: the exact commands, and what else decides the numbers."""
+def _repeat(facts: list[Facts]) -> str:
+    """What decides the numbers of one experiment's runs, and below it the exact commands."""
     told, commands = how_to_repeat(facts)
-    lines = [f"**{plain(row['experiment'])}**", ""]
-    lines += [f"- {name}: {plain(value)}" for name, value in told.items()]
+    lines = [f"- {name}: {plain(value)}" for name, value in told.items()]
     longest = max([len(ticks) for line in commands for ticks in re.findall("`+", line)], default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([*lines, "", f"{fence}sh", *commands, fence, ""])

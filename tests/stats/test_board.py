@@ -52,7 +52,7 @@ def test_every_experiment_is_there_with_its_verdict_the_bad_ones_too(write, tmp_
 def test_it_says_all_that_repeats_a_row(write, tmp_path):
     text = write(tmp_path / "BOARD.md")
 
-    how = text.partition("### How to repeat")[2].partition("**ue**")[2]
+    how = text.partition("### How to repeat")[2].partition("**gpt2ish, ue**")[2]
     assert "- seeds: 0, 1\n" in how
     assert "- commit: abc123+\n" in how
     assert "- versions: lmplay 0.2.0, torch 2.13.0, Python 3.11.7\n" in how
@@ -93,6 +93,21 @@ def test_facts_that_differ_between_seeds_are_all_there(make_run, tmp_path):
     )
 
     assert "- commit: abc; unknown\n" in (tmp_path / "B.md").read_text()
+
+
+def test_what_is_repeated_in_another_way_stands_apart(make_run, tmp_path):
+    commits = {"gpt2ish": "abc", "ue": "def", "apos": "abc"}
+    runs = [read_run(make_run(name, **FACTS | {"git_commit": c})) for name, c in commits.items()]
+
+    write_board(
+        tmp_path / "B.md", judge(pair_runs(runs, None)), {str(r.path): r.facts for r in runs}
+    )
+
+    how = (tmp_path / "B.md").read_text().partition("### How to repeat")[2]
+    shared, own = how.partition("**ue**")[::2]
+    assert shared.lstrip().startswith("**gpt2ish, apos**\n\n- seeds: 0\n")
+    assert "- commit: abc\n" in shared and shared.count("- commit") == 1
+    assert "- commit: def\n" in own and own.count("- commit") == 1
 
 
 def test_each_plan_has_its_own_table(make_run, tmp_path):
