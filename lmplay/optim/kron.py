@@ -1,6 +1,7 @@
 """PSGD-Kron as the library has it, with random numbers that depend on the step alone."""
 
 import numpy as np
+import opt_einsum  # noqa: F401  if it is there torch takes it up, see below
 import pytorch_optimizer
 import torch
 
@@ -9,7 +10,8 @@ class Kron(pytorch_optimizer.Kron):
     """The library's: momentum whitened by triangular factors, which random probes fit online.
 
     The probes of a step are the same on every process and after every resume, and what else draws
-    random numbers does not notice them.
+    random numbers does not notice them. Its products of five factors need opt_einsum: without it
+    torch multiplies them from left to right, and two factors make an outer product of gigabytes.
     """
 
     def step(self, closure=None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmplay.optim.known import find
 from lmplay.optim.registry import build
@@ -228,6 +229,22 @@ def test_kron_draws_by_its_step_alone_and_nobody_notices():
         assert drawn == (torch.rand(1).item(), np.random.random())
 
     assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_kron_makes_nothing_that_is_larger_than_its_factors():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                self.numel = max(self.numel, made.numel())
+            return made
+
+    with Largest() as largest:
+        trained("Kron", shape=(24, 60))
+
+    assert largest.numel == 60 * 60
 
 
 def test_soap_learns_a_turned_problem_as_it_learns_a_straight_one_and_adam_does_not():
