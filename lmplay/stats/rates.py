@@ -10,7 +10,8 @@ class Lowest:
     """What one seed reached over the rates.
 
     `edge` is -1 or 1 where the best rate is the lowest or the highest, else 0; `fitted` is False
-    where the lowest loss is that of a run, since no parabola has its vertex within the rates.
+    where the lowest loss is that of a run, since no parabola has its vertex within the rates, or
+    one of the three ended above its start.
     """
 
     loss: float
@@ -34,7 +35,7 @@ def lowest(factors: list[float], losses: list[float], start: float) -> Lowest:
     first = min(max(best - 1, 0), len(y) - 3)
     x, around = np.log(factors[first : first + 3]), y[first : first + 3]
     loss, fitted = float(y[best]), False
-    if np.isfinite(around).all():
+    if (around < start).all():  # a run that diverged lies on no parabola
         bend, slope, level = np.polyfit(x - x[1], around, 2)
         if bend > 0 and x[0] <= x[1] - slope / (2 * bend) <= x[2]:
             loss, fitted = float(level - slope**2 / (4 * bend)), True
