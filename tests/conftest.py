@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -20,6 +21,10 @@ from lmplay.run.facts import DataFacts, Facts
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for every subprocess
 settings.register_profile("lmplay", deadline=None)  # a busy machine is no failure
 settings.load_profile("lmplay")
+for number in (signal.SIGINT, signal.SIGHUP):  # which nohup and a shell's & tell us to ignore
+    if signal.getsignal(number) is signal.SIG_IGN:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "tests" / "proven.json"  # experiment files and the hash of all that their tests run
