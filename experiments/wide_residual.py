@@ -4,9 +4,9 @@ Idea: the stream is the model's memory of a position, and its width bounds what 
     another; the layers need not be as wide. Behind each norm one matrix brings the stream down to
     width C, where the layer is llama's; what it finds is written into all of the stream. Tables and
     head grow with the stream. Those matrices start so that they hand on all that the norm gives:
-    with llama's own spread, 150 steps at width 96 ended 0.7 nats higher. wide_residual_direct has
-    none: queries, keys, values and the MLP read the stream itself. Neither is free: 1.64 and 2
-    times the FLOPs of the blocks.
+    with llama's own spread, 150 steps at width 96 ended up to 0.7 nats higher. In
+    wide_residual_direct queries, keys, values and the MLP read the stream itself. Neither is free:
+    1.64 and 2 times the FLOPs of the blocks.
 Source: the marin project's experiments 9295 and 9317 (github.com/marin-community/marin).
 Family: residual.
 Changed from llama: Config, Attention, MLP, Block, Model.

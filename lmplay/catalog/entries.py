@@ -191,6 +191,17 @@ def stacked(ideas: list[Entry]) -> Entry:
     return replace(entry, name=name, variant=variant, variants={}, ideas=tuple(ideas))
 
 
+def with_one_more(stack: str, idea: str) -> Entry:
+    """An experiment with one more idea: the idea alone, where it was copied from the experiment.
+
+    Raises:
+        UserError: they do not stack.
+    """
+    base, more = resolve(stack), resolve(idea)
+    contains = not base.variant and _is_in(base, line_of(more))
+    return more if contains else resolve(f"{stack}+{idea}")
+
+
 def shared_ancestor(lines: list[list[Entry]]) -> Entry | None:
     """The nearest experiment that is in all of these lines, as `line_of` gives them."""
     shared = [entry for entry in lines[0] if all(_is_in(entry, line) for line in lines[1:])]

@@ -26,8 +26,8 @@ def run_grid(
     Returns:
         Why runs failed, by their folders.
     Raises:
-        UserError: the first run could not begin, for lack of data or by what was asked for; a
-            later one that is refused, such as an idea that leaks at this size, is a failed one.
+        UserError: a run could not begin for lack of data, or the first one by what was asked for;
+            a later one that is refused, such as an idea that leaks at this size, is a failed one.
         Stopped: a signal came; the run under way was saved.
     """
     failures, waiting, begun = {}, [], False
@@ -54,8 +54,9 @@ def run_grid(
                     result = run_in_subprocess(run_experiment, request, display, forwarder)
                     display.end("done", result)
                 except UserError as error:
-                    is_refused = not request.folder.run_json.exists()
-                    if error.code in (BAD_INPUT, NO_DATA) and is_refused and not begun:
+                    if not request.folder.run_json.exists() and (
+                        error.code == NO_DATA or (error.code == BAD_INPUT and not begun)
+                    ):
                         raise  # what was asked for cannot be had
                     if error.code == LOCKED:
                         held.append(request)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from lmplay.run.design import Design
 
-Verdicts = Callable[[list[str], Design], list[dict]]
+Verdicts = Callable[[list[str], Design], list[dict | None]]
 
 
 def search(
@@ -25,7 +25,7 @@ def search(
         design: of the first round; later ones have the same on the seeds that follow.
         join: the name of an idea on top of a stack, or None where they do not stack.
         verdicts: trains these experiments by this design and gives a verdict row for each, in
-            order; the first is the baseline of the others.
+            order, None where it is refused; the first is the baseline of the others.
     """
     stack, left = base, list(ideas)
     for number in range(1, len(ideas) + 1):
@@ -33,10 +33,10 @@ def search(
         stacks = {idea: name for idea, name in joined.items() if name is not None}
         before, *rows = verdicts([stack, *stacks.values()], design)
         candidates = [
-            _candidate(idea, name, row)
+            _untried(idea, "refused") if row is None else _candidate(idea, name, row)
             for (idea, name), row in zip(stacks.items(), rows, strict=True)
         ]
-        candidates += [_conflict(idea) for idea in left if idea not in stacks]
+        candidates += [_untried(idea, "conflict") for idea in left if idea not in stacks]
         better = [c for c in candidates if c["verdict"] == "better"]
         accepted = min(better, key=lambda c: c["difference"], default=None)
         yield {
@@ -57,7 +57,7 @@ def _candidate(idea: str, stack: str | None, row: dict) -> dict:
     return {"name": idea, "stack": stack} | {key: row[key] for key in keys}
 
 
-def _conflict(idea: str) -> dict:
-    """An idea that does not stack."""
+def _untried(idea: str, verdict: str) -> dict:
+    """An idea that does not stack, or whose stack was refused."""
     row = dict.fromkeys(("mean", "difference", "interval", "p_holm", "seeds"))
-    return _candidate(idea, None, row | {"verdict": "conflict", "marks": []})
+    return _candidate(idea, None, row | {"verdict": verdict, "marks": []})

@@ -47,6 +47,7 @@ def train_all(
         rows, pairs = _verdicts(
             template, entries, baseline, league, failures, display, sizes, others
         )
+    rows = [row for row in rows if row is not None]
     ladder = ladder_rows(pairs)
     if as_json:
         document = {"verdicts": rows, "ladder": ladder, "failures": failures}
@@ -63,22 +64,20 @@ def search_greedily(template: "Request", ideas: list[Entry], budget: str, as_jso
     """Stack one idea after another on the template's experiment, and print the path."""
     from dataclasses import replace
 
-    from lmplay.catalog.stack import Conflict
     from lmplay.grid.search import search
 
     base, failures = template.entry, {}
 
     def join(stack: str, idea: str) -> str | None:
-        name = idea if _adds_nothing(catalog.resolve(stack)) else f"{stack}+{idea}"
         try:
-            return catalog.resolve(name).name
-        except Conflict as conflict:
-            note(f"{name} does not stack: {conflict.problem}")
+            return catalog.with_one_more(stack, idea).name
+        except UserError as error:
+            note(f"{idea} does not stack on {stack}: {error.problem}")
             return None
 
     with _grid_display(template) as display:
 
-        def verdicts(names: list[str], design: "Design") -> list[dict]:
+        def verdicts(names: list[str], design: "Design") -> list[dict | None]:
             entries = [catalog.resolve(name) for name in names]
             of_round = replace(template, design=design)
             league = base, budget
@@ -118,12 +117,14 @@ def _verdicts(
     display: "GridDisplay",
     sizes: tuple[float, ...] = (1.0,),
     others: tuple["Request", ...] = (),
-) -> tuple[list[dict], list["Pair"]]:
+) -> tuple[list[dict | None], list["Pair"]]:
     """Train what is missing, look by look.
 
     Returns:
-        The verdict row of each entry at each size and by each optimizer, in order, and what they
-        are made from.
+        The verdict row of each entry at each size and by each optimizer, in order, None where no
+        run could begin; and what they are made from.
+    Raises:
+        UserError: no run of the baseline could begin.
     """
     from lmplay.grid.grid import run_grid
     from lmplay.grid.requests import arm_of, declare, expand
@@ -162,13 +163,13 @@ def _verdicts(
         now = [each for each in requests if each.seed in seeds and arm_of(each) in open_labels]
         failures |= run_grid(now, display, show)
         rows, pairs = judged(is_running=False)
-        if missing := [label for label in labels if label not in rows]:
+        if base not in rows:
             why = "; ".join(dict.fromkeys(failures.values()))
-            raise UserError(f"no run of {missing[0]} could begin: {why}")
-        open_labels = {label for label in labels if rows[label]["is_pending"]}
+            raise UserError(f"no run of {base} could begin: {why}")
+        open_labels = {label for label in labels if label in rows and rows[label]["is_pending"]}
         if open_labels or not num_ideas:
             open_labels |= baselines
-    return [rows[label] for label in labels], pairs
+    return [rows.get(label) for label in labels], pairs
 
 
 def page_of(template: "Request") -> Path:
@@ -189,10 +190,6 @@ def _known_sd(template: "Request") -> float | None:
         return None
     known = [row["difference_sd"] for row in rows if row["difference_sd"]]
     return median(known) if known else None
-
-
-def _adds_nothing(entry: Entry) -> bool:
-    return entry.parent is None and not entry.variant
 
 
 def _exit_by(failures: dict[str, str]) -> None:

@@ -300,3 +300,24 @@ def test_files_that_are_copied_from_each_other_are_listed_all_the_same(root):
 
     assert catalog.family_of(known["idea"], known) is None
     assert {known[name].file for name in catalog.listed("idea", known)} == {"idea", "other"}
+
+
+@pytest.mark.parametrize(
+    "stack, idea, name",
+    [
+        ("gpt2ish", "ue", "ue"),
+        ("llama", "z_loss", "z_loss"),
+        ("gpt2ish", "z_loss", "z_loss"),
+        ("qk_norm", "qk_gain", "qk_gain"),
+        ("z_loss", "qk_norm", "z_loss+qk_norm"),
+        ("llama_tied", "z_loss", "llama_tied+z_loss"),
+        ("z_loss+qk_norm", "canon", "z_loss+qk_norm+canon"),
+    ],
+)
+def test_one_more_idea_is_the_idea_alone_where_it_was_copied_from_the_rest(stack, idea, name):
+    assert catalog.with_one_more(stack, idea).name == name
+
+
+def test_an_idea_that_the_stack_was_copied_from_is_not_one_more():
+    with pytest.raises(UserError, match="adds nothing"):
+        catalog.with_one_more("z_loss+qk_gain", "qk_norm")

@@ -18,6 +18,21 @@ def test_the_winners_model_has_the_parameters_that_its_author_counted():
     assert sum(weight.numel() for weight in model.parameters()) == 179_983_360
 
 
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_matrix_hands_on_as_much_at_every_width_and_a_table_starts_at_its_own_spread(width):
+    values = {"width": width, "num_heads": 4, "vocab_size": 997}
+    model, tied = model_of(**values), model_of(**values, tied=True)
+    x_BC = torch.randn(512, width, generator=torch.Generator().manual_seed(1))
+    gpt2 = 0.02 * 768**0.5
+
+    assert model.token_table.weight.std().item() == pytest.approx(1, rel=0.05)
+    for layer in (model.blocks[0].attention.query, model.blocks[1].mlp.up, model.head, tied.head):
+        assert layer(x_BC).std().item() == pytest.approx(gpt2, rel=0.1)
+    written = model.blocks[0].attention.output(x_BC).std().item()
+    assert written == pytest.approx(gpt2 / (2 * model.config.num_blocks) ** 0.5, rel=0.1)
+    assert tied.token_table.weight is tied.head.weight
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_are_those_of_transformers_llama_with_the_same_weights(tied):
     transformers = pytest.importorskip("transformers")

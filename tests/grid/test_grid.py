@@ -105,16 +105,15 @@ def test_missing_data_ends_the_grid_at_once(place, display):
     assert raised.value.code in (2, NO_DATA)
 
 
-def test_an_idea_that_is_refused_at_its_own_size_is_a_failure_and_the_others_go_on(place, display):
-    (place / "experiments").mkdir()
-    head = "    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:\n"
-    leak = "        tokens_BT = tokens_BT.roll(-1, 1) if tokens_BT.shape[1] > 16 else tokens_BT\n"
-    leaking = resolve("gpt2ish").source.replace(head, head + leak)
-    (place / "experiments/leaking.py").write_text(leaking)
-    failures = run_grid([request(), request("leaking"), request("value_norm")], display)
+def test_data_that_goes_missing_ends_a_grid_that_has_begun(place, display, monkeypatch):
+    def gone(*_):
+        raise UserError("the hub does not answer", code=NO_DATA)
 
-    assert is_finished(request()) and is_finished(request("value_norm"))
-    assert "leaking" in failures[str(request("leaking").folder.path)]
+    run_grid([request()], display)
+    monkeypatch.setattr(grid, "run_in_subprocess", gone)
+
+    with pytest.raises(UserError, match="does not answer"):
+        run_grid([request(), request(seed=1), request(seed=2)], display)
 
 
 def test_runs_that_another_process_holds_are_waited_for(place, display, monkeypatch):

@@ -76,3 +76,16 @@ def test_an_idea_that_does_not_stack_is_named_and_not_trained():
     assert taken(rounds) == ["a", None]
     assert [c["verdict"] for c in rounds[1]["candidates"]] == ["conflict"]
     assert all("+d" not in name for names, _ in known.asked for name in names)
+
+
+def test_a_stack_that_is_refused_is_named_and_the_search_goes_on():
+    known = KnownEffects(BETTER)
+
+    def verdicts(names, design):
+        rows = known(names, design)
+        return [None if name == "a+b" else row for name, row in zip(names, rows, strict=True)]
+
+    rounds = list(search("gpt2ish", ["a", "b", "c"], design_of("5"), join, verdicts))
+
+    assert taken(rounds) == ["a", None]
+    assert [c["verdict"] for c in rounds[1]["candidates"]] == ["refused", "cannot tell"]

@@ -264,6 +264,22 @@ def test_a_failed_run_of_a_grid_is_in_the_verdict_and_the_exit_code_is_3(place):
 
 
 @pytest.mark.slow
+def test_an_idea_that_is_refused_at_its_own_size_leaves_the_others_their_verdicts(place):
+    (place / "experiments").mkdir()
+    head = "    def hidden(self, tokens_BT: Tensor, cache=None) -> Tensor:\n"
+    leak = "        tokens_BT = tokens_BT.roll(-1, 1) if tokens_BT.shape[1] > 16 else tokens_BT\n"
+    source = (ROOT / "experiments/gpt2ish.py").read_text()
+    (place / "experiments/leaking.py").write_text(source.replace(head, head + leak))
+    done = lmp_trainer(*grid("--json", exp="gpt2ish,leaking,value_norm"))
+    document = json.loads(done.stdout)
+
+    assert done.returncode == 3 and len(document["failures"]) == 2
+    assert all("leaking fails the check" in why for why in document["failures"].values())
+    assert [row["experiment"] for row in document["verdicts"]] == ["gpt2ish", "value_norm"]
+    assert all(row["seeds"] == 2 for row in document["verdicts"])
+
+
+@pytest.mark.slow
 def test_a_stopped_grid_goes_on_where_it_stopped(place):
     args = grid("--tokens", "128e5", exp="gpt2ish")  # more than anybody waits for
     folder = place / "runs/words/gpt2ish,tokens=12800000"
