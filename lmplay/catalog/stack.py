@@ -199,7 +199,7 @@ def _changed(base: Entry, below: str) -> list[str]:
         new, old = definitions(below), definitions(base.source)
     except SyntaxError:  # of a file with conflict markers
         return ["to be settled"]
-    return [n for n in [*new, *(old.keys() - new.keys())] if old.get(n) != new.get(n)]
+    return [n for n in [*new, *(n for n in old if n not in new)] if old.get(n) != new.get(n)]
 
 
 def _docstring(name: str, base: Entry, parts: list[Entry], changed: list[str]) -> str:

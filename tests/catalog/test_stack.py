@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -607,6 +609,29 @@ def test_a_stranger_with_the_ancestors_name_in_the_working_directory_is_not_its_
     (tmp_path / "gpt2ish.py").write_text('"""A stranger."""\n')
 
     assert catalog.parent_of(resolve("value_norm+ue")).path == resolve("gpt2ish").path
+
+
+def test_a_stack_is_one_text_in_every_process():
+    ask = (
+        "from lmplay.catalog.entries import resolve; print(resolve('stick_breaking+canon').source)"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", ask],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in "0123"
+    }
+
+    assert len(texts) == 1
+
+
+def test_best_is_the_stack_that_its_docstring_names():
+    stack = resolve("stick_breaking+layer_token_embedding+ngram_memory")
+
+    assert definitions(resolve("best").source) == definitions(stack.source)
 
 
 PAIRS = list(itertools.combinations(BUNDLED, 2))
