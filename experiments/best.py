@@ -1,6 +1,6 @@
 """Best: the stack that a greedy search found on llama.
 
-Idea: the best idea of the board in docs/techniques.md and three of other places, stacked one by one,
+Idea: the best idea of the board in docs/techniques.md and three of other places, stacked in turn,
     each round on four fresh seeds, at 640,000 parameters and 150 steps on nineteen novels:
     lmp-trainer --exp llama --greedy stick_breaking,layer_token_embedding,ngram_memory,canon
     --seeds 4 --plan tiny --data novels. It took stick_breaking (0.176 nats better than llama), then
